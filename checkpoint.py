@@ -1,0 +1,190 @@
+"""Saves, loads and resumes checkpoints; the only file that knows key prefixes and old formats.
+
+A checkpoint is a torch.save file with `model_state_dict`, `optimizer_state_dict`, `model_args`,
+`iter_num` and `best_val_loss`, as the original's had, and the run's config, tokenizer hash, data
+cursor and RNG states. It loads with `weights_only=True`, always:
+
+    model = load_model("checkpoints/best_model.pt")
+"""
+
+import os
+import shutil
+import sys
+import threading
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from config import UserError
+from model import GPT, GPTConfig
+
+BEST = "best_model.pt"
+KEY_PREFIXES = ("_orig_mod.", "module.")  # torch.compile, DistributedDataParallel
+
+
+def clean_state_dict(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Plain keys: without wrappers' prefixes and without the original's saved RoPE tables."""
+    cleaned = {}
+    for key, tensor in state.items():
+        while key.startswith(KEY_PREFIXES):
+            key = key.split(".", 1)[1]
+        if not key.startswith("rotary_emb."):
+            cleaned[key] = tensor
+    return cleaned
+
+
+def model_config(model_args: dict[str, Any]) -> GPTConfig:
+    """The configuration of a checkpoint; one without `rope_style` is the original's: "lille"."""
+    return GPTConfig(**({"rope_style": "lille"} | model_args))
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Reads a whole checkpoint on the CPU; UserError when it is missing, damaged or unsafe."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} is not there: give the path of a .pt checkpoint")
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not notice flipped bits
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise UserError(f"{path} is damaged (its {damaged} does not match its checksum)")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except zipfile.BadZipFile:
+        raise UserError(f"{path} is not a checkpoint, or only half of one") from None
+    except Exception as error:
+        if isinstance(error, UserError | OSError | MemoryError):
+            raise
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} cannot be read as a weights-only checkpoint: {reason}") from None
+    missing = {"model_state_dict", "model_args"} - set(state if isinstance(state, dict) else ())
+    if missing:
+        raise UserError(f"{path} has no {' and no '.join(sorted(missing))}: not a Lille checkpoint")
+    return state
+
+
+def build_model(state: dict[str, Any], name: str | Path, **changes: Any) -> GPT:
+    """The model of a loaded checkpoint, its `model_args` with `changes`, in training mode."""
+    try:
+        model = GPT(model_config(state["model_args"] | changes))
+        model.load_state_dict(clean_state_dict(state["model_state_dict"]))
+    except (RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{name}: its weights do not fit its model_args: {reason}") from None
+    return model
+
+
+def load_model(
+    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> GPT:
+    """The model of a `.pt` checkpoint, ours or the original's, in evaluation mode.
+
+    `dtype` None keeps the checkpoint's. Raises UserError for anything that is not a checkpoint.
+    """
+    if Path(path).is_dir():
+        raise UserError(f"{path} is a folder: give the path of a .pt file in it")
+    return build_model(load_checkpoint(path), path).to(device=device, dtype=dtype).eval()
+
+
+def snapshot(value: Any) -> Any:
+    """A copy of nested dicts and lists whose tensors are on the CPU and no longer change."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: snapshot(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(snapshot(item) for item in value)
+    return value
+
+
+def write_atomically(path: Path, write: Callable[[Any], Any]) -> None:
+    """Calls `write(file)` on a temporary file beside `path`, then fsyncs and renames it there.
+
+    On any error the temporary file is gone and what was at `path` is untouched.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def same_content(source: Path, target: Path) -> None:
+    """Makes `target` the file `source` without writing its bytes again where links are possible."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:
+        shutil.copyfile(source, temporary)
+    os.replace(temporary, target)
+
+
+def checkpoints_in(directory: Path) -> list[Path]:
+    """The `ckpt_*.pt` files of a folder, newest first."""
+    return sorted(directory.glob("ckpt_*.pt"), reverse=True)
+
+
+def latest_checkpoint(directory: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint that can be read; a damaged one is named and skipped."""
+    for path in checkpoints_in(directory):
+        try:
+            return path, load_checkpoint(path)
+        except UserError as error:
+            print(f"skipped a checkpoint: {error}", file=sys.stderr)
+    return None
+
+
+class CheckpointWriter:
+    """Writes checkpoints in the background, keeps the last `keep` of them and the best one.
+
+    `save` copies the tensors before it returns, so training may go on at once. A failed write (a
+    full disk) is reported and leaves the earlier checkpoints; `wait` raises it.
+    """
+
+    def __init__(self, directory: Path, keep: int):
+        self.directory, self.keep = directory, keep
+        self.thread: threading.Thread | None = None
+        self.error: OSError | None = None
+        directory.mkdir(parents=True, exist_ok=True)
+        for leftover in directory.glob(".*.pt.tmp"):  # of a killed run
+            leftover.unlink()
+
+    def save(self, state: dict[str, Any], best: bool) -> Path:
+        self.join()
+        path = self.directory / f"ckpt_{state['iter_num']:07d}.pt"
+        self.thread = threading.Thread(target=self.write, args=(path, snapshot(state), best))
+        self.thread.start()
+        return path
+
+    def write(self, path: Path, state: dict[str, Any], best: bool) -> None:
+        try:
+            write_atomically(path, lambda file: torch.save(state, file))
+            if best:
+                same_content(path, self.directory / BEST)
+            for old in checkpoints_in(self.directory)[self.keep :]:
+                old.unlink()
+            self.error = None
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            self.error = error if isinstance(error, OSError) else OSError(str(error))
+            print(f"could not save {path}: {error}; the earlier checkpoints are intact", flush=True)
+
+    def join(self) -> None:
+        if self.thread is not None:
+            self.thread.join()
+
+    def wait(self) -> None:
+        """Returns when everything is on disk; UserError if the last checkpoint is not."""
+        self.join()
+        if self.error is not None:
+            raise UserError(
+                f"the last checkpoint could not be written ({self.error}): free some space in "
+                f"{self.directory} and run again to continue from the one before"
+            )

@@ -1,0 +1,360 @@
+"""The Lille decoder: RMSNorm, grouped-query attention with RoPE, SwiGLU, tied embedding and head.
+
+    model = GPT(GPTConfig())
+    logits = model(ids)                                   # (B, T) -> (B, T, V)
+    new_ids = model.generate([[1, 2, 3]], max_new_tokens=20)
+
+With `rope_style="llama"` (the default) the model computes exactly what a Llama of the same shape
+does. `rope_style="lille"` is what the original project computed and its published weights need.
+
+Letters in shape comments: B batch, T time, C n_embd, H query heads, K KV heads, D head width,
+V vocabulary, F feed-forward width, N = B·T tokens of a flattened batch.
+
+References: RoPE 2104.09864, GQA 2305.13245, SwiGLU 2002.05202, RMSNorm 1910.07467 (arXiv).
+"""
+
+import inspect
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from cross_entropy import linear_cross_entropy
+from sampling import sample
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Shape of the model; the defaults are Lille 130M (127,171,200 parameters)."""
+
+    n_embd: int = 640
+    n_layers: int = 24
+    n_heads: int = 10
+    n_kv_heads: int = 2
+    vocab_size: int = 32768
+    block_size: int = 512  # longest sequence, tokens
+    dropout: float = 0.0
+    layer_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_style: str = "llama"  # or "lille", the original's; see apply_rope
+
+    def __post_init__(self) -> None:
+        for name in ("n_embd", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "block_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.n_embd % self.n_heads or self.head_dim % 2:
+            raise ValueError(
+                f"n_embd={self.n_embd} must be n_heads={self.n_heads} times an even head width"
+            )
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(
+                f"n_heads={self.n_heads} must be a multiple of n_kv_heads={self.n_kv_heads}"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1")
+        if self.rope_style not in ("llama", "lille"):
+            raise ValueError(f"rope_style={self.rope_style!r} must be 'llama' or 'lille'")
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_heads
+
+    @property
+    def ffn_dim(self) -> int:
+        """SwiGLU width: 8/3·n_embd rounded to the nearest multiple of 256."""
+        return 256 * max(1, round(8 * self.n_embd / 3 / 256))
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def rope_tables(config: GPTConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin, each (block_size, D), half-split: column i and column i + D/2 share an angle."""
+    frequencies = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    angles = torch.outer(
+        torch.arange(config.block_size, dtype=torch.float32), config.rope_theta**-frequencies
+    )
+    angles = torch.cat((angles, angles), dim=-1)  # (block_size, D)
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, style: str) -> torch.Tensor:
+    """Position encoding of queries or keys x (B, T, heads, D) with tables (…, T, 1, D).
+
+    "llama" rotates the pair (i, i + D/2). "lille" pairs interleaved columns with the half-split
+    tables, so it is not a rotation and scores depend on absolute position: kept for old weights.
+    """
+    if style == "llama":
+        first, second = x.chunk(2, dim=-1)
+        turned = torch.cat((-second, first), dim=-1)
+    else:
+        turned = torch.cat((-x[..., 1::2], x[..., ::2]), dim=-1)
+    return (x * cos + turned * sin).to(x.dtype)
+
+
+def document_mask(positions: torch.Tensor) -> torch.Tensor:
+    """Which tokens of packed rows may see which, (B, 1, T, T): causal, within their own piece.
+
+    positions (B, T) counts from 0 in each piece, so a 0 begins one.
+    """
+    piece = (positions == 0).cumsum(dim=1)
+    same_piece = piece[:, :, None] == piece[:, None, :]
+    return same_piece.tril()[:, None]
+
+
+@dataclass
+class KVCache:
+    """Keys and values of the tokens seen so far, with room for `block_size` of them."""
+
+    keys: torch.Tensor  # (n_layers, B, K, block_size, D)
+    values: torch.Tensor
+    lengths: torch.Tensor  # (B,) tokens cached in each row
+
+    @classmethod
+    def empty(cls, config: GPTConfig, batch: int, like: torch.Tensor) -> "KVCache":
+        shape = (config.n_layers, batch, config.n_kv_heads, config.block_size, config.head_dim)
+        lengths = torch.zeros(batch, dtype=torch.long, device=like.device)
+        return cls(like.new_zeros(shape), like.new_zeros(shape), lengths)
+
+
+def flash_varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu: torch.Tensor, longest: int):
+    """Causal variable-length flash attention over q (N, H, D), k and v (N, K, D) -> (N, H, D).
+
+    The keywords of PyTorch's varlen_attn differ between releases, so they are looked up.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    known = inspect.signature(varlen_attn).parameters
+    causal = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    if "enable_gqa" in known:
+        causal["enable_gqa"] = True
+    return varlen_attn(q, k, v, cu, cu, longest, longest, **causal)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with its pre-norm; the residual is added by Block."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        kv_dim = config.n_kv_heads * config.head_dim
+        self.norm = nn.RMSNorm(config.n_embd, eps=config.layer_norm_eps)
+        self.qkv_proj = nn.Linear(config.n_embd, config.n_embd + 2 * kv_dim, bias=False)
+        self.out_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, cos, sin, mask=None, cu_seqlens=None, cache=None, layer=0):
+        config = self.config
+        B, T, C = x.shape
+        heads, kv_heads, width = config.n_heads, config.n_kv_heads, config.head_dim
+        qkv = self.qkv_proj(self.norm(x)).view(B, T, heads + 2 * kv_heads, width)
+        qk, v = qkv.split((heads + kv_heads, kv_heads), dim=2)
+        q, k = apply_rope(qk, cos, sin, config.rope_style).split((heads, kv_heads), dim=2)
+
+        if cu_seqlens is not None:
+            q, k, v = (part.reshape(B * T, -1, width) for part in (q, k, v))  # (N, heads, D)
+            y = flash_varlen(q, k, v, cu_seqlens, longest=T)
+        else:
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, D)
+            if cache is not None:
+                k, v, mask = self.extend(cache, layer, k, v)
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=heads != kv_heads
+            ).transpose(1, 2)  # (B, T, H, D)
+        return self.dropout(self.out_proj(y.reshape(B, T, C)))
+
+    @staticmethod
+    def extend(cache: KVCache, layer: int, k: torch.Tensor, v: torch.Tensor):
+        """Writes T keys and values after each row's cached ones; returns all of them and a mask."""
+        B, _, T, _ = k.shape
+        positions = cache.lengths[:, None] + torch.arange(T, device=k.device)  # (B, T)
+        rows = torch.arange(B, device=k.device)[:, None]
+        cache.keys[layer][rows, :, positions] = k.transpose(1, 2)
+        cache.values[layer][rows, :, positions] = v.transpose(1, 2)
+        seen = torch.arange(cache.keys.shape[3], device=k.device)
+        mask = seen <= positions[:, None, :, None]  # (B, 1, T, block_size)
+        return cache.keys[layer], cache.values[layer], mask
+
+
+class FeedForward(nn.Module):
+    """SwiGLU with its pre-norm: down(silu(gate(x)) · up(x))."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.norm = nn.RMSNorm(config.n_embd, eps=config.layer_norm_eps)
+        self.gate_proj = nn.Linear(config.n_embd, config.ffn_dim, bias=False)
+        self.up_proj = nn.Linear(config.n_embd, config.ffn_dim, bias=False)
+        self.down_proj = nn.Linear(config.ffn_dim, config.n_embd, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(x)
+        return self.dropout(self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.attention = Attention(config)
+        self.feed_forward = FeedForward(config)
+
+    def forward(self, x, cos, sin, mask=None, cu_seqlens=None, cache=None, layer=0):
+        x = x + self.attention(x, cos, sin, mask, cu_seqlens, cache, layer)
+        return x + self.feed_forward(x)
+
+
+class GPT(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm = nn.RMSNorm(config.n_embd, eps=config.layer_norm_eps)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.tok_embeddings.weight
+        cos, sin = rope_tables(config)
+        self.register_buffer("rope_cos", cos, persistent=False)
+        self.register_buffer("rope_sin", sin, persistent=False)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:  # residual projections shrink with depth, as in GPT-2
+                residual = name.endswith(("out_proj.weight", "down_proj.weight"))
+                std = 0.02 / math.sqrt(2 * config.n_layers) if residual else 0.02
+                nn.init.normal_(parameter, mean=0.0, std=std)
+
+    def n_parameters(self) -> int:
+        """Number of parameters, the tied embedding and head counted once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def flops_per_token(self) -> int:
+        """Training FLOPs per token, 6·N + 12·n_layers·C·T (PaLM, 2204.02311, appendix B)."""
+        config = self.config
+        return 6 * self.n_parameters() + 12 * config.n_layers * config.n_embd * config.block_size
+
+    def forward(
+        self,
+        ids: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+        sample_targets: bool = False,
+    ) -> torch.Tensor:
+        """Logits (B, T, V) of ids (B, T), or with targets (B, T) the summed cross-entropy in nats.
+
+        `targets` are already shifted by the caller; -100 marks positions without a label.
+        `positions` (B, T) marks packed rows: it counts from 0 in each piece, and pieces do not see
+        each other. `cu_seqlens` int32 says the same for flash attention (CUDA, 16-bit): where the
+        pieces of the flattened batch begin, its end repeated to any fixed length.
+        `cache` holds the tokens before `ids` and takes theirs; the caller advances its lengths.
+        `sample_targets` draws the labels from the model instead (see cross_entropy.py).
+        Raises ValueError when the sequence is longer than `block_size`.
+        """
+        x = self.hidden(ids, positions, cu_seqlens, cache)
+        if targets is None:
+            return self.lm_head(x)
+        return linear_cross_entropy(
+            x.flatten(0, 1), self.lm_head.weight, targets.flatten(), sample_targets
+        )
+
+    def hidden(
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> torch.Tensor:
+        """Final normalised hidden states (B, T, C); arguments as in `forward`."""
+        T = ids.shape[1]
+        if T > self.config.block_size:
+            raise ValueError(
+                f"{T} tokens do not fit the context of {self.config.block_size}: shorten the text"
+            )
+        mask = None
+        if positions is not None and cu_seqlens is None:
+            mask = document_mask(positions)
+        elif cache is not None:
+            positions = cache.lengths[:, None] + torch.arange(T, device=ids.device)
+        elif positions is None:
+            positions = torch.arange(T, device=ids.device)
+        x = self.dropout(self.tok_embeddings(ids))  # (B, T, C)
+        cos = self.rope_cos[positions].unsqueeze(-2)  # (B, T, 1, D), or (T, 1, D) for all rows
+        sin = self.rope_sin[positions].unsqueeze(-2)
+        for layer, block in enumerate(self.layers):
+            x = block(x, cos, sin, mask, cu_seqlens, cache, layer)
+        return self.norm(x)
+
+    def generate(
+        self,
+        ids: torch.Tensor | Sequence[Sequence[int]],
+        max_new_tokens: int,
+        temperature: float = 0.5,
+        top_k: int | None = None,
+        top_p: float | None = 0.95,
+        stop_tokens: Sequence[int] = (),
+        generator: torch.Generator | None = None,
+    ) -> list[list[int]]:
+        """New token ids of each prompt, without the prompt and without the stop token.
+
+        `ids` is (B, T) or B lists of any lengths. A row ends before a stop token, after
+        `max_new_tokens`, or when the context is full. See `sample` for temperature, top_k, top_p.
+        Raises ValueError for an empty prompt and for one that does not fit the context.
+        """
+        prompts = ids.tolist() if isinstance(ids, torch.Tensor) else [list(row) for row in ids]
+        rows: list[list[int]] = [[] for _ in prompts]
+        open_rows = set(range(len(rows)))
+        steps = self.generate_steps(prompts, max_new_tokens, temperature, top_k, top_p, generator)
+        for tokens in steps:
+            for row in sorted(open_rows):
+                if tokens[row] is None or tokens[row] in stop_tokens:
+                    open_rows.remove(row)
+                else:
+                    rows[row].append(tokens[row])
+            if not open_rows:
+                break
+        return rows
+
+    @torch.inference_mode()
+    def generate_steps(
+        self,
+        prompts: list[list[int]],
+        max_new_tokens: int,
+        temperature: float = 0.5,
+        top_k: int | None = None,
+        top_p: float | None = 0.95,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[list[int | None]]:
+        """Yields one new token per prompt and step; None for a row whose context is full."""
+        block_size, device = self.config.block_size, self.tok_embeddings.weight.device
+        sizes = [len(prompt) for prompt in prompts]
+        if not sizes or min(sizes) == 0:
+            raise ValueError("nothing to continue: give at least one token in every prompt")
+        if max(sizes) > block_size:
+            raise ValueError(
+                f"the prompt has {max(sizes)} tokens and the context only {block_size}: shorten it"
+            )
+        budgets = [min(max_new_tokens, block_size + 1 - size) for size in sizes]
+        was_training = self.training
+        self.eval()
+        try:
+            padded = [prompt + [0] * (max(sizes) - len(prompt)) for prompt in prompts]
+            ids = torch.tensor(padded, device=device)  # padding on the right: causality hides it
+            cache = KVCache.empty(self.config, len(prompts), like=self.tok_embeddings.weight)
+            x = self.hidden(ids, cache=cache)
+            cache.lengths = torch.tensor(sizes, device=device)
+            x = x[torch.arange(len(prompts), device=device), cache.lengths - 1]  # (B, C)
+            for step in range(max(budgets)):
+                if step > 0:
+                    cache.lengths.clamp_(max=block_size - 1)  # only rows that are done are there
+                    x = self.hidden(tokens[:, None], cache=cache)[:, 0]  # noqa: F821
+                    cache.lengths += 1
+                tokens = sample(self.lm_head(x), temperature, top_k, top_p, generator)  # (B,)
+                yield [
+                    token if step < budget else None
+                    for token, budget in zip(tokens.tolist(), budgets, strict=True)
+                ]
+        finally:
+            self.train(was_training)

@@ -1,0 +1,38 @@
+"""The one sampler: generation, text samples and the Hessian's drawn labels all use it."""
+
+import torch
+import torch.nn.functional as F
+
+
+def sample(
+    logits: torch.Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """Draws token ids (B,) from logits (B, V); temperature 0 takes the most likely one.
+
+    `top_k` keeps the k most likely tokens, `top_p` the fewest whose probabilities reach p.
+    Raises ValueError for a negative temperature, top_k below 1 and top_p outside (0, 1].
+    """
+    if temperature < 0:
+        raise ValueError(f"temperature={temperature} must be 0 (greedy) or more")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k={top_k} must be at least 1; None keeps every token")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p} must be above 0 and at most 1")
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    probabilities = F.softmax(logits.float() / temperature, dim=-1)
+    if top_k is not None and top_k < probabilities.shape[-1]:
+        least = probabilities.topk(top_k).values[:, -1:]
+        probabilities = probabilities.masked_fill(probabilities < least, 0.0)
+    if top_p is not None and top_p < 1:
+        ranked, order = probabilities.sort(dim=-1, descending=True)
+        ranked = ranked / ranked.sum(dim=-1, keepdim=True)
+        beyond = ranked.cumsum(dim=-1) - ranked >= top_p  # the mass before it is already enough
+        probabilities = probabilities.masked_fill(beyond.gather(1, order.argsort(dim=-1)), 0.0)
+    # argmax(p / e) with e ~ Exp(1) draws from p, without the synchronisation of multinomial.
+    noise = torch.empty_like(probabilities).exponential_(generator=generator)
+    return (probabilities / noise).argmax(dim=-1)
