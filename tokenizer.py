@@ -1,0 +1,315 @@
+"""The Hastings tokenizer and the chat format; the only file that knows token ids.
+
+    tokenizer = load_tokenizer()
+    ids = tokenizer.encode("Hello")  # ordinary text: no control token can come of it
+    ids = tokenizer.encode_chat([{"role": "user", "content": "Hi"}], add_generation_prompt=True)
+    text = tokenizer.decode(ids)
+
+GPT-2's byte-level BPE cut to 32,763 ids, then five control tokens. A conversation is
+`<|startoftext|><|user|>question<|assistant|>answer<|endoftext|><|user|>...`, a document is
+`text<|endoftext|>`, and only the code in this file inserts control tokens, so that text which
+spells one cannot forge a turn. hastings.json is the source of truth; build_tokenizer.py makes it.
+"""
+
+import hashlib
+import json
+import re
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer as HFTokenizer
+
+from config import UserError
+
+CONTROL_TOKENS = ("<|pad|>", "<|endoftext|>", "<|assistant|>", "<|user|>", "<|startoftext|>")
+_, END_OF_TEXT, ASSISTANT, USER, START_OF_TEXT = CONTROL_TOKENS
+
+# What gigatoken must agree on with `tokenizers` before its ids are used.
+HARD_STRINGS = (
+    "Don't stop: we'll SAY'LL they've 'tis\n\n\n  two  spaces\t\ttabs \r\n\u00a0nbsp\u2003em ",
+    "naïve café — “quotes” … 东京 한국어 हिन्दी ไทย العربية עברית ﷽ ﬁ ſ Ǆ a\u0301\u0323",
+    "🚀👩\u200d👩\u200d👧🏽 \U0001f1e9\U0001f1ea",
+    "\ufeff\u200b\u2028\u0085\x1c \x00\x7f\ufffd\uffff\U0010ffff",
+    "x1234567890 3.14 ½²٣Ⅷ 1e-5 $1,000,000.00% f(x)=={[<_^~`|\\>]};//**__--'\"''\"",
+    "".join(CONTROL_TOKENS) + " <|endoftext|><|endoftext <|user|> |>",
+    "a" * 300 + " " * 300 + "\n" * 50 + "ab" * 200 + "é" * 99 + "'" * 60 + "字" * 50,
+    "def f(x):\n        return x**2  # comment\n\nclass A:\n\tpass   \n   ",
+    "",
+    " ",
+    "\n",
+)
+
+
+def bytes_to_unicode() -> dict[int, str]:
+    """GPT-2's printable stand-in for each byte, in the order of the ids (33-126 come first)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    table = {byte: chr(byte) for byte in printable}
+    return table | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+def load_tokenizer(path: str | Path | None = None) -> "Tokenizer":
+    """Loads the tokenizer of this repository, or another file of the same kind.
+
+    Raises UserError when the file is missing or is not a byte-level BPE with our control tokens.
+    """
+    path = Path(__file__).with_name("hastings.json") if path is None else Path(path)
+    try:
+        return Tokenizer(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read the tokenizer {path}: {error.strerror or error}") from None
+    except Exception as error:  # `tokenizers` raises plain Exception for a file it cannot parse
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"{path} is not a Hastings tokenizer ({reason}): restore it") from None
+
+
+class Tokenizer:
+    """Text to ids and back; build it with `load_tokenizer`. Safe to share between threads.
+
+    Attributes: `vocab_size`; `pad_id`, `eos_id`, `assistant_id`, `user_id`, `bos_id`; `sha256` of
+    the JSON file; `token_bytes` (V,) int64, the UTF-8 bytes of each id, 0 for control tokens.
+    """
+
+    def __init__(self, content: bytes):
+        settings = json.loads(content)
+        control = {token["content"]: token["id"] for token in settings["added_tokens"]}
+        vocab = settings["model"]["vocab"]
+        self.n_text = len(vocab)  # ids below it are text, the others control tokens
+        self.vocab_size = self.n_text + len(control)
+        self.pad_id, self.eos_id, self.assistant_id, self.user_id, self.bos_id = (
+            control[name] for name in CONTROL_TOKENS
+        )
+        if sorted(control.values()) != list(range(self.n_text, self.vocab_size)):
+            raise ValueError("the control tokens are not the last ids")
+        self.sha256 = hashlib.sha256(content).hexdigest()
+
+        byte_of = {stand_in: byte for byte, stand_in in bytes_to_unicode().items()}
+        self._pieces = [b""] * self.vocab_size
+        for piece, token_id in vocab.items():
+            self._pieces[token_id] = bytes(byte_of[character] for character in piece)
+        self.token_bytes = np.array([len(piece) for piece in self._pieces], dtype=np.int64)
+        for piece, token_id in control.items():
+            self._pieces[token_id] = piece.encode("utf-8")
+
+        # Ordinary text goes through a tokenizer that does not have the control tokens at all.
+        self._ordinary_json = json.dumps(settings | {"added_tokens": []})
+        self._ordinary = HFTokenizer.from_str(self._ordinary_json)
+        self._with_control = HFTokenizer.from_str(content.decode("utf-8"))
+        self._encode_fast: Callable[[list[bytes]], list[np.ndarray]] | None = None
+        self._fast_checked = False
+
+    def encode(self, text: str, allow_special: bool = False) -> list[int]:
+        """The ids of `text`; control tokens are recognised in it only with `allow_special`.
+
+        Leave `allow_special` off for anything that a user or a web page wrote. Raises ValueError
+        for a string with lone surrogates, which is not Unicode text and has no UTF-8 form.
+        """
+        to_utf8(text)
+        tokenizer = self._with_control if allow_special else self._ordinary
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Encodes many texts as ordinary text: a list of uint16 arrays (views of one buffer).
+
+        Uses `gigatoken`, tens of times faster, once it has agreed with `tokenizers` on hard strings
+        and on the first texts given; otherwise warns once and uses `tokenizers` from then on.
+        """
+        texts = list(texts)
+        encoded = [to_utf8(text) for text in texts]
+        if not self._fast_checked:
+            self._encode_fast = self._checked_fast_encoder(texts)
+            self._fast_checked = True
+        if self._encode_fast is not None:
+            try:
+                return self._encode_fast(encoded)
+            except BaseException as error:  # a Rust panic is not an Exception
+                self._warn_slow(f"gigatoken failed ({raised(error)})")
+                self._encode_fast = None
+        return self._encode_batch_reference(texts)
+
+    def _encode_batch_reference(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encodings = self._ordinary.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.uint16) for encoding in encodings]
+
+    def _checked_fast_encoder(self, texts: Sequence[str]):
+        """gigatoken's batch encoder, or None with a warning if it is missing or disagrees."""
+        sample = [*HARD_STRINGS, *(text[:2000] for text in texts[:32])]
+        expected = self._encode_batch_reference(sample)
+        try:
+            encode_fast = gigatoken_encoder(self._ordinary_json)
+            found = encode_fast([text.encode("utf-8") for text in sample])
+            agrees = len(found) == len(expected) and all(map(np.array_equal, found, expected))
+        except BaseException as error:
+            self._warn_slow(f"gigatoken cannot be used ({raised(error)})")
+            return None
+        if not agrees:
+            self._warn_slow("gigatoken and tokenizers disagree on a sample")
+            return None
+        return encode_fast
+
+    @staticmethod
+    def _warn_slow(reason: str) -> None:
+        warnings.warn(f"{reason}; using tokenizers, slower with the same result", stacklevel=3)
+
+    def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode_batch` with `<|endoftext|>` after every text, as pretraining documents are."""
+        end = np.array([self.eos_id], dtype=np.uint16)
+        return [np.concatenate([ids, end]) for ids in self.encode_batch(texts)]
+
+    def encode_chat(
+        self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = False
+    ) -> list[int]:
+        """The ids of a conversation, each content encoded on its own as ordinary text.
+
+        `messages` alternate {"role": "user"} and {"role": "assistant"}, user first, each with a
+        str "content". `add_generation_prompt` ends the ids with `<|assistant|>`, for the model to
+        go on; it needs a user turn last. Raises ValueError for anything else.
+        """
+        check_messages(messages)
+        if add_generation_prompt and messages[-1]["role"] != "user":
+            raise ValueError("add_generation_prompt needs a user turn at the end")
+        contents = [self.encode(message["content"]) for message in messages]
+        ids = [int(token) for part in self._chat_parts(contents) for token in part]
+        return [*ids, self.assistant_id] if add_generation_prompt else ids
+
+    def encode_chat_batch(
+        self, conversations: Iterable[Sequence[dict[str, Any]]]
+    ) -> list[np.ndarray]:
+        """`encode_chat` of many conversations at the speed of `encode_batch`: uint16 arrays."""
+        conversations = list(conversations)
+        for messages in conversations:
+            check_messages(messages)
+        contents = iter(
+            self.encode_batch([message["content"] for chat in conversations for message in chat])
+        )
+        return [
+            np.concatenate(
+                self._chat_parts([next(contents) for _ in chat]), dtype=np.uint16, casting="unsafe"
+            )
+            for chat in conversations
+        ]
+
+    def _chat_parts(self, contents: Sequence[Sequence[int]]) -> list[Sequence[int]]:
+        """The pieces of a conversation in order; contents at odd places are the assistant's."""
+        parts: list[Sequence[int]] = [[self.bos_id]]
+        for turn, content in enumerate(contents):
+            if turn % 2 == 0:
+                parts += [[self.user_id], content]
+            else:
+                parts += [[self.assistant_id], content, [self.eos_id]]
+        return parts
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes that `ids` stand for; they may end in the middle of a character."""
+        ids = np.asarray(ids if hasattr(ids, "__len__") else list(ids))
+        if ids.size and not np.issubdtype(ids.dtype, np.integer):
+            raise ValueError(f"ids are integers, not {ids.dtype}")
+        outside = ids[(ids < 0) | (ids >= self.vocab_size)] if ids.size else ids
+        if outside.size:
+            raise ValueError(f"id {outside[0]} is not in 0..{self.vocab_size - 1}")
+        return b"".join(map(self._pieces.__getitem__, ids.tolist()))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`, control tokens spelled out; exact for ids that `encode` returned.
+
+        Bytes that are not UTF-8, as when ids were cut inside a character, become U+FFFD.
+        Raises ValueError for an id outside the vocabulary.
+        """
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def assistant_mask(self, ids: np.ndarray) -> np.ndarray:
+        """True at the tokens of every assistant turn and at the `<|endoftext|>` that closes it.
+
+        ids (T,) integers -> (T,) bool. `<|assistant|>` itself is False: the model is never asked to
+        start its own turn. The last control token before a position says whose turn it is in.
+        """
+        ids = np.asarray(ids)
+        is_control = ids >= self.n_text
+        position = np.where(is_control, np.arange(len(ids)), -1)
+        last_control = np.concatenate([[-1], np.maximum.accumulate(position)[:-1]])[: len(ids)]
+        in_assistant = (last_control >= 0) & (ids[last_control] == self.assistant_id)
+        return in_assistant & (~is_control | (ids == self.eos_id))
+
+
+def to_utf8(text: str) -> bytes:
+    """The UTF-8 form of a text; ValueError when it has none."""
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        raise ValueError(
+            f"not valid Unicode text: a lone surrogate U+{code:04X} at character {error.start}"
+        ) from None
+
+
+def check_messages(messages: Sequence[dict[str, Any]]) -> None:
+    """ValueError unless `messages` alternate user and assistant, user first, with str contents."""
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise ValueError("a conversation is a non-empty list of messages")
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict) or "role" not in message or "content" not in message:
+            raise ValueError(f'message {i + 1} is not {{"role": ..., "content": ...}}')
+        expected = ("user", "assistant")[i % 2]
+        if message["role"] != expected:
+            raise ValueError(
+                f"message {i + 1} has role {message['role']!r}, expected {expected!r}: roles "
+                "alternate user and assistant, starting with user"
+            )
+        if not isinstance(message["content"], str):
+            kind = type(message["content"]).__name__
+            raise ValueError(f"the content of message {i + 1} is not a string but {kind}")
+
+
+def parse_chat(text: str, may_lack_end: bool = False) -> list[dict[str, str]]:
+    """The messages of one trusted example in the chat layout, without its `<|startoftext|>`.
+
+    Blanks after `<|endoftext|>` are dropped; with `may_lack_end` the last one may be missing.
+    ValueError unless the control tokens are (user, assistant, endoftext) once or more.
+    """
+    layout = (USER, ASSISTANT, END_OF_TEXT)
+    before, *pieces = re.split(f"({'|'.join(map(re.escape, CONTROL_TOKENS))})", text)
+    names, contents = pieces[::2], pieces[1::2]
+    if before.strip():
+        raise ValueError(f"text between {START_OF_TEXT} and {USER}")
+    if may_lack_end and len(names) % 3 == 2:
+        names.append(END_OF_TEXT)
+        contents = [*contents[:-1], contents[-1].rstrip(), ""]
+    messages = []
+    for i, (name, content) in enumerate(zip(names, contents, strict=True)):
+        if name != layout[i % 3]:
+            raise ValueError(f"found {name} where {layout[i % 3]} belongs")
+        if name != END_OF_TEXT:
+            role = "user" if name == USER else "assistant"
+            messages.append({"role": role, "content": content})
+        elif content.strip():
+            raise ValueError(f"text after {END_OF_TEXT}, where {USER} or a new example belongs")
+    if not names or len(names) % 3:
+        raise ValueError(f"the example ends where {layout[len(names) % 3]} belongs")
+    return messages
+
+
+def gigatoken_encoder(tokenizer_json: str) -> Callable[[list[bytes]], list[np.ndarray]]:
+    """A function from UTF-8 texts to uint16 ids; raises whatever makes gigatoken unusable."""
+    from gigatoken import Tokenizer as GigaTokenizer
+
+    tokenizer = GigaTokenizer.from_json(tokenizer_json)
+
+    def encode(texts: list[bytes]) -> list[np.ndarray]:
+        if not texts:
+            return []
+        layout = tokenizer.encode_batch(texts).layout
+        bounds = np.asarray(layout.offsets.data).tolist()
+        ids = np.asarray(layout.content.data).astype(np.uint16)
+        return [ids[bounds[i] : bounds[i + 1]] for i in range(len(texts))]
+
+    return encode
+
+
+def raised(error: BaseException) -> str:
+    """One line about an error of gigatoken; an interrupt is passed on instead."""
+    if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
+        raise error
+    return f"{type(error).__name__}: {error}".splitlines()[0]
