@@ -1,0 +1,448 @@
+"""The .npz shard format, both ends: NpzDataset and open_split read it, ShardWriter writes it.
+
+A shard holds two arrays: `tokens` uint16 (N,) and `offsets` uint64 (documents + 1,); document i is
+`tokens[offsets[i]:offsets[i + 1]]`. It is an ordinary .npz (`np.load` reads it), stored without
+compression so that the arrays are memory-mapped straight out of the zip; the compressed files of
+the original Lille load too. `manifest.json` beside the shards says which tokenizer made them, from
+what, and each file's size and sha256.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import struct
+import tempfile
+import zipfile
+import zlib
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from config import UserError
+
+FORMAT_VERSION = 1
+CHUNK = 1 << 20  # values checked, or bytes copied, at a time
+HASHED_SPLIT_BYTES = 1 << 30  # a split up to this size has its sha256 checked when it is opened
+
+
+class NpzDataset:
+    """The documents of one shard: `len(d)`, `d[i]` (uint16, read-only), `d.tokens`, `d.offsets`.
+
+    Arrays of an uncompressed file are `np.memmap`s: opening reads the offsets only, whatever the
+    size. Compressed arrays are loaded into memory. Raises UserError, naming the file, for anything
+    that is not a whole and consistent shard.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                self.tokens = self._read_array(archive, "tokens")
+                self.offsets = self._read_array(archive, "offsets")
+        except UserError:
+            raise
+        except (zipfile.BadZipFile, zlib.error, EOFError, struct.error, RuntimeError, ValueError):
+            raise self._broken("is truncated or is not a .npz file") from None
+        except OSError as error:
+            raise UserError(f"cannot read {self.path}: {error.strerror or error}") from None
+        self._check_offsets()
+        self.tokens = self._as_uint16(self.tokens)
+        self._plain_tokens = np.asarray(self.tokens)  # slicing a memmap object costs ten times more
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"document {i} of {len(self)}")
+        i %= len(self)
+        return self._plain_tokens[int(self.offsets[i]) : int(self.offsets[i + 1])]
+
+    def __reduce__(self):
+        return NpzDataset, (str(self.path),)  # a worker process maps the file again
+
+    def _broken(self, what: str) -> UserError:
+        return UserError(f"{self.path} {what}: copy it again, or prepare the dataset again")
+
+    def _read_array(self, archive: zipfile.ZipFile, name: str) -> np.ndarray:
+        """One array of the file, memory-mapped if it is stored uncompressed."""
+        try:
+            info = archive.getinfo(f"{name}.npy")
+        except KeyError:
+            raise self._broken(f"holds no array '{name}'") from None
+        try:
+            with archive.open(info) as member:
+                version = np.lib.format.read_magic(member)
+                read_header = {
+                    (1, 0): np.lib.format.read_array_header_1_0,
+                    (2, 0): np.lib.format.read_array_header_2_0,
+                }[version]
+                shape, _, dtype = read_header(member)
+                header_bytes = member.tell()
+                if len(shape) != 1 or dtype.kind not in "iu":
+                    raise self._broken(f"has '{name}' as {dtype} {shape}, not a row of integers")
+                if info.file_size != header_bytes + shape[0] * dtype.itemsize:
+                    raise self._broken(f"has an array '{name}' of the wrong length")
+                if info.compress_type != zipfile.ZIP_STORED or shape[0] == 0:
+                    return np.frombuffer(member.read(), dtype, count=shape[0])
+        except UserError:
+            raise
+        except (ValueError, KeyError):
+            raise self._broken(f"has an array '{name}' that is not in .npy format") from None
+
+        with open(self.path, "rb") as file:  # the local header's extra field may differ from info's
+            file.seek(info.header_offset + 26)
+            name_bytes, extra_bytes = struct.unpack("<HH", file.read(4))
+        start = info.header_offset + 30 + name_bytes + extra_bytes + header_bytes
+        if start + shape[0] * dtype.itemsize > self.path.stat().st_size:
+            raise self._broken("is truncated")
+        return np.memmap(self.path, dtype=dtype, mode="r", offset=start, shape=shape)
+
+    def _check_offsets(self) -> None:
+        offsets, n_tokens = self.offsets, len(self.tokens)
+        if len(offsets) == 0 or offsets[0] != 0:
+            raise self._broken("has offsets that do not start at 0")
+        for start in range(0, len(offsets), CHUNK):
+            piece = np.asarray(offsets[start : start + CHUNK + 1])  # one value of overlap
+            if (piece[1:] < piece[:-1]).any():
+                raise self._broken("has offsets that decrease")
+        if offsets[-1] != n_tokens:
+            raise self._broken(f"has offsets that end at {offsets[-1]}, not at {n_tokens} tokens")
+
+    def _as_uint16(self, tokens: np.ndarray) -> np.ndarray:
+        """Ids kept in another integer type are converted in memory, if every one of them fits."""
+        if tokens.dtype == np.uint16:
+            return tokens
+        for start in range(0, len(tokens), CHUNK):
+            piece = tokens[start : start + CHUNK]
+            if piece.min() < 0 or piece.max() > 0xFFFF:
+                raise self._broken(f"has {tokens.dtype} tokens that do not fit into uint16")
+        return tokens.astype(np.uint16)
+
+    def max_id(self) -> int:
+        """The largest id of the shard, -1 if it is empty; reads it all."""
+        starts = range(0, len(self.tokens), CHUNK)
+        return max((int(self._plain_tokens[s : s + CHUNK].max()) for s in starts), default=-1)
+
+
+class ShardWriter:
+    """Collects documents in an unnamed temporary file and writes them as shards, in any order.
+
+        with ShardWriter(directory) as writer:
+            writer.add_batch(list_of_id_arrays)
+            entry = writer.write(directory / "train.npz")
+
+    Memory is flat but for 8 bytes a document (about 40 while writing in another order). The
+    temporary file lies in `directory`, takes 2 bytes a token and vanishes with the process.
+    """
+
+    def __init__(self, directory: str | Path):
+        self.directory = Path(directory)
+        self._bounds = array("Q", [0])
+        with named_errors(self.directory):
+            self._file = tempfile.TemporaryFile(dir=self.directory, buffering=CHUNK)
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        try:
+            self._file.close()
+        except OSError:  # the disk is full: the buffer cannot be flushed, and is not needed
+            pass
+
+    @property
+    def documents(self) -> int:
+        return len(self._bounds) - 1
+
+    @property
+    def tokens(self) -> int:
+        return self._bounds[-1]
+
+    def add(self, ids: Sequence[int] | np.ndarray) -> None:
+        """Adds one document; see `add_batch`."""
+        self.add_batch([ids])
+
+    def add_batch(self, documents: Iterable[Sequence[int] | np.ndarray]) -> None:
+        """Adds documents, each a row of ids in 0..65535; ValueError for anything else."""
+        documents = [np.asarray(ids) for ids in documents]
+        if not documents:
+            return
+        for ids in documents:
+            if ids.dtype != np.uint16 and ids.size:
+                if ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() > 0xFFFF:
+                    raise ValueError("a document is a row of ids between 0 and 65535")
+        ends = np.cumsum([len(ids) for ids in documents], dtype=np.uint64) + np.uint64(self.tokens)
+        with named_errors(self.directory):
+            self._file.write(np.concatenate(documents, dtype="<u2", casting="unsafe").data)
+        self._bounds.frombytes(ends.tobytes())
+
+    def write(self, path: str | Path, order: np.ndarray | None = None) -> dict[str, Any]:
+        """Writes the documents, or those that `order` lists in its order, as the shard `path`.
+
+        The same documents give the same bytes. `path` appears complete and on disk, or not at all.
+        Returns the file's entry for the manifest: sha256, bytes, documents, tokens.
+        """
+        path = Path(path)
+        bounds = np.frombuffer(self._bounds, dtype=np.uint64)
+        if order is None:
+            offsets, chunks = bounds, self._all_tokens()
+        else:
+            offsets = np.zeros(len(order) + 1, dtype=np.uint64)
+            np.cumsum(bounds[1:][order] - bounds[:-1][order], out=offsets[1:])
+            chunks = self._ordered_tokens(bounds, order)
+        with named_errors(path):
+            self._file.flush()
+            write_npz(path, int(offsets[-1]), chunks, offsets)
+            return {
+                "sha256": file_sha256(path),
+                "bytes": path.stat().st_size,
+                "documents": len(offsets) - 1,
+                "tokens": int(offsets[-1]),
+            }
+
+    def _read(self, start: int, n_bytes: int) -> bytes:
+        # Past the buffer, which would read a whole megabyte for every document.
+        self._file.raw.seek(start)
+        data = self._file.raw.read(n_bytes)
+        while len(data) < n_bytes:  # one call returns at most 2 GiB
+            data += self._file.raw.read(n_bytes - len(data))
+        return data
+
+    def _all_tokens(self) -> Iterator[bytes]:
+        total = 2 * self.tokens
+        for start in range(0, total, CHUNK):
+            yield self._read(start, min(CHUNK, total - start))
+
+    def _ordered_tokens(self, bounds: np.ndarray, order: np.ndarray) -> Iterator[bytes]:
+        step = 1024
+        for i in range(0, len(order), step):
+            documents = order[i : i + step]
+            starts, ends = bounds[:-1][documents].tolist(), bounds[1:][documents].tolist()
+            for start, end in zip(starts, ends, strict=True):
+                yield self._read(2 * start, 2 * (end - start))
+
+
+def write_npz(path: Path, n_tokens: int, chunks: Iterable[bytes], offsets: np.ndarray) -> None:
+    """Streams a shard into `path`, atomically, with fixed dates in the zip."""
+    starts = range(0, len(offsets), CHUNK)
+    members = (
+        ("tokens", "<u2", n_tokens, chunks),
+        ("offsets", "<u8", len(offsets), (offsets[s : s + CHUNK].tobytes() for s in starts)),
+    )
+    with atomic_file(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for name, dtype, length, pieces in members:
+            info = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
+            info.create_system, info.external_attr = 3, 0o644 << 16
+            # Padding, so that the mapped array is aligned: the fixed part of the local header is
+            # 30 bytes, its zip64 field 20, the head of the padding 4.
+            padding = -(file.tell() + 30 + len(info.filename) + 20 + 4) % 64
+            info.extra = struct.pack("<HH", 0xD935, padding) + bytes(padding)
+            with archive.open(info, "w", force_zip64=True) as member:
+                header = {"descr": dtype, "fortran_order": False, "shape": (length,)}
+                np.lib.format.write_array_header_1_0(member, header)
+                for piece in pieces:
+                    member.write(piece)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that becomes `path`, complete and on disk, or leaves nothing behind."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb", buffering=CHUNK) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+@contextmanager
+def named_errors(path: Path) -> Iterator[None]:
+    """Gives a failed write the name of its file, which the system's own error may not carry."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.EFBIG:
+            raise UserError(
+                f"{path} is larger than this disk or `ulimit -f` allows: write to another disk"
+            ) from None
+        error.filename = error.filename or str(path)
+        raise
+
+
+def sync_directory(directory: Path) -> None:
+    """Makes renames in `directory` survive a power cut (not possible, nor needed, on Windows)."""
+    if os.name == "posix":
+        descriptor = os.open(directory, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def file_sha256(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def make_manifest(
+    kind: str,
+    tokenizer: Any,
+    sources: list[dict[str, Any]],
+    settings: dict[str, Any],
+    dropped: dict[str, int],
+    files: dict[str, dict[str, Any]],
+) -> dict[str, Any]:
+    """The content of manifest.json.
+
+    `kind` is "text" or "chat"; `sources` are {"name", "bytes", "sha256"}; `dropped` counts the
+    documents left out, by reason; `files` maps names to what `ShardWriter.write` returned.
+    """
+    assert kind in ("text", "chat")
+    return {
+        "format_version": FORMAT_VERSION,
+        "complete": True,
+        "kind": kind,
+        "tokenizer": {"sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size},
+        "sources": sources,
+        "settings": settings,
+        "documents": sum(entry["documents"] for entry in files.values()),
+        "tokens": sum(entry["tokens"] for entry in files.values()),
+        "dropped": dropped,
+        "files": files,
+    }
+
+
+def write_manifest(data_dir: str | Path, manifest: dict[str, Any]) -> None:
+    """Writes `data_dir`/manifest.json atomically."""
+    path = Path(data_dir, "manifest.json")
+    content = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+    with named_errors(path), atomic_file(path) as file:
+        file.write(content.encode("utf-8"))
+
+
+def read_manifest(data_dir: str | Path) -> dict[str, Any] | None:
+    """The manifest of a dataset, None if it has none; UserError if it cannot be trusted."""
+    path = Path(data_dir, "manifest.json")
+    try:
+        manifest = json.loads(path.read_bytes())
+        version, complete = manifest["format_version"], manifest["complete"]
+        manifest["kind"], manifest["tokenizer"]["sha256"], manifest["tokenizer"]["vocab_size"] + 0
+        for entry in manifest["files"].values():
+            entry["sha256"], entry["bytes"] + entry["documents"] + entry["tokens"]
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise UserError(f"{path} is damaged: prepare the dataset again") from None
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path} has format {version}, not {FORMAT_VERSION}: prepare it again")
+    if not complete:
+        raise UserError(f"{path}: replacing the files was cut off: prepare the dataset again")
+    return manifest
+
+
+def publish(staging: Path, data_dir: Path, manifest: dict[str, Any]) -> None:
+    """Moves finished shards from `staging` into `data_dir` (the same disk) with their manifest.
+
+    Until the last file is in place the manifest says so, and read_manifest refuses the dataset: a
+    mixture of old and new files cannot be taken for either.
+    """
+    write_manifest(data_dir, manifest | {"complete": False})
+    for name in manifest["files"]:
+        os.replace(staging / name, data_dir / name)
+    write_manifest(data_dir, manifest)  # syncs the directory, and so the renames
+
+
+def open_split(
+    data_dir: str | Path,
+    split: str,
+    tokenizer_sha256: str | None = None,
+    vocab_size: int | None = None,
+) -> list[NpzDataset]:
+    """Opens the shards of a split: `train.npz`, or all of `train-00000-of-00016.npz` and so on.
+
+    With a manifest: the tokenizer, every file's size and, for a split up to 1 GiB, its sha256 must
+    agree. Without one (the original's files) every id is checked against `vocab_size`. Raises
+    UserError, one line that names the file and says what to do.
+    """
+    data_dir = Path(data_dir)
+    prepare = f"run python prepare_dataset.py --input_file_path=... --output_dir={data_dir}"
+    if not data_dir.is_dir():
+        raise UserError(f"there is no dataset directory {data_dir}: {prepare}")
+    manifest = read_manifest(data_dir)
+    names = split_files(data_dir, split, manifest["files"] if manifest else os.listdir(data_dir))
+    paths = [data_dir / name for name in names]
+    if not paths:
+        raise UserError(f"there is no {data_dir / split}.npz: {prepare}")
+    if manifest:
+        check_manifest(data_dir, manifest, paths, tokenizer_sha256, vocab_size)
+    shards = [NpzDataset(path) for path in paths]
+    if not manifest and vocab_size is not None:
+        for shard in shards:
+            if (largest := shard.max_id()) >= vocab_size:
+                raise UserError(
+                    f"{shard.path} has the id {largest}, the vocabulary ends at {vocab_size - 1}: "
+                    "it is of another tokenizer, prepare the dataset again"
+                )
+    if not any(len(shard.tokens) for shard in shards):
+        raise UserError(f"{paths[0]} holds no tokens: {prepare}")
+    return shards
+
+
+def split_files(data_dir: Path, split: str, names: Iterable[str]) -> list[str]:
+    """The names that belong to a split, in order; UserError unless they are one whole set."""
+    pattern = re.compile(rf"{re.escape(split)}(?:-(\d+)-of-(\d+))?\.npz")
+    found = sorted(match[0] for name in names if (match := pattern.fullmatch(name)))
+    if not found or found == [f"{split}.npz"]:
+        return found
+    total = pattern.fullmatch(found[0])[2]
+    whole = [f"{split}-{i:0{len(total)}d}-of-{total}.npz" for i in range(int(total or 0))]
+    if extra := sorted(set(found) - set(whole)):
+        raise UserError(f"{data_dir} has both {found[0]} and {extra[-1]}: remove one of the sets")
+    if missing := sorted(set(whole) - set(found)):
+        raise UserError(
+            f"{data_dir / missing[0]} is missing ({len(missing)} of {int(total)} are): copy it "
+            "there, or let the preparation finish"
+        )
+    return whole
+
+
+def check_manifest(
+    data_dir: Path,
+    manifest: dict[str, Any],
+    paths: list[Path],
+    tokenizer_sha256: str | None,
+    vocab_size: int | None,
+) -> None:
+    """UserError unless the manifest is of our tokenizer and describes the files as they are."""
+    tokenizer, again = manifest["tokenizer"], "prepare the dataset again"
+    name = data_dir / "manifest.json"
+    if tokenizer_sha256 is not None and tokenizer["sha256"] != tokenizer_sha256:
+        hashes = f"{tokenizer['sha256'][:12]}, not {tokenizer_sha256[:12]}"
+        raise UserError(f"{name}: made with another tokenizer ({hashes}): {again} with this one")
+    if vocab_size is not None and tokenizer["vocab_size"] > vocab_size:
+        sizes = f"{tokenizer['vocab_size']} ids, the model takes {vocab_size}"
+        raise UserError(f"{name}: made with a larger tokenizer ({sizes}): {again}")
+    entries = [manifest["files"][path.name] for path in paths]
+    hashed = sum(entry["bytes"] for entry in entries) <= HASHED_SPLIT_BYTES
+    for path, entry in zip(paths, entries, strict=True):
+        if not path.is_file():
+            raise UserError(f"{path} is missing: copy it there, or {again}")
+        size, wrong = path.stat().st_size, None
+        if size != entry["bytes"]:
+            wrong = f"has {size:,} bytes, its manifest says {entry['bytes']:,}"
+        elif hashed and file_sha256(path) != entry["sha256"]:
+            wrong = "does not have the sha256 of its manifest"
+        if wrong:
+            raise UserError(f"{path} {wrong}: copy it again, or {again}")
