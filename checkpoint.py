@@ -65,7 +65,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return state
 
 
-def build_model(state: dict[str, Any], name: str | Path, **changes: Any) -> GPT:
+def model_of(state: dict[str, Any], name: str | Path, **changes: Any) -> GPT:
     """The model of a loaded checkpoint, its `model_args` with `changes`, in training mode."""
     try:
         model = GPT(model_config(state["model_args"] | changes))
@@ -85,7 +85,7 @@ def load_model(
     """
     if Path(path).is_dir():
         raise UserError(f"{path} is a folder: give the path of a .pt file in it")
-    return build_model(load_checkpoint(path), path).to(device=device, dtype=dtype).eval()
+    return model_of(load_checkpoint(path), path).to(device=device, dtype=dtype).eval()
 
 
 def snapshot(value: Any) -> Any:

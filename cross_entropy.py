@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from sampling import sample
 
 IGNORE_INDEX = -100  # target of a position without a label
-CHUNK = 1024  # tokens whose logits exist at once; 128 MiB of float32
+CHUNK = 256  # tokens whose logits exist at once; 32 MiB of float32
 
 
 def linear_cross_entropy(
@@ -49,11 +49,15 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             x_chunk = x[chunk]
             logits = F.linear(x_chunk, weight).float()  # (chunk, V)
             target = (sample(logits) if sample_targets else targets[chunk])[:, None]
-            logsumexp = logits.logsumexp(dim=-1, keepdim=True)
-            loss += (logsumexp - logits.gather(1, target)).sum()
+            largest, at = logits.max(dim=-1, keepdim=True)
+            target_logit = logits.gather(1, target)
+            probabilities = logits.softmax(dim=-1)
+            # logsumexp = max - log p(max): exact, as p(max) is never small, unlike p(target)
+            logsumexp = largest - probabilities.gather(1, at).log()
+            loss += (logsumexp - target_logit).sum()
             if needs_gradient:
-                dlogits = logits.sub_(logsumexp).exp_()
-                dlogits.scatter_add_(1, target, -torch.ones_like(logsumexp))
+                dlogits = probabilities
+                dlogits.scatter_add_(1, target, torch.full_like(largest, -1.0))
                 dlogits = dlogits.to(x.dtype)
                 dx[chunk] = F.linear(dlogits, weight.t()).to(dx.dtype)
                 dweight += F.linear(dlogits.t(), x_chunk.t())
