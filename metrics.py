@@ -1,0 +1,150 @@
+"""What a training run shows and keeps: metrics.jsonl, the loss curve, the progress bar, wandb."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+PEAK_FLOPS = {  # dense 16-bit matrix products of a card, FLOP/s, by a part of its name
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+    "RTX 4070 Ti": 80.2e12,
+    "RTX 3090": 71e12,
+}
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Published 16-bit FLOP/s of a known GPU; None for any other device."""
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
+
+
+class Metrics:
+    """Appends one JSON object per line to `out_dir/metrics.jsonl` and draws its loss curves.
+
+    A resumed run first forgets the lines beyond the step it resumes from, so that a killed run's
+    file ends up the same as an undisturbed one's, but for the timings.
+    """
+
+    def __init__(self, out_dir: Path, first_step: int, wandb_settings: dict[str, Any] | None):
+        self.path, self.curve = out_dir / "metrics.jsonl", out_dir / "loss_curve.png"
+        kept = [row for row in read_metrics(self.path) if row["step"] <= first_step]
+        temporary = self.path.with_name(".metrics.jsonl.tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept if first_step))
+        os.replace(temporary, self.path)
+        self.wandb = None
+        if wandb_settings is not None:
+            import wandb
+
+            self.wandb = wandb.init(**wandb_settings)
+
+    def log(self, step: int, **values: float | str) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step} | values) + "\n")
+        if self.wandb is not None:
+            self.wandb.log(values, step=step)
+
+    def last(self) -> dict[str, Any]:
+        """The newest value of every metric."""
+        newest: dict[str, Any] = {}
+        for row in read_metrics(self.path):
+            newest |= row
+        return newest
+
+    def plot(self) -> None:
+        """Draws training and validation loss against steps to `loss_curve.png`."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        axes = figure.subplots()
+        rows = read_metrics(self.path)
+        for key, label, style in (
+            ("loss", "training", {"linewidth": 1, "alpha": 0.8}),
+            ("val_loss", "validation", {"marker": "o", "markersize": 4}),
+            ("pretrain_val_loss", "pretraining validation", {"marker": "s", "markersize": 4}),
+        ):
+            points = [(row["step"], row[key]) for row in rows if key in row]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=label, **style)
+        axes.set(xlabel="step", ylabel="loss (nats per token)", title=str(self.path.parent))
+        axes.grid(alpha=0.3)
+        if axes.get_lines():
+            axes.legend()
+        figure.savefig(self.curve, dpi=120)
+
+    def close(self) -> None:
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a line that a kill cut short is left out."""
+    rows = []
+    for line in path.read_text("utf-8").splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+class Progress:
+    """The bar: loss, lr, tokens/s, win rate, and MFU on a known GPU; tqdm adds the ETA."""
+
+    def __init__(
+        self, first_step: int, total_steps: int, flops_per_token: int, device: torch.device
+    ):
+        self.bar = tqdm(
+            total=total_steps,
+            initial=first_step,
+            unit="step",
+            dynamic_ncols=True,
+            smoothing=0.1,
+            mininterval=0.1 if sys.stderr.isatty() else 15,  # a log file needs fewer lines
+        )
+        self.flops_per_token, self.peak = flops_per_token, None
+        if device.type == "cuda":
+            self.peak = peak_flops(torch.cuda.get_device_name(device))
+        self.tokens, self.seconds = 0, 0.0
+        self.started = time.perf_counter()
+
+    def advance(self, tokens: int) -> None:
+        """Counts one step of `tokens` useful tokens."""
+        self.tokens += tokens
+        self.bar.update()
+
+    def rate(self) -> dict[str, float]:
+        """Tokens/s, and MFU where the peak is known, since the last call."""
+        now = time.perf_counter()
+        tokens_per_second = self.tokens / (now - self.started)
+        self.tokens, self.started = 0, now
+        rates = {"tokens_per_second": round(tokens_per_second, 1)}
+        if self.peak is not None:
+            rates["mfu"] = round(tokens_per_second * self.flops_per_token / self.peak, 4)
+        return rates
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves the time of evaluation and saving out of the training rate."""
+        begin = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - begin
+
+    def show(self, **values: float) -> None:
+        shown = {key: f"{value:.4g}" for key, value in values.items()}
+        self.bar.set_postfix(shown, refresh=sys.stderr.isatty())
+
+    def write(self, text: str) -> None:
+        self.bar.write(text)
+
+    def close(self) -> None:
+        self.bar.close()

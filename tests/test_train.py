@@ -1,0 +1,521 @@
+"""Training: the schedule, refusals, exact resume after kills, and that nothing bad gets in."""
+
+import dataclasses
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from checkpoint import load_checkpoint, load_model
+from config import UserError, config_from_constants
+from cross_entropy import IGNORE_INDEX
+from model import GPT, GPTConfig
+from packing import Batch
+from tokenizer import load_tokenizer
+from training import MAX_BAD_STEPS, Run, gradient_scale
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = {
+    "n_layers": 2,
+    "n_embd": 16,
+    "n_heads": 2,
+    "n_kv_heads": 1,
+    "block_size": 32,
+    "batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "num_epochs": 2,
+    "warmup_iters": 3,
+    "learning_rate": 3e-3,
+    "hess_interval": 3,
+    "eval_interval": 4,
+    "eval_rows": 8,
+    "log_interval": 1,
+    "dropout": 0.1,
+    "sample_tokens": 4,
+    "compile": False,
+    "device": "cpu",
+}
+
+
+def arguments(data_dir: Path, out_dir: Path, /, **changes) -> list[str]:
+    settings = TINY | {"data_dir": data_dir, "out_dir": out_dir} | changes
+    return [f"--{name}={value}" for name, value in settings.items()]
+
+
+def config_of(data_dir: Path, out_dir: Path, /, **changes):
+    return config_from_constants(vars(train), arguments(data_dir, out_dir, **changes))
+
+
+def child(*args: str, **settings) -> subprocess.Popen:
+    """`python train.py ...` as a user would run it."""
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *args],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **settings,
+    )
+
+
+def assert_same(ours, theirs, where: str = "") -> None:
+    """Equal to the last bit, through nested containers; timings and paths aside."""
+    if isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, theirs), where
+    elif isinstance(ours, dict):
+        assert ours.keys() == theirs.keys(), where
+        for key in ours:
+            if key not in ("out_dir", "resume_checkpoint"):
+                assert_same(ours[key], theirs[key], f"{where}.{key}")
+    elif isinstance(ours, list | tuple):
+        assert len(ours) == len(theirs), where
+        for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            assert_same(a, b, f"{where}[{i}]")
+    else:
+        assert ours == theirs, where
+
+
+@pytest.fixture(scope="module")
+def finished(text_data, tmp_path_factory) -> tuple[Path, dict]:
+    """An undisturbed run of two epochs that keeps every checkpoint."""
+    out_dir = tmp_path_factory.mktemp("finished")
+    result = train.train(config_of(text_data, out_dir, keep_checkpoints=99))
+    return out_dir, result
+
+
+def last_checkpoint(out_dir: Path) -> dict:
+    return load_checkpoint(max(out_dir.glob("ckpt_*.pt")))
+
+
+def test_schedule_against_a_table():
+    settings = {"peak": 1.0, "warmup": 4, "total": 13, "min_ratio": 0.1}
+    found = [train.learning_rate_at(step, **settings) for step in range(13)]
+    half = [0.1 + 0.45 * (1 + math.cos(math.pi * k / 8)) for k in range(9)]
+    assert found == pytest.approx([0.2, 0.4, 0.6, 0.8, *half])
+    assert found[4] == 1.0 and found[8] == pytest.approx(0.55) and found[-1] == pytest.approx(0.1)
+
+
+def test_a_finished_run_has_what_it_promises(finished):
+    out_dir, result = finished
+    rows = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert result["step"] == len(losses) > 10
+    assert losses[-1] < losses[0] - 1.0
+    assert all({"lr", "win_rate", "grad_norm", "tokens_per_second"} <= row.keys()
+               for row in rows if "loss" in row)
+    validation = [row for row in rows if "val_loss" in row]
+    assert [row["step"] for row in validation][:3] == [4, 8, 12]
+    assert result["best_val_loss"] == min(row["val_loss"] for row in validation)
+    assert all("val_bpb" in row and "sample" in row for row in validation)
+    assert (out_dir / "loss_curve.png").read_bytes()[:4] == b"\x89PNG"
+
+    best = torch.load(out_dir / "best_model.pt", weights_only=True)  # as the README's notebook cell
+    model = GPT(GPTConfig(**best["model_args"]))
+    model.load_state_dict(best["model_state_dict"])
+    assert best["best_val_loss"] == result["best_val_loss"]
+    assert not list(out_dir.glob(".*"))
+    again = load_model(out_dir / "best_model.pt")
+    assert not again.training and torch.equal(again.norm.weight, model.norm.weight)
+
+
+PINNED_LOSSES = [
+    10.39198,
+    10.38065,
+    10.33655,
+    10.27804,
+    10.17835,
+    10.04955,
+    9.98358,
+    9.92664,
+    9.90441,
+    9.88220,
+]
+
+
+def test_ten_pinned_losses(text_data, tmp_path):
+    """A refactoring leaves these as they are; rounding differs in the sixth digit between CPUs."""
+    train.train(config_of(text_data, tmp_path, dropout=0.0, max_steps=10, sample_tokens=0))
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    losses = [row["loss"] for row in map(json.loads, lines) if "loss" in row]
+    assert losses == pytest.approx(PINNED_LOSSES, abs=2e-4)
+
+
+@pytest.mark.parametrize("cut", [12, 16])  # before and after the border of the first epoch
+def test_resume_continues_bit_for_bit(finished, text_data, tmp_path, cut):
+    whole, result = finished
+    rows = train.open_rows(str(text_data), "train", load_tokenizer(), 32, 1337, chat=False)
+    border = math.ceil(rows.rows_per_epoch / 8)
+    assert 12 < border < 16 < result["step"]
+    shutil.copy(whole / f"ckpt_{cut:07d}.pt", tmp_path)
+    shutil.copy(whole / "metrics.jsonl", tmp_path)  # with lines beyond the cut, as after a kill
+    config = config_of(text_data, tmp_path, keep_checkpoints=99)
+    resumed = train.train(config)
+    assert_same(last_checkpoint(whole), last_checkpoint(tmp_path))
+
+    def without_timing(directory: Path) -> list[dict]:
+        lines = (directory / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) | {"tokens_per_second": 0} for line in lines]
+
+    assert without_timing(whole) == without_timing(tmp_path)
+    assert resumed["best_val_loss"] == result["best_val_loss"]
+    assert train.train(config)["step"] == result["step"]  # finished: nothing to do, and no error
+
+
+@pytest.mark.parametrize("optimizer", ["sophiag", "adamw"])
+def test_kill_9_at_random_moments_changes_nothing(optimizer, text_data, tmp_path):
+    settings = {"eval_interval": 2, "optimizer": optimizer, "sample_tokens": 0}
+    whole = tmp_path / "whole"
+    train.train(config_of(text_data, whole, **settings))
+    killed = tmp_path / "killed"
+    rng, kills = random.Random(optimizer), 0
+    command = arguments(text_data, killed, **settings)
+    while kills < 3:
+        before = len(list(killed.glob("ckpt_*.pt")))
+        process = child(*command)
+        for _ in range(600):  # until it has got somewhere, then a little longer
+            if process.poll() is not None or len(list(killed.glob("ckpt_*.pt"))) > before:
+                break
+            time.sleep(0.05)
+            before = min(before, len(list(killed.glob("ckpt_*.pt"))))
+        time.sleep(rng.uniform(0, 0.3))
+        process.kill()
+        output, _ = process.communicate()
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, output
+        kills += 1
+    assert kills > 0
+    process = child(*command)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    assert_same(last_checkpoint(whole), last_checkpoint(killed))
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_save_and_exit_so_that_a_shell_chain_stops(signum, code, text_data, tmp_path):
+    process = child(*arguments(text_data, tmp_path, num_epochs=500, eval_interval=10_000))
+    metrics = tmp_path / "metrics.jsonl"
+    for _ in range(1200):
+        if metrics.exists() and len(metrics.read_text().splitlines()) >= 3:
+            break
+        time.sleep(0.05)
+    process.send_signal(signum)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == code, output
+    (saved,) = tmp_path.glob("ckpt_*.pt")
+    step = load_checkpoint(saved)["iter_num"]
+    assert step >= 3 and "Traceback" not in output
+    assert f"interrupted at step {step}" in output and "run the same command again" in output
+
+
+def test_damaged_checkpoint_is_skipped(finished, text_data, tmp_path, capsys):
+    whole, _ = finished
+    for step in (4, 8, 12):
+        shutil.copy(whole / f"ckpt_{step:07d}.pt", tmp_path)
+    newest = tmp_path / "ckpt_0000012.pt"
+    newest.write_bytes(newest.read_bytes()[:-5000])
+    middle = bytearray((tmp_path / "ckpt_0000008.pt").read_bytes())
+    middle[len(middle) // 2] ^= 1  # one flipped bit
+    (tmp_path / "ckpt_0000008.pt").write_bytes(middle)
+    train.train(config_of(text_data, tmp_path))
+    captured = capsys.readouterr()
+    assert captured.err.count("skipped a checkpoint") == 2
+    assert "ckpt_0000004.pt at step 4" in captured.out
+
+
+def test_a_run_never_overwrites_another(finished, text_data, tmp_path):
+    whole, _ = finished
+    with pytest.raises(UserError, match="resume_checkpoint=auto"):
+        train.train(config_of(text_data, whole, resume_checkpoint=""))
+    shutil.copy(whole / "best_model.pt", tmp_path)
+    with pytest.raises(UserError, match="holds the results of an earlier run"):
+        train.train(config_of(text_data, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_layers": 3}, "n_layers=2"),
+        ({"seed": 1}, "seed=1337"),
+        ({"optimizer": "adamw"}, "optimizer=sophiag"),
+        ({"block_size": 64}, "block_size=32"),
+    ],
+)
+def test_resume_refuses_another_run(changes, message, finished, text_data):
+    with pytest.raises(UserError, match=message):
+        train.train(config_of(text_data, finished[0], **changes))
+
+
+def test_resume_names_harmless_changes(finished, text_data, tmp_path, capsys):
+    shutil.copy(finished[0] / "ckpt_0000004.pt", tmp_path)
+    train.train(config_of(text_data, tmp_path, learning_rate=1e-3))
+    assert "learning_rate 0.003 -> 0.001" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 0}, "batch_size=0 must be above 0"),
+        ({"warmup_iters": 5000}, "warmup_iters=5000 takes up all"),
+        ({"optimizer": "lion"}, "one of sophiag, adamw"),
+        ({"dtype": "bfloat16"}, "needs a CUDA GPU"),
+        ({"device": "cuda"}, "PyTorch sees no GPU"),
+        ({"n_heads": 3}, "n_embd=16 must be n_heads=3 times"),
+        ({"n_kv_heads": 3}, "multiple of n_kv_heads=3"),
+        ({"dropout": 1.0}, "dropout=1.0 must be"),
+        ({"data_dir": "nowhere"}, "there is no dataset directory nowhere"),
+        ({"finetune": True, "finetune_out_dir": "same", "out_dir": "same"}, "the same folder"),
+        ({"finetune": True, "finetune_checkpoint": "none.pt"}, "none.pt is not there"),
+        ({"resume_checkpoint": "none.pt"}, "none.pt is not there"),
+        ({"beta1": 1.0}, "beta1=1.0"),
+        ({"eval_interval": -1}, "eval_interval=-1"),
+    ],
+)
+def test_mistakes_are_refused_before_the_first_step(changes, message, text_data, tmp_path):
+    if changes.get("device") == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(UserError, match=message):
+        train.train(config_of(text_data, tmp_path / "out", **changes))
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_one_line_and_exit_code_2_for_a_mistake(text_data, tmp_path):
+    process = child(*arguments(text_data, tmp_path), "--learning_rte=1")
+    output, _ = process.communicate()
+    assert process.returncode == 2
+    assert output == "error: unknown setting --learning_rte: did you mean --learning_rate?\n"
+
+
+def test_too_little_disk_is_refused(text_data, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(UserError, match="lower keep_checkpoints"):
+        train.train(config_of(text_data, tmp_path))
+
+
+def test_another_tokenizer_is_refused(finished, text_data, tmp_path):
+    state = load_checkpoint(finished[0] / "ckpt_0000004.pt")
+    torch.save(state | {"tokenizer_sha256": "0" * 64}, tmp_path / "ckpt_0000004.pt")
+    with pytest.raises(UserError, match="another tokenizer"):
+        train.train(config_of(text_data, tmp_path))
+    data = tmp_path / "data"
+    shutil.copytree(text_data, data)
+    manifest = json.loads((data / "manifest.json").read_text())
+    manifest["tokenizer"]["sha256"] = "0" * 64
+    (data / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="another tokenizer"):
+        train.train(config_of(data, tmp_path / "out"))
+
+
+def test_out_of_gpu_memory_says_what_to_lower(text_data, tmp_path, monkeypatch):
+    def too_much(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Run, "step", too_much)
+    with pytest.raises(UserError, match=r"lower batch_size \(now 4\) and raise"):
+        train.train(config_of(text_data, tmp_path))
+
+
+def test_full_disk_keeps_the_earlier_checkpoint(text_data, tmp_path, monkeypatch, capfd):
+    real, calls = torch.save, []
+
+    def save(state, file):
+        calls.append(1)
+        if len(calls) > 1:
+            raise OSError(28, "No space left on device")
+        real(state, file)
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(UserError, match="run again to continue"):
+        train.train(config_of(text_data, tmp_path))
+    assert "could not save" in capfd.readouterr().out
+    (left,) = tmp_path.glob("ckpt_*.pt")
+    assert load_checkpoint(left)["iter_num"] == 4 and not list(tmp_path.glob(".*tmp"))
+
+
+def test_training_goes_on_without_a_compiler(text_data, tmp_path):
+    environment = os.environ | {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    command = arguments(text_data, tmp_path / "out", compile=True, max_steps=4, eval_interval=4)
+    process = child(*command, env=environment)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    assert "torch.compile does not work here" in output and "Traceback" not in output
+
+
+@pytest.fixture
+def tiny_run(text_data, tmp_path):
+    def make(**changes) -> tuple[Run, list[Batch]]:
+        config = train.run_settings(config_of(text_data, tmp_path, dropout=0.0, **changes))
+        torch.manual_seed(0)
+        shape = {f.name: TINY[f.name] for f in dataclasses.fields(GPTConfig) if f.name in TINY}
+        model = GPT(GPTConfig(**shape | {"dropout": 0.0}))
+        run = Run(model, config, torch.device("cpu"), torch.float32)
+        rows = train.open_rows(str(text_data), "train", load_tokenizer(), 32, 0, chat=False)
+        return run, [rows.batch([i, i + 1]) for i in range(0, 8, 2)]
+
+    return make
+
+
+def weights_of(run: Run) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in run.model.parameters()]
+
+
+def test_accumulation_is_normalised_by_the_labels_of_the_whole_step(tiny_run):
+    results = []
+    for merged in (False, True):
+        run, batches = tiny_run(optimizer="adamw")
+        batches[0].targets[0, 3:] = IGNORE_INDEX  # unequal numbers of labels per micro-batch
+        for batch in batches:
+            batch.n_labels = int((batch.targets != IGNORE_INDEX).sum())
+        assert len({batch.n_labels for batch in batches}) > 1
+        if merged:
+            fields = zip(*(batch.tensors()[:3] for batch in batches), strict=True)
+            tensors = [torch.cat(tensors) for tensors in fields]
+            n_labels = sum(batch.n_labels for batch in batches)
+            batches = [Batch(*tensors, cu_seqlens=batches[0].cu_seqlens, n_labels=n_labels)]
+        loss, norm = run.step(batches, lr=1e-2)
+        results.append([loss, norm, *weights_of(run)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["sophiag", "adamw"])
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_what_is_not_finite_never_reaches_the_weights(tiny_run, optimizer, poison):
+    run, batches = tiny_run(optimizer=optimizer)
+    if optimizer == "sophiag":
+        run.update_hessian(batches[0])
+    run.step(batches, lr=1e-3)
+    before = weights_of(run)
+    moments = [v.clone() for s in run.optimizer.state.values() for v in s.values()]
+    real = run.loss_sum
+    run.loss_sum = lambda *args, **kwargs: real(*args, **kwargs) * poison
+    loss, _ = run.step(batches, lr=1e-3)
+    if optimizer == "sophiag":
+        run.update_hessian(batches[0])
+    assert not math.isfinite(loss) and int(run.bad_steps) == 1
+    assert all(map(torch.equal, before, weights_of(run)))
+    after = [v for s in run.optimizer.state.values() for v in s.values()]
+    assert all(map(torch.equal, moments, after))
+    for _ in range(MAX_BAD_STEPS - 1):
+        run.check_finite()
+        run.step(batches, lr=1e-3)
+    with pytest.raises(UserError, match="lower learning_rate"):
+        run.check_finite()
+    run.loss_sum = real
+    run.step(batches, lr=1e-3)
+    assert int(run.bad_steps) == 0 and not all(map(torch.equal, before, weights_of(run)))
+
+
+def test_gradient_clipping_bounds_the_norm(tiny_run):
+    run, batches = tiny_run(optimizer="adamw", grad_clip=1e-3)
+    total = sum(run.loss_sum(batch) for batch in batches)
+    total.backward()
+    norm, scale = gradient_scale(run.model, total, 1e-3)
+    by_hand = math.sqrt(sum(float(p.grad.square().sum()) for p in run.model.parameters()))
+    assert norm.item() == pytest.approx(by_hand, rel=1e-3)  # float32 sums in another order
+    assert (norm * scale).item() == pytest.approx(1e-3, rel=1e-2) and scale < 1
+    assert gradient_scale(run.model, total, 1e9)[1] == 1.0
+
+
+def test_hessian_estimate_counts_its_own_labels(tiny_run):
+    """The optimizer's bs is constant; a batch with fewer labels must still give n · ĝ²."""
+    run, batches = tiny_run()
+    batch = batches[0]
+    batch.targets[0] = IGNORE_INDEX
+    batch.n_labels = int((batch.targets != IGNORE_INDEX).sum())
+    torch.manual_seed(5)
+    loss = run.loss_sum(batch, sample_targets=True) / batch.n_labels
+    gradients = torch.autograd.grad(loss, list(run.model.parameters()))
+    torch.manual_seed(5)
+    run.update_hessian(batch)
+    bs = run.optimizer.defaults["bs"]
+    assert bs == TINY["batch_size"] * TINY["block_size"] > batch.n_labels
+    for parameter, gradient in zip(run.model.parameters(), gradients, strict=True):
+        expected = (1 - TINY_BETA2) * batch.n_labels * gradient.square()
+        found = bs * run.optimizer.state[parameter]["hessian"]
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-9)
+
+
+TINY_BETA2 = train.beta2
+
+
+def test_evaluation_is_the_same_every_time_and_bits_per_byte_is_by_the_formula(tiny_run, text_data):
+    run, _ = tiny_run()
+    tokenizer = load_tokenizer()
+    rows = train.open_rows(str(text_data), "val", tokenizer, 32, 0, chat=False)
+    token_bytes = torch.from_numpy(tokenizer.token_bytes)
+    first, second = (run.evaluate(rows, token_bytes) for _ in range(2))
+    assert first == second
+    nats = n_labels = n_bytes = 0
+    run.model.eval()
+    for row in range(min(TINY["eval_rows"], rows.rows_per_epoch)):
+        batch = rows.batch([row])
+        nats += run.loss_sum(batch).item()
+        labels = batch.targets[batch.targets != IGNORE_INDEX].tolist()
+        n_labels += len(labels)
+        n_bytes += sum(len(tokenizer.decode([i]).encode()) for i in labels if i < 32763)
+    assert first[0] == pytest.approx(nats / n_labels, rel=1e-6)
+    assert first[1] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-6)
+
+
+def test_fine_tune_end_to_end(finished, text_data, chat_data, tmp_path, capsys):
+    base, _ = finished
+    changes = {
+        "finetune": True,
+        "finetune_checkpoint": base / "best_model.pt",
+        "finetune_data_dir": chat_data,
+        "finetune_out_dir": tmp_path / "ft",
+        "finetune_num_epochs": 3,
+        "finetune_warmup_iters": 2,
+        "finetune_learning_rate": 1e-3,
+        "n_layers": 7,  # the checkpoint's shape counts, not this
+    }
+    result = train.train(config_of(text_data, base, **changes))
+    rows = [json.loads(line) for line in (tmp_path / "ft/metrics.jsonl").read_text().splitlines()]
+    rates = [row["lr"] for row in rows if "lr" in row]
+    assert max(rates) == pytest.approx(1e-3, rel=0.05) and rates[-1] == pytest.approx(1e-4)
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert losses[-1] < losses[0]
+    assert {"val_loss", "pretrain_val_loss", "pretrain_val_bpb"} <= result.keys()
+    assert load_model(tmp_path / "ft/best_model.pt").config.n_layers == 2
+    with pytest.raises(UserError, match="finetune=True"):  # a fine-tune is not continued as another
+        shutil.copy(max((tmp_path / "ft").glob("ckpt_*.pt")), tmp_path)
+        train.train(config_of(text_data, tmp_path))
+
+
+def test_fine_tune_refuses_data_without_conversations(finished, text_data, tmp_path):
+    changes = {
+        "finetune": True,
+        "finetune_checkpoint": finished[0] / "best_model.pt",
+        "finetune_data_dir": text_data,
+        "finetune_out_dir": tmp_path,
+    }
+    with pytest.raises(UserError, match="no conversation"):
+        train.train(config_of(text_data, finished[0], **changes))
+
+
+def test_weights_of_the_original_cannot_be_resumed_but_say_how_to_use_them(text_data, tmp_path):
+    model = GPT(GPTConfig(n_embd=16, n_layers=2, n_heads=2, n_kv_heads=1, block_size=32))
+    args = {k: v for k, v in model.config.to_dict().items() if k != "rope_style"}
+    state = {"_orig_mod." + key: value for key, value in model.state_dict().items()}
+    state["_orig_mod.rotary_emb.inv_freq"] = torch.ones(4)
+    old = {"model_state_dict": state, "model_args": args, "iter_num": 1, "best_val_loss": 3.0}
+    torch.save(old, tmp_path / "old.pt")
+    with pytest.raises(UserError, match="--finetune_checkpoint="):
+        train.train(config_of(text_data, tmp_path / "out", resume_checkpoint=tmp_path / "old.pt"))
+    loaded = load_model(tmp_path / "old.pt")
+    assert loaded.config.rope_style == "lille"
+    np.testing.assert_array_equal(
+        loaded.tok_embeddings.weight.detach(), model.tok_embeddings.weight.detach()
+    )

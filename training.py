@@ -1,0 +1,219 @@
+"""One training step, one evaluation, one Hessian estimate: what train.py's loop is made of."""
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+
+from config import UserError
+from cross_entropy import IGNORE_INDEX
+from model import GPT
+from packing import Batch, PackedRows
+from sophia_triton import SophiaG
+from tokenizer import Tokenizer
+
+MAX_BAD_STEPS = 20  # steps in a row without a finite gradient before a run gives up
+
+
+def make_optimizer(model: GPT, config: Any, device: torch.device) -> torch.optim.Optimizer:
+    """SophiaG or fused AdamW, with weight decay on matrices only."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    if config.optimizer == "adamw":
+        betas = (config.adamw_beta1, config.adamw_beta2)
+        return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
+    betas = (config.beta1, config.beta2)
+    hessian_tokens = config.batch_size * model.config.block_size  # one micro-batch
+    return SophiaG(
+        groups, lr=config.learning_rate, betas=betas, rho=config.rho, bs=hessian_tokens
+    )
+
+
+def gradient_scale(model: GPT, loss: torch.Tensor, grad_clip: float) -> tuple[torch.Tensor, ...]:
+    """The gradients' norm and the factor that clips it, NaN where nothing may be updated.
+
+    Both stay on the device. A loss or gradient that is not finite gives NaN, which makes the
+    optimizers leave every weight and moment as it is.
+    """
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    scale = (grad_clip / (norm + 1e-6)).clamp(max=1.0) if grad_clip > 0 else torch.ones_like(norm)
+    good = torch.isfinite(norm) & torch.isfinite(loss)
+    return norm, torch.where(good, scale, torch.full_like(scale, math.nan))
+
+
+def optimizer_step(optimizer: torch.optim.Optimizer, scale: torch.Tensor) -> None:
+    """One step with the gradients times `scale`; NaN skips it, without waiting for the device."""
+    if isinstance(optimizer, SophiaG):
+        optimizer.step(grad_scale=scale)
+    else:  # how GradScaler tells PyTorch's fused optimizers: a divisor, and a flag to skip
+        optimizer.found_inf = torch.isnan(scale).float()
+        optimizer.grad_scale = 1.0 / torch.nan_to_num(scale, nan=1.0)
+        optimizer.step()
+
+
+class Run:
+    """A model with its forward pass, data and optimizer; `train` is the loop over it."""
+
+    def __init__(self, model: GPT, config: Any, device: torch.device, dtype: torch.dtype):
+        self.model, self.forward, self.config = model, model, config
+        self.device, self.dtype = device, dtype
+        self.optimizer = make_optimizer(model, config, device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self.bad_steps = torch.zeros((), dtype=torch.int64, device=device)  # skipped, in a row
+
+    def loss_sum(self, batch: Batch, sample_targets: bool = False) -> torch.Tensor:
+        """Cross-entropy of a micro-batch in nats, summed over its labels."""
+        ids, targets, positions, cu_seqlens = (
+            tensor.to(self.device, non_blocking=True) for tensor in batch.tensors()
+        )
+        sixteen_bit = self.dtype != torch.float32
+        with torch.autocast(self.device.type, self.dtype, enabled=sixteen_bit):
+            return self.forward(
+                ids,
+                targets,
+                positions,
+                cu_seqlens if sixteen_bit else None,  # flash attention computes in 16 bits
+                sample_targets=sample_targets,
+            )
+
+    def try_compile(self, batch: Batch) -> None:
+        """Compiles the forward pass, or says why it cannot be and goes on without.
+
+        Both of its uses run once on `batch`, so that whatever can fail fails here.
+        """
+        rng_state = torch.get_rng_state()
+        self.forward = torch.compile(self.model)
+        try:
+            for sample_targets in (False, True):
+                self.loss_sum(batch, sample_targets).backward()
+        except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
+            reason = str(error).strip().splitlines()[0]
+            print(f"torch.compile does not work here, training without it (slower): {reason}")
+            print("  install a C++ compiler (g++), or set compile = False to skip this attempt")
+            self.forward = self.model
+        self.model.zero_grad(set_to_none=True)
+        torch.set_rng_state(rng_state)
+
+    def update_hessian(self, batch: Batch) -> None:
+        """One Gauss-Newton-Bartlett estimate: the gradient against labels drawn from the model.
+
+        bs·ĝ² must use this batch's own number of labels n. The optimizer's bs is constant, so the
+        gradient is scaled by sqrt(n / bs).
+        """
+        if batch.n_labels == 0:
+            return
+        loss = self.loss_sum(batch, sample_targets=True) / batch.n_labels
+        self.scaler.scale(loss).backward()
+        _, usable = gradient_scale(self.model, loss, grad_clip=0.0)
+        labels = self.optimizer.defaults["bs"]
+        factor = math.sqrt(batch.n_labels / labels) / self.scaler.get_scale()
+        self.optimizer.update_hessian(grad_scale=usable * factor)
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def step(self, batches: list[Batch], lr: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """One optimizer step; returns its loss and gradient norm, on the device.
+
+        The loss is the mean over the labelled tokens of all micro-batches together.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        n_labels = max(1, sum(batch.n_labels for batch in batches))
+        total = torch.zeros((), device=self.device)
+        for batch in batches:
+            loss = self.loss_sum(batch) / n_labels
+            self.scaler.scale(loss).backward()
+            total += loss.detach()
+        self.scaler.unscale_(self.optimizer)
+        norm, scale = gradient_scale(self.model, total, self.config.grad_clip)
+        optimizer_step(self.optimizer, scale)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.bad_steps = torch.where(torch.isnan(scale), self.bad_steps + 1, 0)
+        return total, norm
+
+    def check_finite(self) -> None:
+        """Gives up when the gradient has not been finite for MAX_BAD_STEPS steps in a row."""
+        bad = int(self.bad_steps)
+        if bad >= MAX_BAD_STEPS:
+            raise UserError(
+                f"no finite loss or gradient for {bad} steps, none of which changed the weights: "
+                "lower learning_rate or raise warmup_iters, and continue from the last checkpoint"
+            )
+
+    @torch.no_grad()
+    def evaluate(self, rows: PackedRows, token_bytes: torch.Tensor) -> tuple[float, float]:
+        """Loss in nats per label and bits per byte on the first `eval_rows` rows, ever the same."""
+        self.model.eval()
+        n_rows = min(self.config.eval_rows, rows.rows_per_epoch)
+        nats, n_labels, n_bytes = torch.zeros((), dtype=torch.float64), 0, 0
+        for start in range(0, n_rows, self.config.batch_size):
+            chosen = range(start, start + self.config.batch_size)
+            batch = rows.batch([row if row < n_rows else None for row in chosen])
+            nats += self.loss_sum(batch).double().cpu()
+            n_labels += batch.n_labels
+            n_bytes += int(token_bytes[batch.targets[batch.targets != IGNORE_INDEX]].sum())
+        self.model.train()
+        return nats.item() / n_labels, nats.item() / math.log(2) / max(1, n_bytes)
+
+    def evaluate_all(self, validation: dict[str, PackedRows], tokenizer: Tokenizer) -> dict:
+        """Loss and bits per byte of each validation set, and a text sample."""
+        token_bytes = torch.from_numpy(tokenizer.token_bytes)
+        results: dict[str, Any] = {}
+        for name, rows in validation.items():
+            loss, bits_per_byte = self.evaluate(rows, token_bytes)
+            results |= {f"{name}_loss": loss, f"{name}_bpb": bits_per_byte}
+        if self.config.sample_tokens:
+            results["sample"] = self.sample_text(tokenizer)
+        return results
+
+    def sample_text(self, tokenizer: Tokenizer) -> str:
+        """What the model says to `sample_prompt`: a completion, or an answer in a fine-tune."""
+        prompt = self.config.sample_prompt
+        if self.config.finetune:
+            messages = [{"role": "user", "content": prompt}]
+            ids = tokenizer.encode_chat(messages, add_generation_prompt=True)
+        else:
+            ids = tokenizer.encode(prompt)
+        generator = torch.Generator(self.device).manual_seed(self.config.seed)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            (new,) = self.model.generate(
+                [ids],
+                self.config.sample_tokens,
+                stop_tokens=(tokenizer.eos_id, tokenizer.user_id),
+                generator=generator,
+            )
+        return f"{prompt} | {tokenizer.decode(new).strip()}"
+
+    def state(self, step: int, row: int, best: float, data: str, tokenizer: Tokenizer) -> dict:
+        """Everything that a run needs to continue exactly; see checkpoint.py."""
+        rng = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state()
+        return {
+            "model_state_dict": self.model.state_dict(),
+            "optimizer_state_dict": self.optimizer.state_dict(),
+            "scaler_state_dict": self.scaler.state_dict(),
+            "model_args": self.model.config.to_dict(),
+            "iter_num": step,
+            "best_val_loss": best,
+            "config": dataclasses.asdict(self.config),
+            "tokenizer_sha256": tokenizer.sha256,
+            "data": data,
+            "data_cursor": row,
+            "rng_state": rng,
+        }
+
+    def restore(self, state: dict[str, Any]) -> tuple[int, int, float]:
+        """Puts a checkpoint's state in place; returns (step, row, best validation loss)."""
+        self.model.load_state_dict(state["model_state_dict"])
+        self.optimizer.load_state_dict(state["optimizer_state_dict"])
+        self.scaler.load_state_dict(state["scaler_state_dict"])
+        torch.set_rng_state(state["rng_state"]["cpu"])
+        if self.device.type == "cuda" and "cuda" in state["rng_state"]:
+            torch.cuda.set_rng_state(state["rng_state"]["cuda"])
+        return state["iter_num"], state["data_cursor"], state["best_val_loss"]
