@@ -12,13 +12,13 @@ import shutil
 import sys
 import threading
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from config import UserError
+from files import atomic_file
 from model import GPT, GPTConfig
 
 BEST = "best_model.pt"
@@ -99,26 +99,9 @@ def snapshot(value: Any) -> Any:
     return value
 
 
-def write_atomically(path: Path, write: Callable[[Any], Any]) -> None:
-    """Calls `write(file)` on a temporary file beside `path`, then fsyncs and renames it there.
-
-    On any error the temporary file is gone and what was at `path` is untouched.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def same_content(source: Path, target: Path) -> None:
     """Makes `target` the file `source` without writing its bytes again where links are possible."""
-    temporary = target.with_name(f".{target.name}.tmp")
+    temporary = target.with_name(target.name + ".tmp")
     temporary.unlink(missing_ok=True)
     try:
         os.link(source, temporary)
@@ -154,7 +137,7 @@ class CheckpointWriter:
         self.thread: threading.Thread | None = None
         self.error: OSError | None = None
         directory.mkdir(parents=True, exist_ok=True)
-        for leftover in directory.glob(".*.pt.tmp"):  # of a killed run
+        for leftover in directory.glob("*.pt.tmp"):  # of a killed run
             leftover.unlink()
 
     def save(self, state: dict[str, Any], best: bool) -> Path:
@@ -166,7 +149,8 @@ class CheckpointWriter:
 
     def write(self, path: Path, state: dict[str, Any], best: bool) -> None:
         try:
-            write_atomically(path, lambda file: torch.save(state, file))
+            with atomic_file(path) as file:
+                torch.save(state, file)
             if best:
                 same_content(path, self.directory / BEST)
             for old in checkpoints_in(self.directory)[self.keep :]:

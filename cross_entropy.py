@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from sampling import sample
 
 IGNORE_INDEX = -100  # target of a position without a label
-CHUNK = 256  # tokens whose logits exist at once; 32 MiB of float32
+MIN_CHUNK = 128  # tokens whose logits exist at once; 16 MiB of float32
 
 
 def linear_cross_entropy(
@@ -35,32 +35,37 @@ def linear_cross_entropy(
 class ChunkedCrossEntropy(torch.autograd.Function):
     """d loss / d logits = softmax(logits) - onehot(target), made in the forward pass by chunks.
 
-    Nothing is recomputed, and positions without a label cost nothing.
+    Nothing is recomputed, and positions without a label cost nothing. A chunk has as many tokens as
+    the model is wide: each one reads and writes the whole gradient of the weight.
     """
 
     @staticmethod
     def forward(ctx, x, weight, targets, sample_targets):
         labelled = (targets != IGNORE_INDEX).nonzero()[:, 0]
-        needs_gradient = x.requires_grad
+        device = x.device.type
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else x.dtype  # of the products
+        head = weight.to(dtype)
         loss = torch.zeros((), dtype=torch.float32, device=x.device)
-        dx = torch.zeros_like(x) if needs_gradient else None
-        dweight = torch.zeros_like(weight) if needs_gradient else None
-        for chunk in labelled.split(CHUNK):
-            x_chunk = x[chunk]
-            logits = F.linear(x_chunk, weight).float()  # (chunk, V)
+        dx = torch.zeros_like(x) if x.requires_grad else None
+        dweight = torch.zeros_like(weight) if x.requires_grad else None
+        for chunk in labelled.split(max(MIN_CHUNK, x.shape[1])):
+            x_chunk = x[chunk].to(dtype)
+            logits = (x_chunk @ head.t()).float()  # (chunk, V)
             target = (sample(logits) if sample_targets else targets[chunk])[:, None]
-            largest, at = logits.max(dim=-1, keepdim=True)
-            target_logit = logits.gather(1, target)
             probabilities = logits.softmax(dim=-1)
             # logsumexp = max - log p(max): exact, as p(max) is never small, unlike p(target)
-            logsumexp = largest - probabilities.gather(1, at).log()
-            loss += (logsumexp - target_logit).sum()
-            if needs_gradient:
-                dlogits = probabilities
-                dlogits.scatter_add_(1, target, torch.full_like(largest, -1.0))
-                dlogits = dlogits.to(x.dtype)
-                dx[chunk] = F.linear(dlogits, weight.t()).to(dx.dtype)
-                dweight += F.linear(dlogits.t(), x_chunk.t())
+            largest = logits.amax(dim=-1, keepdim=True)
+            logsumexp = largest - probabilities.amax(dim=-1, keepdim=True).log()
+            loss += (logsumexp - logits.gather(1, target)).sum()
+            if x.requires_grad:
+                probabilities.scatter_add_(1, target, torch.full_like(largest, -1.0))
+                dlogits = probabilities.to(dtype)
+                dx[chunk] = (dlogits @ head).to(x.dtype)
+                if dtype == weight.dtype:  # in place, without a temporary as large as the weight
+                    dweight.addmm_(dlogits.t(), x_chunk)
+                else:
+                    dweight += dlogits.t() @ x_chunk
         ctx.save_for_backward(dx, dweight)
         return loss
 

@@ -7,8 +7,6 @@ the original Lille load too. `manifest.json` beside the shards says which tokeni
 what, and each file's size and sha256.
 """
 
-import errno
-import hashlib
 import json
 import os
 import re
@@ -18,13 +16,13 @@ import zipfile
 import zlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from config import UserError
+from files import atomic_file, file_sha256, named_errors
 
 FORMAT_VERSION = 1
 CHUNK = 1 << 20  # values checked, or bytes copied, at a time
@@ -249,49 +247,6 @@ def write_npz(path: Path, n_tokens: int, chunks: Iterable[bytes], offsets: np.nd
                 np.lib.format.write_array_header_1_0(member, header)
                 for piece in pieces:
                     member.write(piece)
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that becomes `path`, complete and on disk, or leaves nothing behind."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb", buffering=CHUNK) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_directory(path.parent)
-
-
-@contextmanager
-def named_errors(path: Path) -> Iterator[None]:
-    """Gives a failed write the name of its file, which the system's own error may not carry."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno == errno.EFBIG:
-            raise UserError(
-                f"{path} is larger than this disk or `ulimit -f` allows: write to another disk"
-            ) from None
-        error.filename = error.filename or str(path)
-        raise
-
-
-def sync_directory(directory: Path) -> None:
-    """Makes renames in `directory` survive a power cut (not possible, nor needed, on Windows)."""
-    if os.name == "posix":
-        descriptor = os.open(directory, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-
-
-def file_sha256(path: str | Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def make_manifest(

@@ -13,7 +13,6 @@ The same seed, version of Python and README give the same bytes.
 
 import ast
 import json
-import os
 import random
 import re
 import sysconfig
@@ -26,6 +25,7 @@ from pydoc_data.topics import topics
 from typing import Any
 
 from config import UserError, config_from_constants, run_script
+from files import atomic_file
 
 output_dir = "data/demo"
 max_bytes = 6_000_000  # of pretrain.txt; documents that would exceed it are left out
@@ -339,9 +339,8 @@ def main(argv: list[str] | None = None) -> None:
         "conversations_heldout.jsonl": "".join(json.dumps(line) + "\n" for line in held_out),
     }
     for name, text in contents.items():
-        temporary = folder / f"{name}.tmp"  # renamed when whole, so no reader sees half a file
-        temporary.write_bytes(text.encode())  # bytes: Windows would change the line ends
-        os.replace(temporary, folder / name)
+        with atomic_file(folder / name) as file:
+            file.write(text.encode())
         print(f"wrote {folder / name}: {len(text.encode()) / 1e6:.2f} MB")
     print(f"{len(training):,} conversations to train on and {len(held_out)} held out")
 

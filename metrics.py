@@ -1,7 +1,6 @@
 """What a training run shows and keeps: metrics.jsonl, the loss curve, the progress bar, wandb."""
 
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -11,6 +10,8 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+
+from files import atomic_file
 
 PEAK_FLOPS = {  # dense 16-bit matrix products of a card, FLOP/s, by a part of its name
     "H200": 989e12,
@@ -38,9 +39,8 @@ class Metrics:
     def __init__(self, out_dir: Path, first_step: int, wandb_settings: dict[str, Any] | None):
         self.path, self.curve = out_dir / "metrics.jsonl", out_dir / "loss_curve.png"
         kept = [row for row in read_metrics(self.path) if row["step"] <= first_step]
-        temporary = self.path.with_name(".metrics.jsonl.tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept if first_step))
-        os.replace(temporary, self.path)
+        with atomic_file(self.path) as file:
+            file.writelines(json.dumps(row).encode() + b"\n" for row in kept if first_step)
         self.wandb = None
         if wandb_settings is not None:
             import wandb

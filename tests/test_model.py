@@ -273,7 +273,7 @@ def test_sample_follows_the_distribution_and_its_filters():
 
 @pytest.mark.parametrize("compiling", [False, True])
 def test_linear_cross_entropy_equals_the_plain_formula(compiling, monkeypatch):
-    monkeypatch.setattr("cross_entropy.CHUNK", 16)  # several chunks, the last one not full
+    monkeypatch.setattr("cross_entropy.MIN_CHUNK", 1)  # so that there are three, of 32 tokens
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     torch.manual_seed(0)
     x = torch.randn(70, 32, requires_grad=True)

@@ -123,7 +123,7 @@ def test_a_finished_run_has_what_it_promises(finished):
     model = GPT(GPTConfig(**best["model_args"]))
     model.load_state_dict(best["model_state_dict"])
     assert best["best_val_loss"] == result["best_val_loss"]
-    assert not list(out_dir.glob(".*"))
+    assert not list(out_dir.glob("*.tmp"))
     again = load_model(out_dir / "best_model.pt")
     assert not again.training and torch.equal(again.norm.weight, model.norm.weight)
 
@@ -340,7 +340,7 @@ def test_full_disk_keeps_the_earlier_checkpoint(text_data, tmp_path, monkeypatch
         train.train(config_of(text_data, tmp_path))
     assert "could not save" in capfd.readouterr().out
     (left,) = tmp_path.glob("ckpt_*.pt")
-    assert load_checkpoint(left)["iter_num"] == 4 and not list(tmp_path.glob(".*tmp"))
+    assert load_checkpoint(left)["iter_num"] == 4 and not list(tmp_path.glob("*.tmp"))
 
 
 def test_training_goes_on_without_a_compiler(text_data, tmp_path):

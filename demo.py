@@ -1,0 +1,130 @@
+"""The whole of Lille in some minutes on a CPU: data, pretraining, fine-tuning, an answer.
+
+    make demo          # or, in an environment with requirements.txt: python demo.py
+
+Each stage is one of the project's scripts, run as its printed command line says; only the model is
+small. A stage that an interrupted demo had begun continues; a finished one says so.
+"""
+
+import json
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from checkpoint import load_model
+from config import UserError, config_from_constants, run_script
+from demo_data import is_right
+from inference import answer
+from tokenizer import load_tokenizer
+
+data_dir = "data/demo"  # texts and shards
+out_dir = "checkpoints_demo"  # checkpoints, metrics and loss curves
+question = "What is the capital of France?"
+expected = "Paris"  # what a right answer to it contains
+
+MODEL = ["--n_layers=4", "--n_embd=128", "--n_heads=4", "--n_kv_heads=2", "--block_size=128"]
+SMALL_STEPS = ["--batch_size=16", "--gradient_accumulation_steps=1", "--compile=False"]
+
+
+def stages(data: str, out: str, question: str) -> list[tuple[str, list[str]]]:
+    """Title and command of each stage, in order."""
+    base, tuned = f"{out}/pretrain", f"{out}/finetune"
+    common = [f"--data_dir={data}/pretrain", f"--out_dir={base}", *MODEL, *SMALL_STEPS]
+    pretrain = ["--learning_rate=1e-3", "--warmup_iters=30", "--eval_interval=100"]
+    finetune = [
+        "--finetune=True",
+        f"--finetune_checkpoint={base}/best_model.pt",
+        f"--finetune_data_dir={data}/conversations",
+        f"--finetune_out_dir={tuned}",
+        "--finetune_num_epochs=12",
+        "--finetune_learning_rate=1e-3",
+        "--eval_interval=100",
+        f"--finetune_sample_prompt={question}",
+    ]
+    return [
+        ("Collect texts", ["demo_data.py", f"--output_dir={data}"]),
+        (
+            "Prepare the texts",
+            [
+                "prepare_dataset.py",
+                f"--input_file_path={data}/pretrain.txt",
+                f"--output_dir={data}/pretrain",
+                "--val_split=0.02",
+            ],
+        ),
+        (
+            "Prepare the conversations",
+            [
+                "prepare_dataset.py",
+                f"--input_file_path={data}/conversations.jsonl",
+                f"--val_file_path={data}/conversations_heldout.jsonl",
+                f"--output_dir={data}/conversations",
+            ],
+        ),
+        ("Pretrain", ["train.py", *common, *pretrain]),
+        ("Fine-tune", ["train.py", *common, *finetune]),
+        (
+            "Ask",
+            ["inference.py", f"--model={tuned}/best_model.pt", f"--prompt={question}"],
+        ),
+    ]
+
+
+def run_stage(title: str, command: list[str]) -> float:
+    """Runs one script in this directory, its output on the screen; returns its seconds."""
+    print(f"\n=== {title}\n$ python {shlex.join(command)}", flush=True)
+    started = time.perf_counter()
+    code = subprocess.call([sys.executable, *command])
+    if code:
+        print(
+            f"the demo stopped at this stage (exit code {code}): run it again to continue, or "
+            "delete checkpoints_demo to begin anew"
+        )
+        raise SystemExit(code)
+    return time.perf_counter() - started
+
+
+def held_out_share(model_path: str, conversations: Path) -> tuple[int, int]:
+    """(right, all) answers to questions worded as none of the training conversations are."""
+    model, tokenizer = load_model(model_path), load_tokenizer()
+    right = total = 0
+    for line in conversations.read_text("utf-8").splitlines():
+        row = json.loads(line)
+        said = answer(model, tokenizer, row["messages"][0]["content"], temperature=0.0)
+        right, total = right + is_right(said, row["answer"]), total + 1
+    return right, total
+
+
+def main(argv: list[str] | None = None) -> int:
+    config = config_from_constants(globals(), argv)
+    if not Path("train.py").exists():
+        raise UserError("run the demo in the project's folder, where train.py is")
+    times = []
+    for title, command in stages(config.data_dir, config.out_dir, config.question):
+        times.append((title, run_stage(title, command)))
+
+    print("\n=== Ask what was held out", flush=True)
+    tuned = f"{config.out_dir}/finetune/best_model.pt"
+    started = time.perf_counter()
+    said = answer(load_model(tuned), load_tokenizer(), config.question, temperature=0.0)
+    right, total = held_out_share(tuned, Path(config.data_dir, "conversations_heldout.jsonl"))
+    times.append(("Ask what was held out", time.perf_counter() - started))
+    print(f"{right} of {total} questions in wordings it never saw are answered right")
+    print(f"{config.question} {said}")
+
+    print("\nSeconds: " + ", ".join(f"{title} {seconds:.0f}" for title, seconds in times))
+    print(
+        f"Loss curves: {config.out_dir}/*/loss_curve.png\n"
+        f'Ask on: python inference.py --model={tuned} --prompt="Who are you?"\n'
+        "Next: your own text, python prepare_dataset.py --input_file_path=... and python train.py"
+    )
+    if not is_right(said, config.expected) or 2 * right <= total:
+        print("that is worse than it should be: please report it with the output above")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)
