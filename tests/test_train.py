@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from kill_and_resume import TINY, difference, kill_and_resume, newest
 
 import train
 from checkpoint import load_checkpoint, load_model
@@ -26,30 +27,11 @@ from tokenizer import load_tokenizer
 from training import MAX_BAD_STEPS, Run, gradient_scale
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = {
-    "n_layers": 2,
-    "n_embd": 16,
-    "n_heads": 2,
-    "n_kv_heads": 1,
-    "block_size": 32,
-    "batch_size": 4,
-    "gradient_accumulation_steps": 2,
-    "num_epochs": 2,
-    "warmup_iters": 3,
-    "learning_rate": 3e-3,
-    "hess_interval": 3,
-    "eval_interval": 4,
-    "eval_rows": 8,
-    "log_interval": 1,
-    "dropout": 0.1,
-    "sample_tokens": 4,
-    "compile": False,
-    "device": "cpu",
-}
+SAMPLED = {"eval_interval": 4, "sample_tokens": 4}
 
 
 def arguments(data_dir: Path, out_dir: Path, /, **changes) -> list[str]:
-    settings = TINY | {"data_dir": data_dir, "out_dir": out_dir} | changes
+    settings = TINY | {"data_dir": data_dir, "out_dir": out_dir} | SAMPLED | changes
     return [f"--{name}={value}" for name, value in settings.items()]
 
 
@@ -68,33 +50,12 @@ def child(*args: str, **settings) -> subprocess.Popen:
     )
 
 
-def assert_same(ours, theirs, where: str = "") -> None:
-    """Equal to the last bit, through nested containers; timings and paths aside."""
-    if isinstance(ours, torch.Tensor):
-        assert torch.equal(ours, theirs), where
-    elif isinstance(ours, dict):
-        assert ours.keys() == theirs.keys(), where
-        for key in ours:
-            if key not in ("out_dir", "resume_checkpoint"):
-                assert_same(ours[key], theirs[key], f"{where}.{key}")
-    elif isinstance(ours, list | tuple):
-        assert len(ours) == len(theirs), where
-        for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-            assert_same(a, b, f"{where}[{i}]")
-    else:
-        assert ours == theirs, where
-
-
 @pytest.fixture(scope="module")
 def finished(text_data, tmp_path_factory) -> tuple[Path, dict]:
     """An undisturbed run of two epochs that keeps every checkpoint."""
     out_dir = tmp_path_factory.mktemp("finished")
     result = train.train(config_of(text_data, out_dir, keep_checkpoints=99))
     return out_dir, result
-
-
-def last_checkpoint(out_dir: Path) -> dict:
-    return load_checkpoint(max(out_dir.glob("ckpt_*.pt")))
 
 
 def test_schedule_against_a_table():
@@ -160,7 +121,7 @@ def test_resume_continues_bit_for_bit(finished, text_data, tmp_path, cut):
     shutil.copy(whole / "metrics.jsonl", tmp_path)  # with lines beyond the cut, as after a kill
     config = config_of(text_data, tmp_path, keep_checkpoints=99)
     resumed = train.train(config)
-    assert_same(last_checkpoint(whole), last_checkpoint(tmp_path))
+    assert difference(load_checkpoint(newest(whole)), load_checkpoint(newest(tmp_path))) is None
 
     def without_timing(directory: Path) -> list[dict]:
         lines = (directory / "metrics.jsonl").read_text().splitlines()
@@ -173,32 +134,9 @@ def test_resume_continues_bit_for_bit(finished, text_data, tmp_path, cut):
 
 @pytest.mark.parametrize("optimizer", ["sophiag", "adamw"])
 def test_kill_9_at_random_moments_changes_nothing(optimizer, text_data, tmp_path):
-    settings = {"eval_interval": 2, "optimizer": optimizer, "sample_tokens": 0}
-    whole = tmp_path / "whole"
-    train.train(config_of(text_data, whole, **settings))
-    killed = tmp_path / "killed"
-    rng, kills = random.Random(optimizer), 0
-    command = arguments(text_data, killed, **settings)
-    while kills < 3:
-        before = len(list(killed.glob("ckpt_*.pt")))
-        process = child(*command)
-        for _ in range(600):  # until it has got somewhere, then a little longer
-            if process.poll() is not None or len(list(killed.glob("ckpt_*.pt"))) > before:
-                break
-            time.sleep(0.05)
-            before = min(before, len(list(killed.glob("ckpt_*.pt"))))
-        time.sleep(rng.uniform(0, 0.3))
-        process.kill()
-        output, _ = process.communicate()
-        if process.returncode == 0:
-            break
-        assert process.returncode == -signal.SIGKILL, output
-        kills += 1
-    assert kills > 0
-    process = child(*command)
-    output, _ = process.communicate()
-    assert process.returncode == 0, output
-    assert_same(last_checkpoint(whole), last_checkpoint(killed))
+    rng = random.Random(optimizer)
+    hits, where = kill_and_resume(text_data, tmp_path, 2, rng, optimizer=optimizer)
+    assert hits == 2 and where is None
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
