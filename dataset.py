@@ -178,6 +178,7 @@ class ShardWriter:
                     raise ValueError("a document is a row of ids between 0 and 65535")
         ends = np.cumsum([len(ids) for ids in documents], dtype=np.uint64) + np.uint64(self.tokens)
         with named_errors(self.directory):
+            self._file.seek(0, os.SEEK_END)  # `write` may have read elsewhere
             self._file.write(np.concatenate(documents, dtype="<u2", casting="unsafe").data)
         self._bounds.frombytes(ends.tobytes())
 
@@ -210,7 +211,9 @@ class ShardWriter:
         self._file.raw.seek(start)
         data = self._file.raw.read(n_bytes)
         while len(data) < n_bytes:  # one call returns at most 2 GiB
-            data += self._file.raw.read(n_bytes - len(data))
+            more = self._file.raw.read(n_bytes - len(data))
+            assert more, "the temporary file is shorter than what was added"
+            data += more
         return data
 
     def _all_tokens(self) -> Iterator[bytes]:

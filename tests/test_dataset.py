@@ -406,3 +406,15 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
         assert caught.value.filename == str(tmp_path / "a.npz")
     assert (tmp_path / "a.npz").read_bytes() == before
     assert os.listdir(tmp_path) == ["a.npz"]
+
+
+def test_a_writer_goes_on_after_it_wrote_in_another_order(tmp_path):
+    docs = documents(60)
+    with ShardWriter(tmp_path) as writer:
+        writer.add_batch(docs[:40])
+        writer.write(tmp_path / "first.npz", order=np.array([3, 0, 2]))
+        writer.add_batch(docs[40:])
+        writer.write(tmp_path / "all.npz")
+    found = NpzDataset(tmp_path / "all.npz")
+    assert len(found) == 60
+    assert all(np.array_equal(a, b) for a, b in zip(found, docs, strict=True))
