@@ -13,14 +13,13 @@ import json
 from pathlib import Path
 
 from config import UserError, config_from_constants, run_script
+from files import atomic_file
 from tokenizer import CONTROL_TOKENS, bytes_to_unicode
 
 # output
 output_path = "hastings.json"  # where the tokenizer file goes
 
-# size
-n_merges = 32507  # merges kept of GPT-2's 50,000: 256 + 32,507 + 5 control tokens = 32,768 ids
-
+N_MERGES = 32507  # kept of GPT-2's 50,000: 256 + 32,507 + 5 control tokens = 32,768 ids
 MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"  # vocab.bpe
 
 
@@ -76,8 +75,9 @@ def build_json(merges: list[str]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     config = config_from_constants(globals(), argv)
-    content = build_json(read_merges()[: config.n_merges]).encode("utf-8")
-    Path(config.output_path).write_bytes(content)
+    content = build_json(read_merges()[:N_MERGES]).encode("utf-8")
+    with atomic_file(Path(config.output_path)) as file:
+        file.write(content)
     print(f"{config.output_path}: sha256 {hashlib.sha256(content).hexdigest()}")
     return 0
 

@@ -11,6 +11,7 @@ default. The result is a frozen dataclass: derive a variant with `dataclasses.re
 
 import difflib
 import errno
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -19,6 +20,11 @@ from typing import Any
 
 SETTING_TYPES = (bool, int, float, str)
 BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+NO_ROOM = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file is larger than this disk or `ulimit -f` allows",
+}
 
 
 class UserError(ValueError):
@@ -38,9 +44,10 @@ def parse_value(name: str, text: str, default: Any) -> Any:
     """Converts the text of `--name=text` to the type of `default`; UserError when it cannot be."""
     kind = type(default)
     try:
-        if kind is bool:
-            return BOOLEANS[text.lower()]
-        return kind(text)
+        value = BOOLEANS[text.lower()] if kind is bool else kind(text)
+        if kind is float and not math.isfinite(value):
+            raise ValueError
+        return value
     except (KeyError, ValueError):
         expected = {bool: "True or False", int: "a whole number", float: "a number"}[kind]
         message = f"--{name}={text}: expected {expected} (the default is {default!r})"
@@ -82,7 +89,13 @@ def config_from_constants(namespace: dict[str, Any], argv: list[str] | None = No
 
 
 def run_script(main: Callable[[], int | None]) -> None:
-    """Runs a script's `main` and exits: a user's mistake is one line on stderr and exit code 2."""
+    """Runs a script's `main` and exits: a user's mistake is one line on stderr and exit code 2.
+
+    A failed file operation is one line too, exit code 1; a bug keeps its traceback.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a path may hold what the terminal cannot show
+            stream.reconfigure(errors="backslashreplace")
     try:
         raise SystemExit(main())
     except UserError as error:
@@ -95,8 +108,12 @@ def run_script(main: Callable[[], int | None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in NO_ROOM:
+            where = f" while writing {error.filename}" if error.filename else ""
+            line = f"{NO_ROOM[error.errno]}{where}: free some space or use another disk, run again"
+        elif error.filename:
+            line = f"{error.filename}: {error.strerror}: check this path and its permissions"
+        else:
             raise
-        where = f" while writing {error.filename}" if error.filename else ""
-        print(f"error: the disk is full{where}: free some space, run again", file=sys.stderr)
+        print(f"error: {line}", file=sys.stderr)
         raise SystemExit(1) from None

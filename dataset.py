@@ -10,6 +10,7 @@ what, and each file's size and sha256.
 import json
 import os
 import re
+import reprlib
 import struct
 import tempfile
 import zipfile
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from config import UserError
-from files import atomic_file, file_sha256, named_errors
+from files import atomic_file, file_sha256, interrupts_deferred, named_errors, sync_directory
 
 FORMAT_VERSION = 1
 CHUNK = 1 << 20  # values checked, or bytes copied, at a time
@@ -280,12 +281,10 @@ def make_manifest(
     }
 
 
-def write_manifest(data_dir: str | Path, manifest: dict[str, Any]) -> None:
-    """Writes `data_dir`/manifest.json atomically."""
-    path = Path(data_dir, "manifest.json")
-    content = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
-    with named_errors(path), atomic_file(path) as file:
-        file.write(content.encode("utf-8"))
+def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    """Writes a manifest atomically, in ASCII: a source's name need not be valid Unicode."""
+    with atomic_file(path) as file:
+        file.write(json.dumps(manifest, indent=2).encode("ascii") + b"\n")
 
 
 def read_manifest(data_dir: str | Path) -> dict[str, Any] | None:
@@ -294,7 +293,8 @@ def read_manifest(data_dir: str | Path) -> dict[str, Any] | None:
     try:
         manifest = json.loads(path.read_bytes())
         version, complete = manifest["format_version"], manifest["complete"]
-        manifest["kind"], manifest["tokenizer"]["sha256"], manifest["tokenizer"]["vocab_size"] + 0
+        kind, tokenizer = manifest["kind"], manifest["tokenizer"]
+        kind + tokenizer["sha256"], tokenizer["vocab_size"] + 0
         for entry in manifest["files"].values():
             entry["sha256"], entry["bytes"] + entry["documents"] + entry["tokens"]
     except FileNotFoundError:
@@ -304,7 +304,8 @@ def read_manifest(data_dir: str | Path) -> dict[str, Any] | None:
     except (ValueError, LookupError, TypeError, AttributeError):
         raise UserError(f"{path} is damaged: prepare the dataset again") from None
     if version != FORMAT_VERSION:
-        raise UserError(f"{path} has format {version}, not {FORMAT_VERSION}: prepare it again")
+        found = reprlib.repr(version)
+        raise UserError(f"{path} has format {found}, not {FORMAT_VERSION}: prepare it again")
     if not complete:
         raise UserError(f"{path}: replacing the files was cut off: prepare the dataset again")
     return manifest
@@ -314,12 +315,16 @@ def publish(staging: Path, data_dir: Path, manifest: dict[str, Any]) -> None:
     """Moves finished shards from `staging` into `data_dir` (the same disk) with their manifest.
 
     Until the last file is in place the manifest says so, and read_manifest refuses the dataset: a
-    mixture of old and new files cannot be taken for either.
+    mixture of old and new files cannot be taken for either. All that a full disk or Ctrl-C could
+    stop is done before the first file is replaced.
     """
-    write_manifest(data_dir, manifest | {"complete": False})
-    for name in manifest["files"]:
-        os.replace(staging / name, data_dir / name)
-    write_manifest(data_dir, manifest)  # syncs the directory, and so the renames
+    write_manifest(staging / "incomplete.json", manifest | {"complete": False})
+    write_manifest(staging / "manifest.json", manifest)
+    with interrupts_deferred():
+        os.replace(staging / "incomplete.json", data_dir / "manifest.json")
+        for name in [*manifest["files"], "manifest.json"]:
+            os.replace(staging / name, data_dir / name)
+        sync_directory(data_dir)
 
 
 def open_split(
@@ -331,8 +336,8 @@ def open_split(
     """Opens the shards of a split: `train.npz`, or all of `train-00000-of-00016.npz` and so on.
 
     With a manifest: the tokenizer, every file's size and, for a split up to 1 GiB, its sha256 must
-    agree. Without one (the original's files) every id is checked against `vocab_size`. Raises
-    UserError, one line that names the file and says what to do.
+    agree. Where no sha256 was checked every id is, against `vocab_size`. Raises UserError, one
+    line that names the file and says what to do.
     """
     data_dir = Path(data_dir)
     prepare = f"run python prepare_dataset.py --input_file_path=... --output_dir={data_dir}"
@@ -343,15 +348,16 @@ def open_split(
     paths = [data_dir / name for name in names]
     if not paths:
         raise UserError(f"there is no {data_dir / split}.npz: {prepare}")
+    hashed = False
     if manifest:
-        check_manifest(data_dir, manifest, paths, tokenizer_sha256, vocab_size)
+        hashed = check_manifest(data_dir, manifest, paths, tokenizer_sha256, vocab_size)
     shards = [NpzDataset(path) for path in paths]
-    if not manifest and vocab_size is not None:
+    if not hashed and vocab_size is not None:
         for shard in shards:
             if (largest := shard.max_id()) >= vocab_size:
                 raise UserError(
                     f"{shard.path} has the id {largest}, the vocabulary ends at {vocab_size - 1}: "
-                    "it is of another tokenizer, prepare the dataset again"
+                    "it is damaged or of another tokenizer, prepare the dataset again"
                 )
     if not any(len(shard.tokens) for shard in shards):
         raise UserError(f"{paths[0]} holds no tokens: {prepare}")
@@ -365,7 +371,7 @@ def split_files(data_dir: Path, split: str, names: Iterable[str]) -> list[str]:
     if not found or found == [f"{split}.npz"]:
         return found
     total = pattern.fullmatch(found[0])[2]
-    whole = [f"{split}-{i:0{len(total)}d}-of-{total}.npz" for i in range(int(total or 0))]
+    whole = [f"{split}-{i:0{len(total)}d}-of-{total}.npz" for i in range(int(total))]
     if extra := sorted(set(found) - set(whole)):
         raise UserError(f"{data_dir} has both {found[0]} and {extra[-1]}: remove one of the sets")
     if missing := sorted(set(whole) - set(found)):
@@ -382,8 +388,11 @@ def check_manifest(
     paths: list[Path],
     tokenizer_sha256: str | None,
     vocab_size: int | None,
-) -> None:
-    """UserError unless the manifest is of our tokenizer and describes the files as they are."""
+) -> bool:
+    """UserError unless the manifest is of our tokenizer and describes the files as they are.
+
+    Returns whether the contents were compared, by sha256, and not only the sizes.
+    """
     tokenizer, again = manifest["tokenizer"], "prepare the dataset again"
     name = data_dir / "manifest.json"
     if tokenizer_sha256 is not None and tokenizer["sha256"] != tokenizer_sha256:
@@ -404,3 +413,4 @@ def check_manifest(
             wrong = "does not have the sha256 of its manifest"
         if wrong:
             raise UserError(f"{path} {wrong}: copy it again, or {again}")
+    return hashed

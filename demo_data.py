@@ -26,6 +26,7 @@ from typing import Any
 
 from config import UserError, config_from_constants, run_script
 from files import atomic_file
+from tokenizer import END_OF_TEXT
 
 output_dir = "data/demo"
 max_bytes = 6_000_000  # of pretrain.txt; documents that would exceed it are left out
@@ -260,7 +261,6 @@ def held_out_conversations() -> list[dict[str, Any]]:
     return lines
 
 
-DOCUMENT_END = "<|endoftext|>"
 SKIPPED_FOLDERS = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages"}
 COMMENT_BLOCK = re.compile(r"(?:^[ \t]*#.*\n){2,}", re.MULTILINE)
 
@@ -316,28 +316,28 @@ def pretraining_text(max_bytes: int) -> str:
     """Documents joined by <|endoftext|>, at most `max_bytes` of UTF-8."""
     kept, size = [], 0
     for document in filter(None, map(clean, documents())):
-        n_bytes = len((document + DOCUMENT_END).encode())
+        n_bytes = len((document + END_OF_TEXT).encode())
         if size + n_bytes <= max_bytes:
             kept.append(document)
             size += n_bytes
     if not kept:
         raise UserError(f"max_bytes={max_bytes} is too small for any document: try 6000000")
-    return DOCUMENT_END.join(kept)
+    return END_OF_TEXT.join(kept)
 
 
 def main(argv: list[str] | None = None) -> None:
     config = config_from_constants(globals(), argv)
-    folder = Path(config.output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise UserError(f"cannot create {folder} ({error.strerror}): choose --output_dir") from None
     training, held_out = training_conversations(config.seed), held_out_conversations()
     contents = {
         "pretrain.txt": pretraining_text(config.max_bytes),
         "conversations.jsonl": "".join(json.dumps(line) + "\n" for line in training),
         "conversations_heldout.jsonl": "".join(json.dumps(line) + "\n" for line in held_out),
     }
+    folder = Path(config.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot create {folder} ({error.strerror}): choose --output_dir") from None
     for name, text in contents.items():
         with atomic_file(folder / name) as file:
             file.write(text.encode())

@@ -1,28 +1,39 @@
-"""Files that are whole or not there: atomic writes, and errors that name their file."""
+"""Files that are whole or not there: atomic writes, locks, and errors that name their file."""
 
 import errno
 import hashlib
 import os
+import signal
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from config import UserError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that becomes `path`, complete and on disk, or leaves nothing behind."""
+    """A file to write that becomes `path`, complete and on disk, or leaves the old `path` alone.
+
+    Only a killed process leaves `path`.tmp behind, which the next write overwrites.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "wb", buffering=1 << 20) as file:
+        with named_errors(path), open(temporary, "wb", buffering=1 << 20) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # the first error is the one to show
+            temporary.unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
 
@@ -33,20 +44,70 @@ def named_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno == errno.EFBIG:
-            raise UserError(
-                f"{path} is larger than this disk or `ulimit -f` allows: write to another disk"
-            ) from None
         error.filename = error.filename or str(path)
         raise
 
 
 def sync_directory(directory: Path) -> None:
     """Makes renames in `directory` survive a power cut (not possible, nor needed, on Windows)."""
-    if os.name == "posix":
-        descriptor = os.open(directory, os.O_RDONLY)
+    if os.name != "posix":
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot
+            raise
+    finally:
         os.close(descriptor)
+
+
+@contextmanager
+def locked(directory: Path, what: str) -> Iterator[None]:
+    """Holds `directory` for one `what` at a time; UserError if another process has it.
+
+    The lock is on the directory itself, leaves no file, and ends with the process.
+    """
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another {what} is writing to {directory}: wait for it or choose another folder"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def interrupts_deferred() -> Iterator[None]:
+    """Holds back Ctrl-C and SIGTERM until the block is done (in the main thread, where they act).
+
+    For a block that must not end halfway, or that would turn KeyboardInterrupt into another error.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    seen = []
+    old = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        for number, handler in old.items():
+            if handler is not None:  # one from outside Python could not be put back
+                signal.signal(number, lambda number, frame: seen.append(number))
+        yield
+    finally:
+        for number, handler in old.items():  # SIGINT last: from then on it raises
+            if handler is not None:
+                signal.signal(number, handler)
+        for number in seen:
+            signal.raise_signal(number)
 
 
 def file_sha256(path: str | Path) -> str:

@@ -16,10 +16,12 @@ the same settings give the same bytes. Memory stays flat; one example has to fit
 
 import hashlib
 import json
+import os
+import reprlib
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from tqdm import tqdm
 
 from config import UserError, config_from_constants, run_script
 from dataset import ShardWriter, make_manifest, publish
+from files import locked
 from tokenizer import (
     END_OF_TEXT,
     START_OF_TEXT,
@@ -106,7 +109,7 @@ def read_chat_txt(path: Path, on_bytes: Callable[[bytes], None]) -> Iterator[Exa
             try:
                 yield "chat", parse_chat(text, may_lack_end=last), where
             except ValueError as error:
-                raise UserError(f"{path}, {where}: {error}") from None
+                raise UserError(f"{path}, {where}: {error}: correct it") from None
         elif text.strip():
             raise UserError(
                 f"{path} does not begin with {START_OF_TEXT}, as every example must with "
@@ -120,18 +123,27 @@ def read_jsonl(path: Path, on_bytes: Callable[[bytes], None]) -> Iterator[Exampl
         if not line.strip():
             continue
         try:
-            kind, content = example_of(json.loads(line))
+            kind, content = example_of(parse_line(line))
             texts = [content] if kind == "text" else [turn["content"] for turn in content]
             for text in texts if "\\u" in line else ():  # an escape can spell half a character
                 to_utf8(text)
-        except json.JSONDecodeError as error:
-            reason = f"{error.msg} at column {error.colno}"
-            raise UserError(f"{path}, line {number}: not JSON ({reason}): correct it") from None
-        except RecursionError:
-            raise UserError(f"{path}, line {number}: JSON nested too deep: correct it") from None
         except ValueError as error:
-            raise UserError(f"{path}, line {number}: {error}") from None
+            array = line.lstrip().startswith("[")
+            hint = "write one object a line, not one array" if array else "correct it"
+            raise UserError(f"{path}, line {number}: {error}: {hint}") from None
         yield kind, content, f"line {number}"
+
+
+def parse_line(line: str) -> Any:
+    """The JSON value of a line; ValueError if there is none."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from None
+    except RecursionError:
+        raise ValueError("JSON nested too deep") from None
+    except ValueError:  # Python reads integers of at most 4,300 digits
+        raise ValueError("a number is too long") from None
 
 
 def example_of(row: Any) -> tuple[str, Any]:
@@ -141,7 +153,7 @@ def example_of(row: Any) -> tuple[str, Any]:
         raise ValueError(f"a {type(row).__name__}, expected an object: {forms}")
     present = [name for name in ("text", "messages", "question") if name in row]
     if len(present) != 1:
-        found = " and ".join(present) or f"only {', '.join(map(repr, row)) or 'nothing'}"
+        found = " and ".join(present) or f"only {reprlib.repr(list(row))}"
         raise ValueError(f"expected exactly one of {forms}, found {found}")
     if present == ["text"]:
         if not isinstance(row["text"], str):
@@ -150,7 +162,7 @@ def example_of(row: Any) -> tuple[str, Any]:
     if present == ["messages"]:
         check_messages(row["messages"])
         if row["messages"][-1]["role"] != "assistant":
-            raise ValueError("the conversation ends with a user turn: add the assistant's answer")
+            raise ValueError("the conversation ends with a user turn, without an answer")
         return "chat", row["messages"]
     for name in ("question", "answer"):
         if not isinstance(row.get(name), str):
@@ -253,21 +265,39 @@ def check_input(path: Path, name: str, trusted: bool) -> None:
         )
 
 
-def make_staging(staging: Path, input_bytes: int) -> None:
-    """Makes the empty directory `staging` in the output directory; UserError if it lacks room."""
-    output = staging.parent
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
-        staging.mkdir()
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"cannot write to {output} ({reason}): set --output_dir=...") from None
-    free = shutil.disk_usage(staging).free
-    if free < input_bytes:  # 2 bytes a token of about 4 bytes, and that twice until the end
-        raise UserError(
-            f"{output} has {free / 1e6:,.0f} MB free and about {input_bytes / 1e6:,.0f} MB are "
-            "needed: free some space, or set --output_dir=..."
+@contextmanager
+def staging_directory(output: Path) -> Iterator[Path]:
+    """An empty directory in `output` for the time of one run; UserError if it cannot be made."""
+    staging = output / ".preparing"
+    new = [folder for folder in (output, *output.parents) if not os.path.exists(folder)]
+    with ExitStack() as stack:
+        stack.callback(remove_empty, new)
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(output, "prepare_dataset.py"))
+            stack.callback(shutil.rmtree, staging, ignore_errors=True)
+            shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
+            staging.mkdir()
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"cannot write to {output} ({reason}): set --output_dir=...") from None
+        yield staging
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Removes those of the folders, the innermost first, that are there and hold nothing."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def note_little_room(output: Path, inputs: Iterable[Path]) -> None:
+    """Says so if the disk may fill up: 2 bytes a token of about 4 bytes, twice until the end."""
+    free, needed = shutil.disk_usage(output).free, sum(path.stat().st_size for path in inputs)
+    if free < needed:
+        print(
+            f"note: {output} has {free / 1e6:,.0f} MB free, up to {needed / 1e6:,.0f} MB may be "
+            "needed"
         )
 
 
@@ -334,16 +364,10 @@ def main(argv: list[str] | None = None) -> int:
 
     tokenizer = load_tokenizer()
     output = Path(config.output_dir)
-    staging, existed = output / ".preparing", output.exists()
-    try:
-        make_staging(staging, sum(path.stat().st_size for path in inputs.values()))
+    with staging_directory(output) as staging:
+        note_little_room(output, inputs.values())
         manifest = prepare(config, tokenizer, staging)
         publish(staging, output, manifest)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        if not existed:
-            with suppress(OSError):  # it holds the result, unless something failed
-                output.rmdir()
     print_summary(manifest, output)
     return 0
 

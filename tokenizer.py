@@ -14,8 +14,9 @@ spells one cannot forge a turn. hastings.json is the source of truth; build_toke
 import hashlib
 import json
 import re
+import reprlib
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import numpy as np
 from tokenizers import Tokenizer as HFTokenizer
 
 from config import UserError
+from files import interrupts_deferred
 
 CONTROL_TOKENS = ("<|pad|>", "<|endoftext|>", "<|assistant|>", "<|user|>", "<|startoftext|>")
 _, END_OF_TEXT, ASSISTANT, USER, START_OF_TEXT = CONTROL_TOKENS
@@ -62,7 +64,7 @@ def load_tokenizer(path: str | Path | None = None) -> "Tokenizer":
     except OSError as error:
         raise UserError(f"cannot read the tokenizer {path}: {error.strerror or error}") from None
     except Exception as error:  # `tokenizers` raises plain Exception for a file it cannot parse
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = one_line(error)
         raise UserError(f"{path} is not a Hastings tokenizer ({reason}): restore it") from None
 
 
@@ -117,17 +119,21 @@ class Tokenizer:
         Uses `gigatoken`, tens of times faster, once it has agreed with `tokenizers` on hard strings
         and on the first texts given; otherwise warns once and uses `tokenizers` from then on.
         """
+        if isinstance(texts, str):
+            raise TypeError("encode_batch takes a list of texts, not one: use encode")
         texts = list(texts)
         encoded = [to_utf8(text) for text in texts]
         if not self._fast_checked:
-            self._encode_fast = self._checked_fast_encoder(texts)
+            with interrupts_deferred():  # the import of awkward makes another error of Ctrl-C
+                self._encode_fast = self._checked_fast_encoder(texts)
             self._fast_checked = True
         if self._encode_fast is not None:
-            try:
-                return self._encode_fast(encoded)
-            except BaseException as error:  # a Rust panic is not an Exception
-                self._warn_slow(f"gigatoken failed ({raised(error)})")
-                self._encode_fast = None
+            with interrupts_deferred():
+                try:
+                    return self._encode_fast(encoded)
+                except BaseException as error:  # a Rust panic is not an Exception
+                    self._warn_slow(f"gigatoken failed ({raised(error)})")
+                    self._encode_fast = None
         return self._encode_batch_reference(texts)
 
     def _encode_batch_reference(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -204,9 +210,9 @@ class Tokenizer:
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes that `ids` stand for; they may end in the middle of a character."""
-        ids = np.asarray(ids if hasattr(ids, "__len__") else list(ids))
-        if ids.size and not np.issubdtype(ids.dtype, np.integer):
-            raise ValueError(f"ids are integers, not {ids.dtype}")
+        ids = np.asarray(list(ids) if isinstance(ids, Iterator) else ids)
+        if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
+            raise ValueError(f"ids are a row of integers, not {ids.dtype} {ids.shape}")
         outside = ids[(ids < 0) | (ids >= self.vocab_size)] if ids.size else ids
         if outside.size:
             raise ValueError(f"id {outside[0]} is not in 0..{self.vocab_size - 1}")
@@ -235,7 +241,9 @@ class Tokenizer:
 
 
 def to_utf8(text: str) -> bytes:
-    """The UTF-8 form of a text; ValueError when it has none."""
+    """The UTF-8 form of a text; ValueError when it has none, TypeError for anything else."""
+    if not isinstance(text, str):
+        raise TypeError(f"a text is a str, not {type(text).__name__}")
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -254,9 +262,10 @@ def check_messages(messages: Sequence[dict[str, Any]]) -> None:
             raise ValueError(f'message {i + 1} is not {{"role": ..., "content": ...}}')
         expected = ("user", "assistant")[i % 2]
         if message["role"] != expected:
+            found = reprlib.repr(message["role"])
             raise ValueError(
-                f"message {i + 1} has role {message['role']!r}, expected {expected!r}: roles "
-                "alternate user and assistant, starting with user"
+                f"message {i + 1} has role {found}, expected {expected!r}: roles alternate user "
+                "and assistant, starting with user"
             )
         if not isinstance(message["content"], str):
             kind = type(message["content"]).__name__
@@ -312,4 +321,8 @@ def raised(error: BaseException) -> str:
     """One line about an error of gigatoken; an interrupt is passed on instead."""
     if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
         raise error
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+    return one_line(error)
+
+
+def one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]

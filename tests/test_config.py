@@ -77,6 +77,10 @@ def test_help_lists_every_setting(capsys):
         (UserError("say --this"), 2, "error: say --this\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
         (OSError(28, "No space left", "a.npz"), 1, "error: the disk is full while writing a.npz"),
+        (OSError(27, "File too large"), 1, "error: a file is larger than this disk or `ulimit -f`"),
+        (PermissionError(13, "Permission denied", "a"), 1, "error: a: Permission denied: check"),
+        (OSError(30, "Read-only file system", "a"), 1, "error: a: Read-only file system: check"),
+        (FileNotFoundError(2, "None", "\udcff東"), 1, "error: \\udcff東: None: check"),
     ],
 )
 def test_run_script_turns_mistakes_into_a_line_and_a_code(error, code, line, capsys):
@@ -85,9 +89,16 @@ def test_run_script_turns_mistakes_into_a_line_and_a_code(error, code, line, cap
 
     with pytest.raises(SystemExit) as end:
         run_script(main)
-    assert end.value.code == code and capsys.readouterr().err.startswith(line)
+    printed = capsys.readouterr().err
+    assert end.value.code == code and printed.startswith(line) and printed.count("\n") == 1
 
 
 def test_run_script_does_not_hide_a_bug():
     with pytest.raises(ZeroDivisionError):
         run_script(lambda: 1 // 0)
+
+    def nameless():
+        raise OSError(5, "Input/output error")
+
+    with pytest.raises(OSError, match="Input/output error"):
+        run_script(nameless)

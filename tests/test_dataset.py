@@ -4,10 +4,12 @@ import io
 import json
 import os
 import pickle
+import signal
 import struct
 import subprocess
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 
 import dataset
+import files
 from config import UserError
 from dataset import (
     NpzDataset,
@@ -49,7 +52,7 @@ def write_dataset(directory: Path, **manifest) -> dict:
         "val.npz": write_shard(directory / "val.npz", documents(5, seed=1)),
     }
     content = make_manifest("text", TOKENIZER, [], {}, {}, files) | manifest
-    write_manifest(directory, content)
+    write_manifest(directory / "manifest.json", content)
     return content
 
 
@@ -322,6 +325,8 @@ def test_files_that_differ_from_their_manifest_are_refused(tmp_path, monkeypatch
         ({"files": {"train.npz": {}}}, "damaged"),
         ({"files": None}, "damaged"),
         ({"tokenizer": "x"}, "damaged"),
+        ({"tokenizer": {"sha256": 5, "vocab_size": 5}}, "damaged"),
+        ({"format_version": "x" * 300_000}, "format 'xxx"),
         ({"format_version": 2}, "format 2"),
         ({"complete": False}, "cut off"),
     ],
@@ -331,7 +336,8 @@ def test_manifests_that_cannot_be_trusted_are_refused(tmp_path, content, error):
     if isinstance(content, dict):
         content = json.dumps(manifest | content).encode()
     (tmp_path / "manifest.json").write_bytes(content)
-    assert "manifest.json" in refused(error, open_split, tmp_path, "train")
+    message = refused(error, open_split, tmp_path, "train", TOKENIZER.sha256)
+    assert "manifest.json" in message and len(message) < 300
 
 
 def test_without_a_manifest_every_id_is_checked(tmp_path, monkeypatch):
@@ -340,6 +346,17 @@ def test_without_a_manifest_every_id_is_checked(tmp_path, monkeypatch):
     assert len(open_split(tmp_path, "train", TOKENIZER.sha256, 1000)) == 1
     error = refused("train.npz has the id 999", open_split, tmp_path, "train", None, 999)
     assert "vocabulary ends at 998" in error
+
+
+def test_in_a_split_too_large_to_hash_every_id_is_checked(tmp_path, monkeypatch):
+    files = {"train.npz": write_shard(tmp_path / "train.npz", [*documents(), [999]])}
+    tokenizer = SimpleNamespace(sha256="a" * 64, vocab_size=999)
+    manifest = make_manifest("text", tokenizer, [], {}, {}, files)
+    write_manifest(tmp_path / "manifest.json", manifest)
+    assert len(open_split(tmp_path, "train", None, 999)) == 1  # the sha256 is right
+    monkeypatch.setattr(dataset, "HASHED_SPLIT_BYTES", 10)
+    refused("train.npz has the id 999", open_split, tmp_path, "train", None, 999)
+    assert len(open_split(tmp_path, "train", None, 1000)) == 1
 
 
 @pytest.mark.parametrize("with_manifest", [False, True])
@@ -351,7 +368,8 @@ def test_numbered_shards(tmp_path, with_manifest):
     }
     (tmp_path / "train-notes.npz").write_text("no shard")
     if with_manifest:
-        write_manifest(tmp_path, make_manifest("text", TOKENIZER, [], {}, {}, files))
+        manifest = make_manifest("text", TOKENIZER, [], {}, {}, files)
+        write_manifest(tmp_path / "manifest.json", manifest)
     opened = open_split(tmp_path, "train", TOKENIZER.sha256, 1000)
     assert [data.path.name for data in opened] == names
     for data, docs in zip(opened, shards, strict=True):
@@ -373,8 +391,9 @@ def test_publish_cut_off_between_two_renames_is_detected(tmp_path, monkeypatch):
     real, seen = os.replace, []
 
     def killed_at_val(source, target):
-        seen.append(Path(target).name)
-        if Path(target).name == "val.npz":
+        if Path(target).parent == tmp_path:
+            seen.append(Path(target).name)
+        if seen[-1:] == ["val.npz"]:
             raise SystemExit("killed")
         real(source, target)
 
@@ -388,6 +407,83 @@ def test_publish_cut_off_between_two_renames_is_detected(tmp_path, monkeypatch):
     publish(staging, tmp_path, manifest)
     assert read_manifest(tmp_path) == manifest
     assert len(open_split(tmp_path, "val", TOKENIZER.sha256, 1000)) == 1
+
+
+@pytest.mark.parametrize("error", [None, OSError(28, "No space left on device")])
+def test_ctrl_c_or_a_full_disk_in_publish_leaves_all_old_or_all_new(tmp_path, monkeypatch, error):
+    """Ctrl-C after each rename in turn; or a disk that is full from the start."""
+    old, new = write_dataset(tmp_path), {"settings": {"seed": 2}}
+    staging, real, outcomes, n_replaced = tmp_path / "staging", os.replace, [], 5
+    for interrupted in range(n_replaced):
+        write_dataset(tmp_path)
+        manifest, calls = write_dataset(staging, **new), []
+
+        def replace(source, target, interrupted=interrupted, calls=calls):
+            real(source, target)
+            if len(calls) == interrupted:
+                os.kill(os.getpid(), signal.SIGINT)
+            calls.append(target)
+
+        def full(descriptor):
+            raise error
+
+        with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, OSError)):
+            patch.setattr(os, "replace", replace)
+            if error:
+                patch.setattr(os, "fsync", full)
+            publish(staging, tmp_path, manifest)
+        found = read_manifest(tmp_path)  # which refuses what is neither
+        assert found in (old, manifest)
+        outcomes.append(found == manifest)
+        for split in ("train", "val"):
+            open_split(tmp_path, split, TOKENIZER.sha256, 1000)
+    assert outcomes == ([False] * 5 if error else [False] * 2 + [True] * 3)
+
+
+def test_a_directory_is_locked_for_one_at_a_time_and_left_as_it_was(tmp_path):
+    pytest.importorskip("fcntl", reason="Windows has no such locks")
+    for _ in range(2):
+        with files.locked(tmp_path, "run"):
+            with pytest.raises(UserError, match="another run is writing to .*: wait for it or"):
+                with files.locked(tmp_path, "run"):
+                    pass
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_file_system_without_locks_or_directory_sync_will_do(tmp_path, monkeypatch):
+    def cannot(*args):
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", cannot)
+    opened = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+    for _ in range(5):
+        files.sync_directory(tmp_path)
+    if files.fcntl:
+        monkeypatch.setattr(files.fcntl, "flock", cannot)
+        with files.locked(tmp_path, "run"):
+            pass
+    if opened:
+        assert len(os.listdir("/proc/self/fd")) == opened
+    monkeypatch.setattr(os, "fsync", lambda descriptor: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        files.sync_directory(tmp_path)
+    if opened:
+        assert len(os.listdir("/proc/self/fd")) == opened
+
+
+def test_deferred_interrupts_go_to_the_old_handlers(monkeypatch):
+    seen = []
+    old = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+    try:
+        with pytest.raises(KeyboardInterrupt), files.interrupts_deferred():
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+            assert seen == []
+        assert seen == [signal.SIGTERM]
+        with ThreadPoolExecutor(1) as pool:  # no signals come to a thread: nothing to do
+            assert pool.submit(lambda: files.interrupts_deferred().__enter__()).result() is None
+    finally:
+        signal.signal(signal.SIGTERM, old)
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):

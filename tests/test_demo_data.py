@@ -210,3 +210,9 @@ def test_unusable_output_folder_is_a_user_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="choose --output_dir"):
         demo_data.main([f"--output_dir={tmp_path / 'file'}"])
+
+
+def test_a_refusal_makes_no_folder(tmp_path):
+    with pytest.raises(UserError, match="max_bytes=1 is too small"):
+        demo_data.main(["--max_bytes=1", f"--output_dir={tmp_path / 'new' / 'folder'}"])
+    assert os.listdir(tmp_path) == []

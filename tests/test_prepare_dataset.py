@@ -16,6 +16,7 @@ import pytest
 import prepare_dataset
 from config import UserError
 from dataset import ShardWriter, open_split, read_manifest
+from files import locked
 from tokenizer import load_tokenizer
 
 ROOT = Path(prepare_dataset.__file__).parent
@@ -143,8 +144,9 @@ def test_trusted_chat_text_equals_encode_chat(tokenizer, capsys):
 
 
 def test_validation_file(tokenizer):
-    Path("val.jsonl").write_text(jsonl({"text": "v1"}, {"text": "v2"}))
-    out = prepare("a<|endoftext|>b<|endoftext|>c", val_file_path="val.jsonl", val_split=0)
+    Path("val.jsonl").write_text(jsonl({"text": "v1"}, {"text": " "}, {"text": "v2"}))
+    content = "a<|endoftext|> <|endoftext|>b<|endoftext|>c"
+    out = prepare(content, val_file_path="val.jsonl", val_split=0)
     train, val = open_split(out, "train")[0], open_split(out, "val")[0]
     assert sorted(tokenizer.decode(train[i]) for i in range(3)) == [
         f"{letter}<|endoftext|>" for letter in "abc"
@@ -153,6 +155,7 @@ def test_validation_file(tokenizer):
     manifest = read_manifest(out)
     assert [source["name"] for source in manifest["sources"]] == ["in.txt", "val.jsonl"]
     assert manifest["settings"]["val_split"] is None
+    assert manifest["text_bytes"] == len("abcv1v2") and manifest["dropped"] == {"empty": 2}
 
 
 def test_small_chunks_and_batches_change_nothing(monkeypatch):
@@ -224,13 +227,23 @@ TRUST = {"trust_control_tokens": True}
         ("in.jsonl", OK.encode() + b'{"text": "\xff"}', {}, "not UTF-8 at byte 38"),
         ("in.jsonl", OK + '\n{"text": "c"\n', {}, "in.jsonl, line 4: not JSON"),
         ("in.jsonl", OK + "[" * 100_000, {}, "line 3: JSON nested too deep"),
-        ("in.jsonl", OK + "1" * 5000, {}, "line 3: Exceeds the limit"),
+        ("in.jsonl", OK + "1" * 5000, {}, "line 3: a number is too long: correct it"),
+        (
+            "in.jsonl",
+            '\n[\n{"text": "a"}\n]',
+            {},
+            "line 2: not JSON (Expecting value at column 2): ",
+        ),
+        ("in.jsonl", "[" + OK.replace("\n", " "), {}, "write one object a line, not one array"),
+        ("in.jsonl", '[{"text": "a"}]', {}, "write one object a line, not one array"),
+        ("in.jsonl", '{"%s": 1}' % ("k" * 300_000), {}, "found only ['kkk"),
+        ("in.jsonl", '{"messages": [{"role": "%s", "content": ""}]}' % ("r" * 300_000), {}, "rrr"),
         ("in.jsonl", OK + '"x"', {}, "line 3: a str, expected an object"),
         ("in.jsonl", OK + "null", {}, "line 3: a NoneType, expected an object"),
         ("in.jsonl", OK + "{}", {}, "line 3: expected exactly one of"),
         ("in.jsonl", OK + '{"answer": "x"}', {}, "line 3: expected exactly one of"),
         ("in.jsonl", OK + '{"text": "a", "messages": []}', {}, "found text and messages"),
-        ("in.jsonl", OK + '{"text": 5}', {}, 'line 3: "text" is not a string but int'),
+        ("in.jsonl", OK + '{"text": 5}', {}, 'line 3: "text" is not a string but int: correct it'),
         ("in.jsonl", OK + '{"text": "\\ud800"}', {}, "line 3: not valid Unicode"),
         ("in.jsonl", '{"question": "x"}', {}, 'line 1: "answer" is not a string but missing'),
         ("in.jsonl", '{"question": 1, "answer": ""}', {}, 'line 1: "question" is not a string'),
@@ -247,12 +260,21 @@ TRUST = {"trust_control_tokens": True}
         ("in.txt", chat_text("<|startoftext|>"), TRUST, "example 3 at byte 104: the example ends"),
         ("in.txt", chat_text("<|startoftext|><|user|>a"), TRUST, "example 3 at byte 104"),
         ("in.txt", "<|startoftext|><|user|>a<|assistant|>b" * 2, TRUST, "example 1 at byte 0"),
-        ("in.txt", chat_text("<|assistant|>b"), TRUST, "example 2 at byte 52: found <|assistant|>"),
+        (
+            "in.txt",
+            chat_text("<|assistant|>b"),
+            TRUST,
+            "example 2 at byte 52: found <|assistant|> where",
+        ),
+        ("in.txt", chat_text("<|assistant|>b"), TRUST, "<|user|> belongs: correct it"),
         ("in.txt", "\n<|startoftext|> \n", TRUST, "example 1 at byte 1"),
         ("in.txt", OK, {"val_file_path": "none.txt"}, "none.txt does not exist"),
         ("in.txt", OK, {"val_file_path": "chat.jsonl"}, "both must be of one kind"),
         ("in.txt", OK, {"output_dir": "in.txt"}, "cannot write to in.txt"),
         ("in.txt", OK, {"output_dir": "in.txt/x"}, "cannot write to in.txt/x"),
+        ("in.txt", OK, {"output_dir": "in.txt/x/y"}, "cannot write to in.txt/x"),
+        ("in.txt", "only one", {"output_dir": "new/inner/out"}, "leaves 0 for validation"),
+        ("in.txt", OK, {"output_dir": f"new/{'x' * 256}"}, "File name too long"),
         ("in.txt", OK, {"output_dir": "/proc/none"}, "cannot write to /proc/none"),
         ("in.txt", OK, {"input_file_path": "none.txt"}, "none.txt does not exist"),
         ("in.txt", OK, {"input_file_path": "folder"}, "folder is a directory"),
@@ -266,7 +288,7 @@ def test_mistakes_are_one_line_and_leave_nothing(name, content, settings, error)
         prepare(content, name, **settings)
     message = str(caught.value)
     assert error in message
-    assert "\n" not in message
+    assert "\n" not in message and len(message) < 600
     assert sorted(os.listdir()) == sorted(["folder", "chat.jsonl", name])
 
 
@@ -289,12 +311,52 @@ def test_command_line_shows_one_line_and_no_traceback():
     assert (result.returncode, result.stderr) == (0, "")  # no progress bar off a terminal
 
 
-def test_too_little_disk_space_is_said_before_the_work(monkeypatch):
+def test_too_little_disk_space_is_said_before_the_work(monkeypatch, capsys):
     usage = type("Usage", (), {"free": 3})
     monkeypatch.setattr(prepare_dataset.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(UserError, match="out has 0 MB free and about 0 MB are needed"):
-        prepare("a<|endoftext|>b")
-    assert os.listdir() == ["in.txt"]
+    prepare("a<|endoftext|>b")
+    printed = capsys.readouterr().out
+    assert printed.startswith("note: out has 0 MB free, up to 0 MB may be needed\n")
+
+
+def test_two_runs_do_not_share_an_output_directory(tokenizer):
+    pytest.importorskip("fcntl", reason="Windows has no such locks")
+    out = prepare("old 1<|endoftext|>old 2")
+    (out / ".preparing").mkdir()
+    (out / ".preparing" / "train.npz").write_text("of the other run")
+    with locked(out, "run"), pytest.raises(UserError) as caught:
+        prepare("new 1<|endoftext|>new 2")
+    assert str(caught.value) == (
+        "another prepare_dataset.py is writing to out: wait for it or choose another folder"
+    )
+    assert (out / ".preparing" / "train.npz").read_text() == "of the other run"
+    prepare("new 1<|endoftext|>new 2")
+    assert texts_of(out, tokenizer) == ["new 1<|endoftext|>", "new 2<|endoftext|>"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+@pytest.mark.parametrize(
+    "name, folder", [(b"in\xff.txt", b"out\xff"), ("東.txt".encode(), "é".encode())]
+)
+def test_names_that_the_terminal_cannot_show(name, folder):
+    with open(name, "wb") as file:
+        file.write(b"a<|endoftext|>b")
+    arguments = [b"--input_file_path=" + name, b"--output_dir=" + folder]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    result = run(*arguments, "--val_split=0.5", env=environment)
+    assert (result.returncode, result.stderr) == (0, "")
+    source = read_manifest(os.fsdecode(folder))["sources"][0]
+    assert os.fsencode(source["name"]) == name
+    result = run(*arguments, env=environment)  # nothing left for validation
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+
+
+def test_a_path_that_cannot_be_is_one_line():
+    name = "x" * 300 + ".txt"
+    result = run(f"--input_file_path={name}", "--output_dir=out")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith(f"error: {name}: File name too long: check this path")
+    assert result.stderr.count("\n") == 1 and os.listdir() == []
 
 
 def test_full_disk(tmp_path):
@@ -330,8 +392,9 @@ def test_file_size_limit():
         "--output_dir=out",
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)),
     )
-    assert result.returncode == 2
-    assert "write to another disk" in result.stderr and result.stderr.count("\n") == 1
+    assert result.returncode == 1
+    assert "`ulimit -f` allows while writing out/.preparing" in result.stderr
+    assert result.stderr.count("\n") == 1
     assert os.listdir() == ["in.txt"]
 
 

@@ -1,8 +1,10 @@
 """The tokenizer against its reference ids, its own inverse, and text that tries to forge turns."""
 
 import json
+import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import warnings
@@ -139,6 +141,7 @@ def test_file_is_what_build_tokenizer_makes(tmp_path):
     assert build_tokenizer.main([f"--output_path={tmp_path / 'new.json'}"]) == 0
     committed = Path(module.__file__).with_name("hastings.json").read_bytes()
     assert (tmp_path / "new.json").read_bytes() == committed
+    assert [path.name for path in tmp_path.iterdir()] == ["new.json"]
 
 
 def test_sizes_and_ids(tokenizer):
@@ -202,10 +205,22 @@ def test_lone_surrogate_is_refused(tokenizer, encode):
         getattr(tokenizer, encode)(text if encode == "encode" else ["fine", text])
 
 
-@pytest.mark.parametrize("ids", [[32768], [-1], [5, 10**9], np.array([70000]), [0.5]])
+@pytest.mark.parametrize(
+    "ids", [[32768], [-1], [5, 10**9], np.array([70000]), [0.5], 5, [[5]], "abc"]
+)
 def test_decode_refuses_what_is_no_id(tokenizer, ids):
     with pytest.raises(ValueError, match="id"):
         tokenizer.decode(ids)
+
+
+def test_what_is_no_text_is_refused(tokenizer):
+    for encode in (tokenizer.encode_batch, tokenizer.encode_documents):
+        with pytest.raises(TypeError, match="not one: use encode"):
+            encode("abc")
+    with pytest.raises(TypeError, match="a text is a str, not NoneType"):
+        tokenizer.encode(None)
+    with pytest.raises(TypeError, match="a text is a str, not bytes"):
+        tokenizer.encode_batch(["a", b"b"])
 
 
 def test_decode_of_other_containers_and_cut_characters(tokenizer):
@@ -283,6 +298,40 @@ def test_fallback_when_gigatoken_fails_later(monkeypatch):
         tokenizer.encode_batch(["abc"])
 
 
+@pytest.mark.parametrize("when", ["making the encoder", "checking it", "using it"])
+def test_an_interrupt_that_gigatoken_swallows_comes_out(monkeypatch, when):
+    """As awkward does, which turns what is raised inside it into an error of its own."""
+    tokenizer, real, reached = load_tokenizer(), module.gigatoken_encoder, []
+
+    def swallowed_interrupt():
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            for _ in range(1000):
+                reached.append(when)
+        except BaseException:
+            raise AttributeError("awkward") from None
+
+    def encoder(tokenizer_json):
+        encode, calls = real(tokenizer_json), []
+        if when == "making the encoder":
+            swallowed_interrupt()
+
+        def interrupted(texts):
+            calls.append(texts)
+            if when == ("checking it" if len(calls) == 1 else "using it"):
+                swallowed_interrupt()
+            return encode(texts)
+
+        return interrupted
+
+    fake_gigatoken(monkeypatch, encoder)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        tokenizer.encode_batch(["abc"])
+    assert len(reached) == 1000  # the encoder itself was not disturbed
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
 CHAT = [
     {"role": "user", "content": "Hello"},
     {"role": "assistant", "content": "Hey there"},
@@ -335,6 +384,7 @@ USER, ASSISTANT = CHAT[0], CHAT[1]
         ([{"role": "system", "content": "x"}, USER], False, "role 'system'"),
         ([USER, {"role": "assistant"}], False, "message 2 is not"),
         ([["user", "hi"]], False, "message 1 is not"),
+        ([{"role": "x" * 300_000, "content": ""}], False, r"has role 'xxx.*\.\.\..*xxx', expected"),
         ([{"role": "user", "content": 5}], False, "content of message 1 is not a string but int"),
         ([{"role": "user", "content": None}], False, "not a string but NoneType"),
         ([USER, ASSISTANT], True, "add_generation_prompt needs a user turn"),
@@ -344,7 +394,7 @@ USER, ASSISTANT = CHAT[0], CHAT[1]
 def test_bad_conversations_are_refused_in_one_line(tokenizer, messages, prompt, error):
     with pytest.raises(ValueError, match=error) as caught:
         tokenizer.encode_chat(messages, add_generation_prompt=prompt)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
     if not prompt:
         with pytest.raises(ValueError, match=error):
             tokenizer.encode_chat_batch([CHAT, messages])
@@ -401,14 +451,17 @@ def test_parse_chat_completes_the_last_example_of_a_file():
         parse_chat("<|user|>a", may_lack_end=True)
 
 
-@pytest.mark.parametrize("content", [None, b"", b"{}", b"[]", b"\xff", b'{"version": "1.0"}'])
+LONG = b'{"added_tokens": [], "model": {"vocab": {"%s": 0}}}' % (b"a" * 300_000)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{}", b"[]", b"\xff", b'{"version": "1.0"}', LONG])
 def test_other_files_are_refused_in_one_line(tmp_path, content):
     path = tmp_path / "other.json"
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(UserError, match="other.json") as caught:
         load_tokenizer(path)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
     with pytest.raises(UserError, match="cannot read"):
         load_tokenizer(tmp_path)
 
