@@ -20,6 +20,8 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 
 $(VENV)/.installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+	    "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing requirements.txt into $(VENV), some minutes the first time"
 	$(PIP) -r requirements.txt

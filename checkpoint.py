@@ -44,7 +44,9 @@ def model_config(model_args: dict[str, Any]) -> GPTConfig:
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Reads a whole checkpoint on the CPU; UserError when it is missing, damaged or unsafe."""
     path = Path(path)
-    if not path.is_file():
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: give the path of a .pt file in it")
+    if not path.exists():
         raise UserError(f"{path} is not there: give the path of a .pt checkpoint")
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not notice flipped bits
@@ -54,8 +56,10 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except zipfile.BadZipFile:
         raise UserError(f"{path} is not a checkpoint, or only half of one") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except Exception as error:
-        if isinstance(error, UserError | OSError | MemoryError):
+        if isinstance(error, UserError | MemoryError):
             raise
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} cannot be read as a weights-only checkpoint: {reason}") from None
@@ -70,7 +74,7 @@ def model_of(state: dict[str, Any], name: str | Path, **changes: Any) -> GPT:
     try:
         model = GPT(model_config(state["model_args"] | changes))
         model.load_state_dict(clean_state_dict(state["model_state_dict"]))
-    except (RuntimeError, TypeError, ValueError) as error:
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{name}: its weights do not fit its model_args: {reason}") from None
     return model
@@ -83,8 +87,6 @@ def load_model(
 
     `dtype` None keeps the checkpoint's. Raises UserError for anything that is not a checkpoint.
     """
-    if Path(path).is_dir():
-        raise UserError(f"{path} is a folder: give the path of a .pt file in it")
     return model_of(load_checkpoint(path), path).to(device=device, dtype=dtype).eval()
 
 
@@ -106,8 +108,10 @@ def same_content(source: Path, target: Path) -> None:
     try:
         os.link(source, temporary)
     except OSError:
-        shutil.copyfile(source, temporary)
-    os.replace(temporary, target)
+        with open(source, "rb") as original, atomic_file(target) as copy:
+            shutil.copyfileobj(original, copy)
+    else:
+        os.replace(temporary, target)
 
 
 def checkpoints_in(directory: Path) -> list[Path]:
@@ -117,7 +121,8 @@ def checkpoints_in(directory: Path) -> list[Path]:
 
 def latest_checkpoint(directory: Path) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint that can be read; a damaged one is named and skipped."""
-    for path in checkpoints_in(directory):
+    best = directory / BEST
+    for path in [*checkpoints_in(directory), *([best] if best.exists() else [])]:
         try:
             return path, load_checkpoint(path)
         except UserError as error:
@@ -136,6 +141,7 @@ class CheckpointWriter:
         self.directory, self.keep = directory, keep
         self.thread: threading.Thread | None = None
         self.error: OSError | None = None
+        self.unsaved_best: dict[str, Any] | None = None
         directory.mkdir(parents=True, exist_ok=True)
         for leftover in directory.glob("*.pt.tmp"):  # of a killed run
             leftover.unlink()
@@ -149,15 +155,21 @@ class CheckpointWriter:
 
     def write(self, path: Path, state: dict[str, Any], best: bool) -> None:
         try:
+            if self.unsaved_best is not None and not best:
+                with atomic_file(self.directory / BEST) as file:
+                    torch.save(self.unsaved_best, file)
             with atomic_file(path) as file:
                 torch.save(state, file)
-            if best:
-                same_content(path, self.directory / BEST)
+                if best:  # before the rename: a kill in between is made good by the resumed run
+                    file.flush()
+                    os.fsync(file.fileno())
+                    same_content(Path(file.name), self.directory / BEST)
             for old in checkpoints_in(self.directory)[self.keep :]:
                 old.unlink()
-            self.error = None
+            self.error = self.unsaved_best = None
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             self.error = error if isinstance(error, OSError) else OSError(str(error))
+            self.unsaved_best = state if best else self.unsaved_best
             print(f"could not save {path}: {error}; the earlier checkpoints are intact", flush=True)
 
     def join(self) -> None:

@@ -1,9 +1,9 @@
 """Cross-entropy of a linear head without float32 logits of the whole batch.
 
-The head is the largest single product of the model: 32,768 logits for each token. Compiled, the
-float32 cast and the softmax fuse into its kernels and only 16-bit logits are stored. Eager, a chunk
-of tokens at a time is enough, with the gradients made while its logits are there: measured on a
-CPU against plain cross-entropy and F.linear_cross_entropy in LOG.md.
+The head is the largest single product of the model: 32,768 logits for each token. In 16 bits and
+compiled, the float32 cast and the softmax fuse into its kernels and only 16-bit logits are stored.
+Otherwise a chunk of tokens at a time is enough, with the gradients made while its logits are there:
+measured on a CPU against plain cross-entropy and F.linear_cross_entropy in LOG.md.
 """
 
 import torch
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from sampling import sample
 
 IGNORE_INDEX = -100  # target of a position without a label
-MIN_CHUNK = 128  # tokens whose logits exist at once; 16 MiB of float32
+MIN_CHUNK = 128  # fewest tokens whose logits exist at once; 16 MiB of float32
 
 
 def linear_cross_entropy(
@@ -24,8 +24,8 @@ def linear_cross_entropy(
     `sample_targets` each label is replaced by one drawn from softmax(logits), as the
     Gauss-Newton-Bartlett estimator needs (Sophia, 2305.14342, section 2.3).
     """
-    if not torch.compiler.is_compiling():
-        return ChunkedCrossEntropy.apply(x, weight, targets, sample_targets)
+    if not (torch.compiler.is_compiling() and torch.is_autocast_enabled(x.device.type)):
+        return chunked_cross_entropy(x, weight, targets, sample_targets)
     logits = F.linear(x, weight)
     if sample_targets:
         targets = torch.where(targets == IGNORE_INDEX, targets, sample(logits.detach()))
@@ -73,3 +73,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, gradient):
         dx, dweight = ctx.saved_tensors
         return dx * gradient, dweight * gradient, None, None
+
+
+@torch.compiler.disable  # the number of labels decides its loop
+def chunked_cross_entropy(x, weight, targets, sample_targets):
+    return ChunkedCrossEntropy.apply(x, weight, targets, sample_targets)

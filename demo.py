@@ -21,14 +21,13 @@ from tokenizer import load_tokenizer
 
 data_dir = "data/demo"  # texts and shards
 out_dir = "checkpoints_demo"  # checkpoints, metrics and loss curves
-question = "What is the capital of France?"
-expected = "Paris"  # what a right answer to it contains
 
+QUESTION, EXPECTED = "What is the capital of France?", "Paris"
 MODEL = ["--n_layers=4", "--n_embd=128", "--n_heads=4", "--n_kv_heads=2", "--block_size=128"]
 SMALL_STEPS = ["--batch_size=16", "--gradient_accumulation_steps=1", "--compile=False"]
 
 
-def stages(data: str, out: str, question: str) -> list[tuple[str, list[str]]]:
+def stages(data: str, out: str) -> list[tuple[str, list[str]]]:
     """Title and command of each stage, in order."""
     base, tuned = f"{out}/pretrain", f"{out}/finetune"
     common = [f"--data_dir={data}/pretrain", f"--out_dir={base}", *MODEL, *SMALL_STEPS]
@@ -41,7 +40,7 @@ def stages(data: str, out: str, question: str) -> list[tuple[str, list[str]]]:
         "--finetune_num_epochs=12",
         "--finetune_learning_rate=1e-3",
         "--eval_interval=100",
-        f"--finetune_sample_prompt={question}",
+        f"--finetune_sample_prompt={QUESTION}",
     ]
     return [
         ("Collect texts", ["demo_data.py", f"--output_dir={data}"]),
@@ -67,22 +66,28 @@ def stages(data: str, out: str, question: str) -> list[tuple[str, list[str]]]:
         ("Fine-tune", ["train.py", *common, *finetune]),
         (
             "Ask",
-            ["inference.py", f"--model={tuned}/best_model.pt", f"--prompt={question}"],
+            ["inference.py", f"--model={tuned}/best_model.pt", f"--prompt={QUESTION}"],
         ),
     ]
 
 
-def run_stage(title: str, command: list[str]) -> float:
+def run_stage(title: str, command: list[str], out: str) -> float:
     """Runs one script in this directory, its output on the screen; returns its seconds."""
     print(f"\n=== {title}\n$ python {shlex.join(command)}", flush=True)
     started = time.perf_counter()
-    code = subprocess.call([sys.executable, *command])
+    with subprocess.Popen([sys.executable, *command]) as stage:
+        code = None
+        while code is None:
+            try:
+                code = stage.wait()
+            except KeyboardInterrupt:  # the stage has it too: it saves and ends
+                continue
     if code:
         print(
             f"the demo stopped at this stage (exit code {code}): run it again to continue, or "
-            "delete checkpoints_demo to begin anew"
+            f"delete {out} to begin anew"
         )
-        raise SystemExit(code)
+        raise SystemExit(code if code > 0 else 128 - code)
     return time.perf_counter() - started
 
 
@@ -102,17 +107,17 @@ def main(argv: list[str] | None = None) -> int:
     if not Path("train.py").exists():
         raise UserError("run the demo in the project's folder, where train.py is")
     times = []
-    for title, command in stages(config.data_dir, config.out_dir, config.question):
-        times.append((title, run_stage(title, command)))
+    for title, command in stages(config.data_dir, config.out_dir):
+        times.append((title, run_stage(title, command, config.out_dir)))
 
     print("\n=== Ask what was held out", flush=True)
     tuned = f"{config.out_dir}/finetune/best_model.pt"
     started = time.perf_counter()
-    said = answer(load_model(tuned), load_tokenizer(), config.question, temperature=0.0)
+    said = answer(load_model(tuned), load_tokenizer(), QUESTION, temperature=0.0)
     right, total = held_out_share(tuned, Path(config.data_dir, "conversations_heldout.jsonl"))
     times.append(("Ask what was held out", time.perf_counter() - started))
     print(f"{right} of {total} questions in wordings it never saw are answered right")
-    print(f"{config.question} {said}")
+    print(f"{QUESTION} {said}")
 
     print("\nSeconds: " + ", ".join(f"{title} {seconds:.0f}" for title, seconds in times))
     print(
@@ -120,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
         f'Ask on: python inference.py --model={tuned} --prompt="Who are you?"\n'
         "Next: your own text, python prepare_dataset.py --input_file_path=... and python train.py"
     )
-    if not is_right(said, config.expected) or 2 * right <= total:
+    if not is_right(said, EXPECTED) or 2 * right <= total:
         print("that is worse than it should be: please report it with the output above")
         return 1
     return 0

@@ -1,6 +1,8 @@
 """What a training run shows and keeps: metrics.jsonl, the loss curve, the progress bar, wandb."""
 
 import json
+import math
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -13,27 +15,30 @@ from tqdm import tqdm
 
 from files import atomic_file
 
-PEAK_FLOPS = {  # dense 16-bit matrix products of a card, FLOP/s, by a part of its name
-    "H200": 989e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
-    "RTX 4070 Ti": 80.2e12,
-    "RTX 3090": 71e12,
+PEAK_FLOPS = {  # dense 16-bit matrix products of a card, FLOP/s, by a pattern of its name
+    r"\bH200\b": 989e12,
+    r"\bH100 (80GB HBM3|SXM)": 989e12,
+    r"\bH100 PCIe\b": 756e12,
+    r"\bA100[ -]": 312e12,
+    r"\bL40S\b": 362e12,
+    r"\bRTX 4090$": 165e12,
+    r"\bRTX 4070 Ti$": 80.2e12,
+    r"\bRTX 3090$": 71e12,
 }
 
 
 def peak_flops(device_name: str) -> float | None:
     """Published 16-bit FLOP/s of a known GPU; None for any other device."""
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
+    found = (peak for name, peak in PEAK_FLOPS.items() if re.search(name, device_name))
+    return next(found, None)
 
 
 class Metrics:
     """Appends one JSON object per line to `out_dir/metrics.jsonl` and draws its loss curves.
 
     A resumed run first forgets the lines beyond the step it resumes from, so that a killed run's
-    file ends up the same as an undisturbed one's, but for the timings.
+    file ends up the same as an undisturbed one's, but for the timings. A full disk costs lines and
+    pictures, with one message, never the run.
     """
 
     def __init__(self, out_dir: Path, first_step: int, wandb_settings: dict[str, Any] | None):
@@ -41,6 +46,7 @@ class Metrics:
         kept = [row for row in read_metrics(self.path) if row["step"] <= first_step]
         with atomic_file(self.path) as file:
             file.writelines(json.dumps(row).encode() + b"\n" for row in kept if first_step)
+        self.failed = False
         self.wandb = None
         if wandb_settings is not None:
             import wandb
@@ -48,20 +54,26 @@ class Metrics:
             self.wandb = wandb.init(**wandb_settings)
 
     def log(self, step: int, **values: float | str) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step} | values) + "\n")
+        finite = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in values.items()
+        }
+        with self.unless_disk_is_full(), open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step} | finite) + "\n")
         if self.wandb is not None:
             self.wandb.log(values, step=step)
 
-    def last(self) -> dict[str, Any]:
-        """The newest value of every metric."""
-        newest: dict[str, Any] = {}
-        for row in read_metrics(self.path):
-            newest |= row
-        return newest
+    @contextmanager
+    def unless_disk_is_full(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self.failed:
+                print(f"cannot write metrics ({error}); training goes on", file=sys.stderr)
+            self.failed = True
 
     def plot(self) -> None:
-        """Draws training and validation loss against steps to `loss_curve.png`."""
+        """Draws training and validation loss against steps as `loss_curve.png`."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -72,14 +84,15 @@ class Metrics:
             ("val_loss", "validation", {"marker": "o", "markersize": 4}),
             ("pretrain_val_loss", "pretraining validation", {"marker": "s", "markersize": 4}),
         ):
-            points = [(row["step"], row[key]) for row in rows if key in row]
+            points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
             if points:
                 axes.plot(*zip(*points, strict=True), label=label, **style)
         axes.set(xlabel="step", ylabel="loss (nats per token)", title=str(self.path.parent))
         axes.grid(alpha=0.3)
         if axes.get_lines():
             axes.legend()
-        figure.savefig(self.curve, dpi=120)
+        with self.unless_disk_is_full(), atomic_file(self.curve) as file:
+            figure.savefig(file, dpi=120, format="png")
 
     def close(self) -> None:
         if self.wandb is not None:
@@ -95,6 +108,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return rows
+
+
+def last_metrics(out_dir: Path) -> dict[str, Any]:
+    """The newest value of every metric of a run."""
+    newest: dict[str, Any] = {}
+    for row in read_metrics(out_dir / "metrics.jsonl"):
+        newest |= row
+    return newest
 
 
 class Progress:
@@ -114,7 +135,7 @@ class Progress:
         self.flops_per_token, self.peak = flops_per_token, None
         if device.type == "cuda":
             self.peak = peak_flops(torch.cuda.get_device_name(device))
-        self.tokens, self.seconds = 0, 0.0
+        self.tokens = 0
         self.started = time.perf_counter()
 
     def advance(self, tokens: int) -> None:

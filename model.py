@@ -45,6 +45,8 @@ class GPTConfig:
         for name in ("n_embd", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "block_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.layer_norm_eps <= 0:
+            raise ValueError(f"layer_norm_eps={self.layer_norm_eps} must be above 0")
         if self.n_embd % self.n_heads or self.head_dim % 2:
             raise ValueError(
                 f"n_embd={self.n_embd} must be n_heads={self.n_heads} times an even head width"
@@ -172,8 +174,9 @@ class Attention(nn.Module):
         B, _, T, _ = k.shape
         positions = cache.lengths[:, None] + torch.arange(T, device=k.device)  # (B, T)
         rows = torch.arange(B, device=k.device)[:, None]
-        cache.keys[layer][rows, :, positions] = k.transpose(1, 2)
-        cache.values[layer][rows, :, positions] = v.transpose(1, 2)
+        dtype = cache.keys.dtype  # autocast makes k and v narrower than the weights
+        cache.keys[layer][rows, :, positions] = k.transpose(1, 2).to(dtype)
+        cache.values[layer][rows, :, positions] = v.transpose(1, 2).to(dtype)
         seen = torch.arange(cache.keys.shape[3], device=k.device)
         mask = seen <= positions[:, None, :, None]  # (B, 1, T, block_size)
         return cache.keys[layer], cache.values[layer], mask

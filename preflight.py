@@ -2,6 +2,8 @@
 disk, and whether a checkpoint belongs to the run that wants to continue it."""
 
 import dataclasses
+import importlib.util
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,17 +14,40 @@ from checkpoint import BEST, checkpoints_in, latest_checkpoint, load_checkpoint
 from config import UserError
 from model import GPT
 
+# A fine-tune uses finetune_NAME in place of NAME.
+FINETUNE_NAMES = (
+    "data_dir",
+    "out_dir",
+    "learning_rate",
+    "num_epochs",
+    "warmup_iters",
+    "gradient_accumulation_steps",
+    "sample_prompt",
+)
+
+
+def setting(config: Any, name: str) -> str:
+    """The name under which a user sets `name` in this run."""
+    return f"finetune_{name}" if config.finetune and name in FINETUNE_NAMES else name
+
 
 def check_settings(config: Any) -> None:
     """Refuses values and combinations that cannot be meant; UserError says what to change."""
-    positive = ("batch_size", "gradient_accumulation_steps", "num_epochs", "eval_interval")
-    positive += ("eval_rows", "log_interval", "hess_interval", "keep_checkpoints", "learning_rate")
-    for name in positive:
-        if getattr(config, name) <= 0:
-            raise UserError(f"{name}={getattr(config, name)} must be above 0")
-    for name in ("max_steps", "warmup_iters", "weight_decay", "grad_clip", "sample_tokens"):
-        if getattr(config, name) < 0:
-            raise UserError(f"{name}={getattr(config, name)} must not be negative")
+    at_least = dict.fromkeys(("max_steps", "warmup_iters", "sample_tokens", "seed"), 0)
+    counts = ("batch_size", "gradient_accumulation_steps", "num_epochs", "eval_interval")
+    counts += ("eval_rows", "log_interval", "hess_interval", "keep_checkpoints")
+    at_least |= dict.fromkeys(counts, 1) | {"block_size": 2, "weight_decay": 0, "grad_clip": 0}
+    for name, least in at_least.items():
+        if (value := getattr(config, name)) < least:
+            raise UserError(f"{setting(config, name)}={value} must be at least {least}")
+    for name in ("learning_rate", "rho"):
+        if (value := getattr(config, name)) <= 0:
+            raise UserError(f"{setting(config, name)}={value} must be above 0")
+    for name in ("beta1", "beta2", "adamw_beta1", "adamw_beta2"):
+        if not 0 <= getattr(config, name) < 1:
+            raise UserError(f"{name}={getattr(config, name)} must be at least 0 and below 1")
+    if not 0 <= config.min_lr_ratio <= 1:
+        raise UserError(f"min_lr_ratio={config.min_lr_ratio} must be between 0 and 1")
     choices = {
         "optimizer": ("sophiag", "adamw"),
         "device": ("auto", "cuda", "mps", "cpu"),
@@ -31,19 +56,25 @@ def check_settings(config: Any) -> None:
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
             raise UserError(f"{name}={getattr(config, name)!r} must be one of {', '.join(allowed)}")
-    if not 0 <= config.min_lr_ratio <= 1:
-        raise UserError(f"min_lr_ratio={config.min_lr_ratio} must be between 0 and 1")
-    if config.rho <= 0:
-        raise UserError(f"rho={config.rho} must be above 0")
-    for name in ("beta1", "beta2", "adamw_beta1", "adamw_beta2"):
-        if not 0 <= getattr(config, name) < 1:
-            raise UserError(f"{name}={getattr(config, name)} must be at least 0 and below 1")
+    if config.wandb_log and importlib.util.find_spec("wandb") is None:
+        raise UserError("wandb_log=True needs wandb: pip install wandb, or set wandb_log=False")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("training on several GPUs is not there yet: run python train.py once")
+
+
+def check_sample_prompt(config: Any, n_tokens: int, block_size: int) -> None:
+    """Refuses a prompt that could not be continued at the first evaluation."""
+    if config.sample_tokens and not 0 < n_tokens <= block_size:
+        raise UserError(
+            f"{setting(config, 'sample_prompt')} has {n_tokens} tokens, the context {block_size}: "
+            "change it, or set sample_tokens=0"
+        )
 
 
 def check_schedule(config: Any, total_steps: int) -> None:
     """Refuses a warm-up that never ends: the learning rate would only rise."""
     if 0 < total_steps <= config.warmup_iters:
-        name = "finetune_warmup_iters" if config.finetune else "warmup_iters"
+        name = setting(config, "warmup_iters")
         raise UserError(
             f"{name}={config.warmup_iters} takes up all of the run's {total_steps} steps: lower it "
             f"with --{name}={total_steps // 10}, or train for longer"
@@ -70,15 +101,26 @@ def choose_device(config: Any) -> tuple[torch.device, torch.dtype]:
     return torch.device(name), torch.float32
 
 
+def make_folder(directory: Path) -> None:
+    """Makes the output folder; UserError when it cannot be made or written to."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {directory}: {error.strerror or error}") from None
+    if not os.access(directory, os.W_OK):
+        raise UserError(f"cannot write to {directory}: change its permissions, or choose another")
+
+
 def check_disk(directory: Path, model: GPT, keep: int) -> None:
     """Refuses to start when the checkpoints cannot fit: weights and two moments in float32 each."""
+    there = sum(path.stat().st_size for path in checkpoints_in(directory))  # will be replaced
     needed = 12 * model.n_parameters() * (keep + 2)  # kept ones, the best, and one being written
-    directory.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(directory).free
-    if free < needed:
+    if free + there < needed:
         raise UserError(
-            f"{directory} has {free / 1e9:.1f} GB free and the checkpoints need {needed / 1e9:.1f} "
-            f"GB: free some space, lower keep_checkpoints (now {keep}) or change out_dir"
+            f"{directory} has {free / 1e9:.1f} GB free and the checkpoints need "
+            f"{(needed - there) / 1e9:.1f} GB: free some space, lower keep_checkpoints (now {keep})"
+            " or change the folder"
         )
 
 
@@ -98,14 +140,22 @@ def find_checkpoint(config: Any) -> tuple[Path, dict[str, Any]] | None:
     overwrite another one's results.
     """
     out_dir = Path(config.out_dir)
+    there = checkpoints_in(out_dir)
     if config.resume_checkpoint not in ("auto", ""):
-        return Path(config.resume_checkpoint), load_checkpoint(config.resume_checkpoint)
+        path = Path(config.resume_checkpoint)
+        state = load_checkpoint(path)
+        if there and there[0].resolve() != path.resolve():
+            raise UserError(
+                f"{there[0]} is newer than {path} or of another run, and continuing would replace "
+                f"it: change {setting(config, 'out_dir')}, or move newer checkpoints away"
+            )
+        return path, state
     if config.resume_checkpoint == "auto":
         found = latest_checkpoint(out_dir)
         if found is not None:
             return found
-    if checkpoints_in(out_dir) or (out_dir / BEST).exists():
-        ways = "change the output folder, or move its files away"
+    if there or (out_dir / BEST).exists():
+        ways = f"change {setting(config, 'out_dir')}, or move its files away"
         if config.resume_checkpoint == "":
             ways = f"continue it with --resume_checkpoint=auto, {ways}"
         raise UserError(f"{out_dir} holds the results of an earlier run: {ways}")

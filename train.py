@@ -11,9 +11,12 @@ loss_curve.png. From Python: `train(config)` with a config of `config_from_const
 
 import dataclasses
 import math
+import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +25,30 @@ import torch
 from checkpoint import CheckpointWriter, load_checkpoint, model_of
 from config import UserError, config_from_constants, run_script
 from dataset import open_split
-from metrics import Metrics, Progress
+from files import locked
+from metrics import Metrics, Progress, last_metrics
 from model import GPT, GPTConfig
 from packing import ChatFormat, PackedRows, Prefetcher
 from preflight import (
+    FINETUNE_NAMES,
     check_disk,
     check_resume,
+    check_sample_prompt,
     check_schedule,
     check_settings,
     check_tokenizer,
     choose_device,
     find_checkpoint,
+    make_folder,
+    setting,
 )
 from tokenizer import Tokenizer, load_tokenizer
-from training import Run
+from training import Run, prompt_ids
 
 # Where things are
 data_dir = "data/fineweb_edu_sample_10BT"  # shards to pretrain on
 out_dir = "checkpoints"  # checkpoints, metrics and the loss curve
-resume_checkpoint = "auto"  # "auto": the newest in out_dir, if any; a path; "": refuse to continue
+resume_checkpoint = "auto"  # "auto": the newest in out_dir, if any; a path; "": a new run only
 keep_checkpoints = 2  # how many ckpt_*.pt stay, beside best_model.pt
 
 # Model (a fine-tune takes its shape from finetune_checkpoint)
@@ -112,16 +120,15 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         self.signum: int | None = None
+        self.previous: dict[int, Any] = {}
         in_main_thread = threading.current_thread() is threading.main_thread()
-        self.previous = {
-            signum: signal.signal(signum, self.note)
-            for signum in ((signal.SIGINT, signal.SIGTERM) if in_main_thread else ())
-        }
+        for signum in (signal.SIGINT, signal.SIGTERM) if in_main_thread else ():
+            self.previous[signum] = signal.signal(signum, self.note)
         return self
 
     def note(self, signum: int, frame: Any) -> None:
         self.signum = signum
-        print("\nstopping after this step; once more stops at once", file=sys.stderr, flush=True)
+        os.write(2, b"\nstopping after this step; once more stops at once\n")
         self.restore()
 
     def restore(self) -> None:
@@ -153,9 +160,8 @@ def run_settings(config: Any) -> Any:
             "finetune_out_dir and out_dir are the same folder, so a fine-tune would overwrite the "
             "pretrained model: change finetune_out_dir"
         )
-    names = ("data_dir", "out_dir", "learning_rate", "num_epochs", "warmup_iters")
-    names += ("gradient_accumulation_steps", "sample_prompt")
-    return dataclasses.replace(config, **{n: getattr(config, f"finetune_{n}") for n in names})
+    values = {name: getattr(config, f"finetune_{name}") for name in FINETUNE_NAMES}
+    return dataclasses.replace(config, **values)
 
 
 def open_rows(
@@ -165,23 +171,39 @@ def open_rows(
     shards = open_split(directory, split, tokenizer.sha256, tokenizer.vocab_size)
     format = ChatFormat(tokenizer.bos_id, tokenizer.user_id, tokenizer.assistant_mask)
     rows = PackedRows(shards, block_size, tokenizer.pad_id, seed, format if chat else None)
-    if rows.rows_per_epoch == 0 or rows.batch([0]).n_labels == 0:
+    if rows.batch(range(min(64, rows.rows_per_epoch))).n_labels == 0:
         kind = "conversation that fits the context" if chat else "text"
         raise UserError(f"{directory}: its {split} split has no {kind}; prepare it again")
     return rows
 
 
-def build_model(config: Any, tokenizer: Tokenizer) -> GPT:
-    """A new model of the configured shape, or in a fine-tune the one to start from."""
+def build_model(config: Any, tokenizer: Tokenizer, found: dict[str, Any] | None) -> GPT:
+    """The model to train: that of the checkpoint to continue, or of a fine-tune's base, or new."""
     if config.finetune:
-        state = load_checkpoint(config.finetune_checkpoint)
-        check_tokenizer(state, config.finetune_checkpoint, tokenizer.sha256)
-        return model_of(state, config.finetune_checkpoint, dropout=config.dropout)
+        name = config.finetune_checkpoint
+        state = found or load_checkpoint(name)
+        check_tokenizer(state, name, tokenizer.sha256)
+        return model_of(state, name, dropout=config.dropout)
     try:
         shape = {f.name: getattr(config, f.name, f.default) for f in dataclasses.fields(GPTConfig)}
         return GPT(GPTConfig(**shape | {"vocab_size": tokenizer.vocab_size}))
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def open_validation(
+    config: Any, pretrain_data_dir: str, tokenizer: Tokenizer, block_size: int
+) -> dict[str, PackedRows]:
+    """Validation rows by name: a fine-tune also watches what pretraining learned."""
+    rows = open_rows(config.data_dir, "val", tokenizer, block_size, 0, config.finetune)
+    validation = {"val": rows}
+    if config.finetune:
+        try:
+            rows = open_rows(pretrain_data_dir, "val", tokenizer, block_size, 0, chat=False)
+            validation["pretrain_val"] = rows
+        except UserError as error:
+            print(f"no pretraining validation loss: {error}")
+    return validation
 
 
 def batches_of(rows: PackedRows, first: int, end: int, config: Any, pin: bool) -> Prefetcher:
@@ -200,45 +222,52 @@ def train(config: Any) -> dict[str, Any]:
     """
     pretrain_data_dir, config = config.data_dir, run_settings(config)
     check_settings(config)
+    make_folder(Path(config.out_dir))
+    with locked(Path(config.out_dir), "train.py"), explained_out_of_memory(config):
+        return run_training(config, pretrain_data_dir)
+
+
+def run_training(config: Any, pretrain_data_dir: str) -> dict[str, Any]:
+    """`train` with the settings in force: build, resume, loop, save."""
     device, dtype = choose_device(config)
     out_dir = Path(config.out_dir)
     tokenizer = load_tokenizer()
-    found = find_checkpoint(config)
+    path, found = find_checkpoint(config) or (None, None)
 
     torch.manual_seed(config.seed)
-    model = build_model(config, tokenizer)
-    check_disk(out_dir, model, config.keep_checkpoints)
-    block_size, chat = model.config.block_size, config.finetune
-    rows = open_rows(config.data_dir, "train", tokenizer, block_size, config.seed, chat)
-    validation = {"val": open_rows(config.data_dir, "val", tokenizer, block_size, 0, chat)}
-    if config.finetune and Path(pretrain_data_dir).is_dir():
-        name = "pretrain_val"
-        validation[name] = open_rows(pretrain_data_dir, "val", tokenizer, block_size, 0, False)
+    model = build_model(config, tokenizer, found)
+    block_size = model.config.block_size
+    rows = open_rows(
+        config.data_dir, "train", tokenizer, block_size, config.seed, config.finetune
+    )
+    validation = open_validation(config, pretrain_data_dir, tokenizer, block_size)
+    n_prompt = len(prompt_ids(config.sample_prompt, config.finetune, tokenizer))
+    check_sample_prompt(config, n_prompt, block_size)
 
-    step, row, best, data = 0, 0, math.inf, rows.description
     run = Run(model.to(device), config, device, dtype)
+    step, row, best, data = 0, 0, math.inf, f"{rows.description} ({rows.fingerprint()})"
     if found is not None:
-        path, state = found
-        changes = check_resume(config, path, state, model, data, tokenizer.sha256)
-        step, row, best = run.restore(state)
+        changes = check_resume(config, path, found, model, data, tokenizer.sha256)
+        step, row, best = run.restore(found)
         print(f"continuing {path} at step {step}" + "".join(f"; {c}" for c in changes))
+        del found
     end_row = rows.rows_per_epoch * config.num_epochs
     rows_per_step = config.batch_size * config.gradient_accumulation_steps
     total_steps = step + math.ceil(max(0, end_row - row) / rows_per_step)
-    if config.max_steps:
-        total_steps = min(total_steps, config.max_steps)
-    check_schedule(config, total_steps)
-    print_summary(run, rows, total_steps, validation)
-
-    writer = CheckpointWriter(out_dir, config.keep_checkpoints)
-    wandb = {"project": config.wandb_project, "config": dataclasses.asdict(config)}
-    metrics = Metrics(out_dir, step, wandb if config.wandb_log else None)
+    total_steps = min(total_steps, config.max_steps or total_steps)
     if step >= total_steps:
         print(f"{out_dir} is already trained to step {step} of {total_steps}; nothing to do")
-        return metrics.last() | {"step": step, "best_val_loss": best}
+        return last_metrics(out_dir) | {"step": step, "best_val_loss": best}
+    check_schedule(config, total_steps)
+    check_disk(out_dir, model, config.keep_checkpoints)
+    print_summary(run, rows, total_steps, validation)
+
     if config.compile:
         run.try_compile(rows.batch(range(config.batch_size)))
     schedule = (config.learning_rate, config.warmup_iters, total_steps, config.min_lr_ratio)
+    wandb = {"project": config.wandb_project, "config": dataclasses.asdict(config)}
+    metrics = Metrics(out_dir, step, wandb if config.wandb_log else None)
+    writer = CheckpointWriter(out_dir, config.keep_checkpoints)
     progress = Progress(step, total_steps, model.flops_per_token(), device)
     batches = batches_of(rows, row, end_row, config, pin=device.type == "cuda")
     window: list[torch.Tensor] = []
@@ -249,7 +278,7 @@ def train(config: Any) -> dict[str, Any]:
                 if config.optimizer == "sophiag" and step % config.hess_interval == 0:
                     run.update_hessian(micro_batches[0])
                 loss, norm = run.step(micro_batches, lr)
-                step, row = step + 1, row + rows_per_step
+                step, row = step + 1, min(row + rows_per_step, end_row)
                 window.append(loss)
                 progress.advance(sum(batch.n_labels for batch in micro_batches))
                 evaluating = step % config.eval_interval == 0 or step == total_steps
@@ -280,18 +309,26 @@ def train(config: Any) -> dict[str, Any]:
                 if step == total_steps:
                     break
         writer.wait()
-    except torch.OutOfMemoryError:
-        raise UserError(
-            f"out of GPU memory: lower batch_size (now {config.batch_size}) and raise "
-            "gradient_accumulation_steps by the same factor; or lower block_size or n_layers"
-        ) from None
     finally:
         batches.close()
         progress.close()
         metrics.close()
         writer.join()
     print(f"done: best validation loss {best:.4f}, in {out_dir}/best_model.pt")
-    return metrics.last() | {"step": step, "best_val_loss": best}
+    return last_metrics(out_dir) | {"step": step, "best_val_loss": best}
+
+
+@contextmanager
+def explained_out_of_memory(config: Any) -> Iterator[None]:
+    """Turns running out of GPU memory into a line that says which constants to lower."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        shape = "" if config.finetune else "; or lower block_size or n_layers"
+        raise UserError(
+            f"out of GPU memory: lower batch_size (now {config.batch_size}) and raise "
+            f"{setting(config, 'gradient_accumulation_steps')} by the same factor{shape}"
+        ) from None
 
 
 def print_summary(run: Run, rows: PackedRows, total: int, validation: dict[str, Any]) -> None:

@@ -25,7 +25,8 @@ def make_optimizer(model: GPT, config: Any, device: torch.device) -> torch.optim
     ]
     if config.optimizer == "adamw":
         betas = (config.adamw_beta1, config.adamw_beta2)
-        return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
+        fused = device.type != "mps"  # there the fused one ignores grad_scale and found_inf
+        return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=fused)
     betas = (config.beta1, config.beta2)
     hessian_tokens = config.batch_size * model.config.block_size  # one micro-batch
     return SophiaG(
@@ -50,10 +51,23 @@ def optimizer_step(optimizer: torch.optim.Optimizer, scale: torch.Tensor) -> Non
     """One step with the gradients times `scale`; NaN skips it, without waiting for the device."""
     if isinstance(optimizer, SophiaG):
         optimizer.step(grad_scale=scale)
+    elif not optimizer.defaults["fused"]:
+        if torch.isfinite(scale):
+            gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+            torch._foreach_mul_(gradients, scale)
+            optimizer.step()
     else:  # how GradScaler tells PyTorch's fused optimizers: a divisor, and a flag to skip
         optimizer.found_inf = torch.isnan(scale).float()
         optimizer.grad_scale = 1.0 / torch.nan_to_num(scale, nan=1.0)
         optimizer.step()
+
+
+def prompt_ids(prompt: str, chat: bool, tokenizer: Tokenizer) -> list[int]:
+    """A prompt as a text to continue, or as the user's turn of a chat."""
+    if not chat:
+        return tokenizer.encode(prompt)
+    messages = [{"role": "user", "content": prompt}]
+    return tokenizer.encode_chat(messages, add_generation_prompt=True)
 
 
 class Run:
@@ -64,40 +78,44 @@ class Run:
         self.device, self.dtype = device, dtype
         self.optimizer = make_optimizer(model, config, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        # Flash attention over packed rows needs 16 bits, Ampere or newer, and heads that fit it.
+        width = model.config.head_dim
+        self.flash = device.type == "cuda" and dtype != torch.float32
+        self.flash &= width % 8 == 0 and width <= 256
+        self.flash = self.flash and torch.cuda.get_device_capability(device) >= (8, 0)
         self.bad_steps = torch.zeros((), dtype=torch.int64, device=device)  # skipped, in a row
 
     def loss_sum(self, batch: Batch, sample_targets: bool = False) -> torch.Tensor:
         """Cross-entropy of a micro-batch in nats, summed over its labels."""
-        ids, targets, positions, cu_seqlens = (
-            tensor.to(self.device, non_blocking=True) for tensor in batch.tensors()
-        )
-        sixteen_bit = self.dtype != torch.float32
-        with torch.autocast(self.device.type, self.dtype, enabled=sixteen_bit):
-            return self.forward(
-                ids,
-                targets,
-                positions,
-                cu_seqlens if sixteen_bit else None,  # flash attention computes in 16 bits
-                sample_targets=sample_targets,
-            )
+        wanted = batch.tensors() if self.flash else batch.tensors()[:-1]
+        tensors = [tensor.to(self.device, non_blocking=True) for tensor in wanted]
+        with self.autocast():
+            return self.forward(*tensors, sample_targets=sample_targets)
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def try_compile(self, batch: Batch) -> None:
         """Compiles the forward pass, or says why it cannot be and goes on without.
 
-        Both of its uses run once on `batch`, so that whatever can fail fails here.
+        Each of its uses runs once on `batch`, so that whatever can fail fails here.
         """
-        rng_state = torch.get_rng_state()
         self.forward = torch.compile(self.model)
         try:
-            for sample_targets in (False, True):
-                self.loss_sum(batch, sample_targets).backward()
+            devices = [self.device] if self.device.type == "cuda" else []
+            with torch.random.fork_rng(devices):  # a run is the same with and without this trial
+                for sample_targets in (False, True):
+                    self.loss_sum(batch, sample_targets).backward()
+                self.model.eval()
+                with torch.no_grad():
+                    self.loss_sum(batch)
         except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
             reason = str(error).strip().splitlines()[0]
             print(f"torch.compile does not work here, training without it (slower): {reason}")
-            print("  install a C++ compiler (g++), or set compile = False to skip this attempt")
+            print("  it needs a C++ compiler (g++); compile = False skips this attempt")
             self.forward = self.model
+        self.model.train()
         self.model.zero_grad(set_to_none=True)
-        torch.set_rng_state(rng_state)
 
     def update_hessian(self, batch: Batch) -> None:
         """One Gauss-Newton-Bartlett estimate: the gradient against labels drawn from the model.
@@ -154,7 +172,7 @@ class Run:
         for start in range(0, n_rows, self.config.batch_size):
             chosen = range(start, start + self.config.batch_size)
             batch = rows.batch([row if row < n_rows else None for row in chosen])
-            nats += self.loss_sum(batch).double().cpu()
+            nats += self.loss_sum(batch).cpu().double()
             n_labels += batch.n_labels
             n_bytes += int(token_bytes[batch.targets[batch.targets != IGNORE_INDEX]].sum())
         self.model.train()
@@ -174,13 +192,9 @@ class Run:
     def sample_text(self, tokenizer: Tokenizer) -> str:
         """What the model says to `sample_prompt`: a completion, or an answer in a fine-tune."""
         prompt = self.config.sample_prompt
-        if self.config.finetune:
-            messages = [{"role": "user", "content": prompt}]
-            ids = tokenizer.encode_chat(messages, add_generation_prompt=True)
-        else:
-            ids = tokenizer.encode(prompt)
+        ids = prompt_ids(prompt, self.config.finetune, tokenizer)
         generator = torch.Generator(self.device).manual_seed(self.config.seed)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        with self.autocast():
             (new,) = self.model.generate(
                 [ids],
                 self.config.sample_tokens,
@@ -192,8 +206,8 @@ class Run:
     def state(self, step: int, row: int, best: float, data: str, tokenizer: Tokenizer) -> dict:
         """Everything that a run needs to continue exactly; see checkpoint.py."""
         rng = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state()
+        if self.device.type != "cpu":
+            rng[self.device.type] = torch.get_device_module(self.device).get_rng_state()
         return {
             "model_state_dict": self.model.state_dict(),
             "optimizer_state_dict": self.optimizer.state_dict(),
@@ -211,9 +225,13 @@ class Run:
     def restore(self, state: dict[str, Any]) -> tuple[int, int, float]:
         """Puts a checkpoint's state in place; returns (step, row, best validation loss)."""
         self.model.load_state_dict(state["model_state_dict"])
-        self.optimizer.load_state_dict(state["optimizer_state_dict"])
-        self.scaler.load_state_dict(state["scaler_state_dict"])
-        torch.set_rng_state(state["rng_state"]["cpu"])
-        if self.device.type == "cuda" and "cuda" in state["rng_state"]:
-            torch.cuda.set_rng_state(state["rng_state"]["cuda"])
+        settings = self.optimizer.state_dict()["param_groups"]  # this run's, not the saved ones
+        moments = state["optimizer_state_dict"]["state"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": settings})
+        if self.scaler.is_enabled() and state["scaler_state_dict"]:
+            self.scaler.load_state_dict(state["scaler_state_dict"])
+        rng = state["rng_state"]
+        torch.set_rng_state(rng["cpu"])
+        if self.device.type in rng and self.device.type != "cpu":
+            torch.get_device_module(self.device).set_rng_state(rng[self.device.type])
         return state["iter_num"], state["data_cursor"], state["best_val_loss"]

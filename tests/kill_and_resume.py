@@ -102,8 +102,11 @@ def kill_and_resume(
         reached = newest(killed)
         print(f"kill {hits}: newest checkpoint {reached.name if reached else 'none'}", flush=True)
     subprocess.run(command(data_dir, killed, settings), check=True, capture_output=True)
-    results = (load_checkpoint(newest(out_dir)) for out_dir in (whole, killed))
-    return hits, difference(*results)
+    for name in (newest(whole).name, "best_model.pt"):
+        where = difference(*(load_checkpoint(out_dir / name) for out_dir in (whole, killed)), name)
+        if where is not None:
+            return hits, where
+    return hits, None
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -97,7 +97,7 @@ def test_batch_by_hand(tmp_path):
     ignore = IGNORE_INDEX
     assert batch.targets.tolist() == [[2, 3, ignore, 5] + [ignore] * 4, [ignore] * 8]
     assert batch.positions.tolist() == [[0, 1, 2, 0, 1, 0, 1, 2], list(range(8))]
-    assert batch.cu_seqlens.tolist() == [0, 3, 5, 8] + [16] * 60
+    assert batch.cu_seqlens.tolist() == [0, 3, 5, 8, 16, 16, 16]
     assert batch.n_labels == 3
     assert rows.fill == 5 / 8
 

@@ -21,6 +21,7 @@ import train
 from checkpoint import load_checkpoint, load_model
 from config import UserError, config_from_constants
 from cross_entropy import IGNORE_INDEX
+from files import locked
 from model import GPT, GPTConfig
 from packing import Batch
 from tokenizer import load_tokenizer
@@ -175,9 +176,26 @@ def test_a_run_never_overwrites_another(finished, text_data, tmp_path):
     whole, _ = finished
     with pytest.raises(UserError, match="resume_checkpoint=auto"):
         train.train(config_of(text_data, whole, resume_checkpoint=""))
-    shutil.copy(whole / "best_model.pt", tmp_path)
+    (tmp_path / "best_model.pt").write_bytes(b"somebody's")
     with pytest.raises(UserError, match="holds the results of an earlier run"):
         train.train(config_of(text_data, tmp_path))
+    older = whole / "ckpt_0000004.pt"
+    with pytest.raises(UserError, match="is newer than"):
+        train.train(config_of(text_data, whole, resume_checkpoint=older))
+
+
+def test_only_one_run_at_a_time_writes_to_a_folder(text_data, tmp_path):
+    with locked(tmp_path, "train.py"), pytest.raises(UserError, match="another"):
+        train.train(config_of(text_data, tmp_path))
+
+
+def test_an_older_checkpoint_continues_in_another_folder(finished, text_data, tmp_path):
+    whole, result = finished
+    settings = {"resume_checkpoint": whole / "ckpt_0000012.pt", "keep_checkpoints": 99}
+    train.train(config_of(text_data, tmp_path, **settings))
+    theirs = load_checkpoint(newest(whole))
+    assert difference(theirs | {"best_val_loss": 0}, load_checkpoint(newest(tmp_path)) | {
+        "best_val_loss": 0}) is None
 
 
 @pytest.mark.parametrize(
@@ -203,7 +221,15 @@ def test_resume_names_harmless_changes(finished, text_data, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 0}, "batch_size=0 must be above 0"),
+        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+        ({"block_size": 1}, "block_size=1 must be at least 2"),
+        ({"seed": -1}, "seed=-1"),
+        ({"layer_norm_eps": -1.0}, "layer_norm_eps=-1.0 must be above 0"),
+        ({"sample_prompt": ""}, "sample_prompt has 0 tokens"),
+        ({"sample_prompt": "word " * 40}, "sample_prompt has 41 tokens, the context 32"),
+        ({"learning_rate": "nan"}, "expected a number"),
+        ({"finetune": True, "finetune_learning_rate": 0.0}, "finetune_learning_rate=0.0 must"),
+        ({"resume_checkpoint": "."}, "is a folder"),
         ({"warmup_iters": 5000}, "warmup_iters=5000 takes up all"),
         ({"optimizer": "lion"}, "one of sophiag, adamw"),
         ({"dtype": "bfloat16"}, "needs a CUDA GPU"),
@@ -222,9 +248,9 @@ def test_resume_names_harmless_changes(finished, text_data, tmp_path, capsys):
 def test_mistakes_are_refused_before_the_first_step(changes, message, text_data, tmp_path):
     if changes.get("device") == "cuda" and torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as refusal:
         train.train(config_of(text_data, tmp_path / "out", **changes))
-    assert not list(tmp_path.glob("out/*"))
+    assert "\n" not in str(refusal.value) and not list(tmp_path.glob("out/*"))
 
 
 def test_one_line_and_exit_code_2_for_a_mistake(text_data, tmp_path):
@@ -255,13 +281,20 @@ def test_another_tokenizer_is_refused(finished, text_data, tmp_path):
         train.train(config_of(data, tmp_path / "out"))
 
 
-def test_out_of_gpu_memory_says_what_to_lower(text_data, tmp_path, monkeypatch):
-    def too_much(*args):
+def test_an_output_folder_that_cannot_be_is_refused(text_data, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(UserError, match="cannot make the folder"):
+        train.train(config_of(text_data, tmp_path / "file"))
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_out_of_gpu_memory_says_what_to_lower(compile, text_data, tmp_path, monkeypatch):
+    def too_much(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(Run, "step", too_much)
+    monkeypatch.setattr(Run, "loss_sum", too_much)
     with pytest.raises(UserError, match=r"lower batch_size \(now 4\) and raise"):
-        train.train(config_of(text_data, tmp_path))
+        train.train(config_of(text_data, tmp_path, compile=compile))
 
 
 def test_full_disk_keeps_the_earlier_checkpoint(text_data, tmp_path, monkeypatch, capfd):
@@ -290,13 +323,61 @@ def test_training_goes_on_without_a_compiler(text_data, tmp_path):
     assert "torch.compile does not work here" in output and "Traceback" not in output
 
 
+def test_compiled_training_equals_eager(text_data, tmp_path):
+    losses = []
+    for compile in (False, True):
+        out_dir = tmp_path / str(compile)
+        changes = {"compile": compile, "max_steps": 5, "dropout": 0.0, "sample_tokens": 0}
+        train.train(config_of(text_data, out_dir, **changes))
+        lines = (out_dir / "metrics.jsonl").read_text().splitlines()
+        losses.append([row.get("loss", row.get("val_loss")) for row in map(json.loads, lines)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_finished_run_goes_on_with_more_epochs_from_the_right_row(text_data, tmp_path):
+    train.train(config_of(text_data, tmp_path, num_epochs=1))
+    rows_per_epoch = load_checkpoint(newest(tmp_path))["data_cursor"]
+    rows = train.open_rows(str(text_data), "train", load_tokenizer(), 32, 1337, chat=False)
+    assert rows_per_epoch == rows.rows_per_epoch and rows_per_epoch % 8
+    result = train.train(config_of(text_data, tmp_path, num_epochs=2))
+    assert result["step"] == 2 * math.ceil(rows_per_epoch / 8)
+
+
+def test_changed_optimizer_settings_count_after_a_resume(tiny_run):
+    run, batches = tiny_run()
+    run.step(batches, lr=1e-3)
+    state = {
+        "model_state_dict": run.model.state_dict(),
+        "optimizer_state_dict": run.optimizer.state_dict(),
+        "scaler_state_dict": {},
+        "rng_state": {"cpu": torch.get_rng_state()},
+        "iter_num": 1,
+        "data_cursor": 8,
+        "best_val_loss": 9.0,
+    }
+    other, _ = tiny_run(rho=0.5, weight_decay=0.7, batch_size=8)
+    assert other.restore(state) == (1, 8, 9.0)
+    matrices = other.optimizer.param_groups[0]
+    assert (matrices["rho"], matrices["weight_decay"], matrices["bs"]) == (0.5, 0.7, 8 * 32)
+    for ours, theirs in zip(run.model.parameters(), other.model.parameters(), strict=True):
+        saved, loaded = run.optimizer.state[ours], other.optimizer.state[theirs]
+        assert torch.equal(ours, theirs) and torch.equal(saved["exp_avg"], loaded["exp_avg"])
+
+
+def test_samples_work_in_sixteen_bits(tiny_run):
+    run, _ = tiny_run()
+    run.dtype = torch.bfloat16  # as on a GPU: autocast over float32 weights
+    assert run.sample_text(load_tokenizer()).startswith(run.config.sample_prompt)
+
+
 @pytest.fixture
 def tiny_run(text_data, tmp_path):
     def make(**changes) -> tuple[Run, list[Batch]]:
-        config = train.run_settings(config_of(text_data, tmp_path, dropout=0.0, **changes))
+        changes = {"dropout": 0.0} | changes
+        config = train.run_settings(config_of(text_data, tmp_path, **changes))
         torch.manual_seed(0)
-        shape = {f.name: TINY[f.name] for f in dataclasses.fields(GPTConfig) if f.name in TINY}
-        model = GPT(GPTConfig(**shape | {"dropout": 0.0}))
+        shape = {f.name: getattr(config, f.name, f.default) for f in dataclasses.fields(GPTConfig)}
+        model = GPT(GPTConfig(**shape))
         run = Run(model, config, torch.device("cpu"), torch.float32)
         rows = train.open_rows(str(text_data), "train", load_tokenizer(), 32, 0, chat=False)
         return run, [rows.batch([i, i + 1]) for i in range(0, 8, 2)]
@@ -389,7 +470,7 @@ TINY_BETA2 = train.beta2
 
 
 def test_evaluation_is_the_same_every_time_and_bits_per_byte_is_by_the_formula(tiny_run, text_data):
-    run, _ = tiny_run()
+    run, _ = tiny_run(dropout=0.3)  # which must be off
     tokenizer = load_tokenizer()
     rows = train.open_rows(str(text_data), "val", tokenizer, 32, 0, chat=False)
     token_bytes = torch.from_numpy(tokenizer.token_bytes)
