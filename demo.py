@@ -24,19 +24,22 @@ out_dir = "checkpoints_demo"  # checkpoints, metrics and loss curves
 
 QUESTION, EXPECTED = "What is the capital of France?", "Paris"
 MODEL = ["--n_layers=4", "--n_embd=128", "--n_heads=4", "--n_kv_heads=2", "--block_size=128"]
-SMALL_STEPS = ["--batch_size=16", "--gradient_accumulation_steps=1", "--compile=False"]
+# SophiaG is far behind AdamW at batches as small as these: see LOG.md.
+SMALL_STEPS = ["--gradient_accumulation_steps=1", "--optimizer=adamw", "--compile=False"]
 
 
 def stages(data: str, out: str) -> list[tuple[str, list[str]]]:
     """Title and command of each stage, in order."""
     base, tuned = f"{out}/pretrain", f"{out}/finetune"
     common = [f"--data_dir={data}/pretrain", f"--out_dir={base}", *MODEL, *SMALL_STEPS]
-    pretrain = ["--learning_rate=1e-3", "--warmup_iters=30", "--eval_interval=100"]
+    pretrain = ["--batch_size=16", "--max_steps=250", "--learning_rate=3e-3"]
+    pretrain += ["--warmup_iters=30", "--eval_interval=50"]
     finetune = [
         "--finetune=True",
         f"--finetune_checkpoint={base}/best_model.pt",
         f"--finetune_data_dir={data}/conversations",
         f"--finetune_out_dir={tuned}",
+        "--batch_size=8",
         "--finetune_num_epochs=12",
         "--finetune_learning_rate=1e-3",
         "--eval_interval=100",

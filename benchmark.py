@@ -1,0 +1,143 @@
+"""Speed, measured side by side: each section times ours and its peers in turn in one process.
+
+    python benchmark.py                    # all sections on the CPU, about four minutes
+    python benchmark.py --section=head     # "head", "optimizer" or "step"
+
+Prints the median and range of each, after a warm-up, and its ratio to the first peer. Run nothing
+else at the same time.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from config import UserError, config_from_constants, run_script
+from cross_entropy import linear_cross_entropy
+from model import GPT, GPTConfig
+from sophia_triton import SophiaG
+
+section = "all"
+rounds = 5  # timed repetitions of each, after one that is not counted
+batch_size = 2  # rows of 512 tokens of the full model in "step"
+compile = False  # also time the compiled model in "step"; it compiles for about a minute
+
+
+def compare(title: str, contestants: dict[str, Callable[[], object]], rounds: int) -> None:
+    """Times the contestants in turn (A B A B ...) and prints a table; the first is the baseline."""
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in range(rounds + 1):
+        for name, function in contestants.items():
+            started = time.perf_counter()
+            function()
+            if turn > 0:
+                times[name].append(time.perf_counter() - started)
+    print(f"\n{title}\n{'':34} median s      range            ratio")
+    baseline = statistics.median(next(iter(times.values())))
+    for name, seconds in times.items():
+        median = statistics.median(seconds)
+        spread = f"{min(seconds):.3f} to {max(seconds):.3f}"
+        print(f"{name:34} {median:8.3f}  {spread:18} {median / baseline:7.3f}", flush=True)
+
+
+def head(n_embd: int, rounds: int) -> None:
+    """Output head and cross-entropy, forward and backward, of 2,048 tokens."""
+    vocab_size, n = 32768, 2048
+    weight = (torch.randn(vocab_size, n_embd) * 0.02).requires_grad_()
+    x, targets = torch.randn(n, n_embd, requires_grad=True), torch.randint(vocab_size, (n,))
+    contestants = {"F.cross_entropy": lambda: F.cross_entropy(x @ weight.T, targets).backward()}
+    if hasattr(F, "linear_cross_entropy"):  # PyTorch 2.13
+        options = torch.nn.LinearCrossEntropyOptions()
+
+        def chunked() -> None:
+            F.linear_cross_entropy(x, weight, targets, options=options).backward()
+
+        contestants["F.linear_cross_entropy, chunked"] = chunked
+    contestants["ours"] = lambda: (linear_cross_entropy(x, weight, targets) / n).backward()
+    compare(f"head + cross-entropy, n_embd {n_embd}, {n} tokens", contestants, rounds)
+
+
+def optimizer(rounds: int) -> None:
+    """One step over the full model's 170 tensors, 127,171,200 float32 parameters."""
+
+    def parameters() -> list[torch.nn.Parameter]:
+        parameters = list(GPT(GPTConfig()).parameters())
+        for parameter in parameters:
+            parameter.grad = torch.randn_like(parameter) * 1e-3
+        return parameters
+
+    adamw, ours = torch.optim.AdamW(parameters(), fused=True), SophiaG(parameters())
+    ours.update_hessian()
+    scale = torch.tensor(0.5)
+    steps = {
+        "torch.optim.AdamW(fused=True)": adamw.step,
+        "SophiaG, clip and win rate": lambda: ours.step(grad_scale=scale),
+        "SophiaG, Hessian update": ours.update_hessian,
+    }
+    compare("optimizer step, full parameter list", steps, 2 * rounds)
+
+
+def step(batch_size: int, compiled: bool, rounds: int) -> None:
+    """Forward and backward of the full model, packed rows, against transformers' Llama."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = GPTConfig()
+    ours = GPT(config)
+    theirs = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=config.n_embd,
+            intermediate_size=config.ffn_dim,
+            num_hidden_layers=config.n_layers,
+            num_attention_heads=config.n_heads,
+            num_key_value_heads=config.n_kv_heads,
+            vocab_size=config.vocab_size,
+            max_position_embeddings=config.block_size,
+            tie_word_embeddings=True,
+            attn_implementation="sdpa",
+        )
+    )
+    shape = (batch_size, config.block_size)
+    ids = torch.randint(config.vocab_size, shape)
+    targets = F.pad(ids[:, 1:], (0, 1), value=-100)
+    positions = torch.arange(config.block_size).expand(shape).contiguous()
+
+    def train_ours(forward: Callable) -> Callable[[], None]:
+        def run() -> None:
+            ours.zero_grad(set_to_none=True)
+            (forward(ids, targets, positions) / ids.numel()).backward()
+
+        return run
+
+    def train_theirs() -> None:
+        theirs.zero_grad(set_to_none=True)
+        theirs(ids, labels=ids).loss.backward()
+
+    contestants = {"transformers LlamaForCausalLM": train_theirs, "ours": train_ours(ours)}
+    if compiled:
+        contestants["ours, torch.compile"] = train_ours(torch.compile(ours))
+    title = f"forward + backward, {ours.n_parameters():,} parameters, {batch_size} x 512 tokens"
+    compare(title, contestants, rounds)
+
+
+def main(argv: list[str] | None = None) -> int:
+    config = config_from_constants(globals(), argv)
+    sections = ("head", "optimizer", "step")
+    if config.section not in ("all", *sections):
+        raise UserError(f"section={config.section!r} must be all or one of {', '.join(sections)}")
+    chosen = sections if config.section == "all" else (config.section,)
+    torch.manual_seed(0)
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, CPU, float32")
+    if "head" in chosen:
+        head(128, config.rounds)
+        head(640, config.rounds)
+    if "optimizer" in chosen:
+        optimizer(config.rounds)
+    if "step" in chosen:
+        step(config.batch_size, config.compile, config.rounds)
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)
