@@ -33,7 +33,7 @@ def stages(data: str, out: str) -> list[tuple[str, list[str]]]:
     base, tuned = f"{out}/pretrain", f"{out}/finetune"
     common = [f"--data_dir={data}/pretrain", f"--out_dir={base}", *MODEL, *SMALL_STEPS]
     pretrain = ["--batch_size=16", "--max_steps=250", "--learning_rate=3e-3"]
-    pretrain += ["--warmup_iters=30", "--eval_interval=50"]
+    pretrain += ["--warmup_iters=30", "--eval_interval=50", "--sample_prompt=Return the"]
     finetune = [
         "--finetune=True",
         f"--finetune_checkpoint={base}/best_model.pt",
