@@ -90,14 +90,21 @@ def load_model(
     return model_of(load_checkpoint(path), path).to(device=device, dtype=dtype).eval()
 
 
-def snapshot(value: Any) -> Any:
-    """A copy of nested dicts and lists whose tensors are on the CPU and no longer change."""
+def snapshot(value: Any, copies: dict[tuple, torch.Tensor] | None = None) -> Any:
+    """A copy of nested dicts and lists whose tensors are on the CPU and no longer change.
+
+    A tensor that occurs twice, as the tied embedding does, is copied and saved once.
+    """
+    copies = {} if copies is None else copies
     if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
+        key = (value.data_ptr(), value.shape, value.stride(), value.dtype)
+        if value.numel() == 0 or key not in copies:
+            copies[key] = value.detach().to("cpu", copy=True)
+        return copies[key]
     if isinstance(value, dict):
-        return {key: snapshot(item) for key, item in value.items()}
+        return {key: snapshot(item, copies) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(snapshot(item) for item in value)
+        return type(value)(snapshot(item, copies) for item in value)
     return value
 
 
@@ -106,6 +113,8 @@ def same_content(source: Path, target: Path) -> None:
     temporary = target.with_name(target.name + ".tmp")
     temporary.unlink(missing_ok=True)
     try:
+        if os.name == "nt":
+            raise OSError("a link to a file that is open cannot be renamed")
         os.link(source, temporary)
     except OSError:
         with open(source, "rb") as original, atomic_file(target) as copy:
@@ -115,8 +124,8 @@ def same_content(source: Path, target: Path) -> None:
 
 
 def checkpoints_in(directory: Path) -> list[Path]:
-    """The `ckpt_*.pt` files of a folder, newest first."""
-    return sorted(directory.glob("ckpt_*.pt"), reverse=True)
+    """The `ckpt_0001000.pt` files of a folder, newest first."""
+    return sorted(directory.glob(f"ckpt_{'[0-9]' * 7}.pt"), reverse=True)
 
 
 def latest_checkpoint(directory: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -164,7 +173,8 @@ class CheckpointWriter:
                     file.flush()
                     os.fsync(file.fileno())
                     same_content(Path(file.name), self.directory / BEST)
-            for old in checkpoints_in(self.directory)[self.keep :]:
+            written = [p for p in checkpoints_in(self.directory) if p.name <= path.name]
+            for old in written[self.keep :]:  # not by damaged newer ones
                 old.unlink()
             self.error = self.unsaved_best = None
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError

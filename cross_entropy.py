@@ -45,6 +45,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         device = x.device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else x.dtype  # of the products
+        if dtype == torch.float16:  # whose range the gradients here, not scaled yet, would leave
+            dtype = torch.float32
         head = weight.to(dtype)
         loss = torch.zeros((), dtype=torch.float32, device=x.device)
         dx = torch.zeros_like(x) if x.requires_grad else None

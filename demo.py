@@ -69,7 +69,12 @@ def stages(data: str, out: str) -> list[tuple[str, list[str]]]:
         ("Fine-tune", ["train.py", *common, *finetune]),
         (
             "Ask",
-            ["inference.py", f"--model={tuned}/best_model.pt", f"--prompt={QUESTION}"],
+            [
+                "inference.py",
+                f"--model={tuned}/best_model.pt",
+                f"--prompt={QUESTION}",
+                "--temperature=0",
+            ],
         ),
     ]
 

@@ -37,8 +37,9 @@ class Metrics:
     """Appends one JSON object per line to `out_dir/metrics.jsonl` and draws its loss curves.
 
     A resumed run first forgets the lines beyond the step it resumes from, so that a killed run's
-    file ends up the same as an undisturbed one's, but for the timings. A full disk costs lines and
-    pictures, with one message, never the run.
+    file ends up the same as an undisturbed one's, but for the timings and for the next loss where
+    `log_interval` does not divide the step it was cut at. A full disk costs lines and pictures,
+    with one message, never the run.
     """
 
     def __init__(self, out_dir: Path, first_step: int, wandb_settings: dict[str, Any] | None):

@@ -144,10 +144,12 @@ def find_checkpoint(config: Any) -> tuple[Path, dict[str, Any]] | None:
     if config.resume_checkpoint not in ("auto", ""):
         path = Path(config.resume_checkpoint)
         state = load_checkpoint(path)
+        if not there and (out_dir / BEST).exists():
+            there = [out_dir / BEST]
         if there and there[0].resolve() != path.resolve():
             raise UserError(
                 f"{there[0]} is newer than {path} or of another run, and continuing would replace "
-                f"it: change {setting(config, 'out_dir')}, or move newer checkpoints away"
+                f"it: change {setting(config, 'out_dir')}, or move its files away"
             )
         return path, state
     if config.resume_checkpoint == "auto":
@@ -163,11 +165,17 @@ def find_checkpoint(config: Any) -> tuple[Path, dict[str, Any]] | None:
 
 
 def check_resume(
-    config: Any, name: Path, state: dict[str, Any], model: GPT, data: str, tokenizer_sha256: str
+    config: Any,
+    name: Path,
+    state: dict[str, Any],
+    model: GPT,
+    origin: dict[str, Any],
+    tokenizer_sha256: str,
 ) -> list[str]:
     """Refuses to continue a checkpoint of another run; returns the harmless settings that changed.
 
-    What decides the weights' shape or the order of the data must be as it was.
+    What decides the weights' shape or the order of the data must be as it was, and so must
+    `origin`: the training data and, of a fine-tune, the sha256 of its base (None if it is gone).
     """
     if "config" not in state:
         raise UserError(
@@ -178,7 +186,7 @@ def check_resume(
     then, now = state["config"], dataclasses.asdict(config)
     fixed = {key: (then.get(key), now[key]) for key in ("finetune", "optimizer", "seed")}
     fixed |= {k: (state["model_args"].get(k), v) for k, v in model.config.to_dict().items()}
-    fixed["training data"] = (state["data"], data)
+    fixed |= {key: (state[key], value) for key, value in origin.items() if value is not None}
     for key, (old, new) in fixed.items():
         if old != new and key != "dropout":
             raise UserError(

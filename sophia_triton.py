@@ -192,6 +192,9 @@ if triton is not None:
 
         tl.store(h_ptrs, narrow(h, row_ptr, start + offsets, 1, MOMENT), mask=mask)
 
+else:
+    step_kernel = hessian_kernel = None
+
 
 BLOCK_SIZE = 4096  # elements per Triton program
 COMPILE_MODEL = 1 << 20  # elements from which "auto" compiles on a CPU; it costs seconds, once
@@ -319,8 +322,9 @@ class SophiaG(torch.optim.Optimizer):
             scale = -scale if group["maximize"] else scale
             ok = scale.isfinite()
             torch._foreach_add_([row.step for row in rows], ok.float())
-            if self._use_triton(rows):
-                counts.append(self._run_triton(step_kernel, key, rows, scale, constants).sum())
+            unclipped = self._try_triton(step_kernel, key, rows, scale, constants)
+            if unclipped is not None:
+                counts.append(unclipped.sum())
             else:
                 counts += self._run_torch(step_torch, rows, scale, ok, constants)
             torch.autograd.graph.increment_version([row.param for row in rows])
@@ -340,9 +344,7 @@ class SophiaG(torch.optim.Optimizer):
         for group, key, rows in self._buckets():
             scale = as_scalar(grad_scale, rows[0].param.device)
             constants = dict(beta2=float(group["betas"][1]))
-            if self._use_triton(rows):
-                self._run_triton(hessian_kernel, key, rows, scale, constants)
-            else:
+            if self._try_triton(hessian_kernel, key, rows, scale, constants) is None:
                 self._run_torch(hessian_torch, rows, scale, scale.isfinite(), constants)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -421,10 +423,21 @@ class SophiaG(torch.optim.Optimizer):
             for p, copy in copies:
                 p.copy_(copy)
 
-    def _use_triton(self, rows: list[Row]) -> bool:
-        if self.backend == "auto":
-            return triton is not None and rows[0].param.is_cuda
-        return self.backend == "triton"
+    def _try_triton(self, kernel, key: tuple, rows: list[Row], *settings) -> Tensor | None:
+        """`_run_triton` where it is wanted; None, and PyTorch from now on, if it cannot compile."""
+        if self.backend == "triton":
+            return self._run_triton(kernel, key, rows, *settings)
+        if self.backend != "auto" or triton is None or not rows[0].param.is_cuda:
+            return None
+        try:
+            return self._run_triton(kernel, key, rows, *settings)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # no C compiler, say: nothing has been launched or written
+            reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
+            warnings.warn(f"SophiaG runs without Triton, slower: {reason}", stacklevel=4)
+            self.backend = "eager"
+            return None
 
     def _table(self, key: tuple, rows: list[Row]) -> Table:
         """The kernels' list of `rows`, sent to the device again only if an address has changed."""

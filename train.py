@@ -4,9 +4,10 @@
     python train.py --finetune=True                  # fine-tune finetune_checkpoint
     python train.py --n_layers=6 --batch_size=4      # any constant can be given as --name=value
 
-Run the same command again to continue an interrupted run. Ctrl-C and SIGTERM finish the step, save
-and exit with 130 and 143. `out_dir` gets best_model.pt, the last ckpt_*.pt, metrics.jsonl and
-loss_curve.png. From Python: `train(config)` with a config of `config_from_constants`.
+Run the same command again to continue an interrupted run (resume_checkpoint = "auto"). Ctrl-C and
+SIGTERM finish the step, save and exit with 130 and 143. `out_dir` gets best_model.pt, the last
+ckpt_*.pt, metrics.jsonl and loss_curve.png. From Python: `train(config)` with a config of
+`config_from_constants`.
 """
 
 import dataclasses
@@ -22,10 +23,10 @@ from typing import Any
 
 import torch
 
-from checkpoint import CheckpointWriter, load_checkpoint, model_of
+from checkpoint import BEST, CheckpointWriter, load_checkpoint, model_of
 from config import UserError, config_from_constants, run_script
 from dataset import open_split
-from files import locked
+from files import file_sha256, locked
 from metrics import Metrics, Progress, last_metrics
 from model import GPT, GPTConfig
 from packing import ChatFormat, PackedRows, Prefetcher
@@ -177,10 +178,12 @@ def open_rows(
     return rows
 
 
-def build_model(config: Any, tokenizer: Tokenizer, found: dict[str, Any] | None) -> GPT:
+def build_model(
+    config: Any, tokenizer: Tokenizer, path: Path | None, found: dict[str, Any] | None
+) -> GPT:
     """The model to train: that of the checkpoint to continue, or of a fine-tune's base, or new."""
     if config.finetune:
-        name = config.finetune_checkpoint
+        name = path or config.finetune_checkpoint
         state = found or load_checkpoint(name)
         check_tokenizer(state, name, tokenizer.sha256)
         return model_of(state, name, dropout=config.dropout)
@@ -204,6 +207,12 @@ def open_validation(
         except UserError as error:
             print(f"no pretraining validation loss: {error}")
     return validation
+
+
+def base_of(config: Any) -> str | None:
+    """The sha256 of the checkpoint that a fine-tune starts from; None if it is gone, or no base."""
+    base = Path(config.finetune_checkpoint)
+    return file_sha256(base) if config.finetune and base.is_file() else None
 
 
 def batches_of(rows: PackedRows, first: int, end: int, config: Any, pin: bool) -> Prefetcher:
@@ -235,20 +244,26 @@ def run_training(config: Any, pretrain_data_dir: str) -> dict[str, Any]:
     path, found = find_checkpoint(config) or (None, None)
 
     torch.manual_seed(config.seed)
-    model = build_model(config, tokenizer, found)
+    model = build_model(config, tokenizer, path, found)
     block_size = model.config.block_size
     rows = open_rows(
         config.data_dir, "train", tokenizer, block_size, config.seed, config.finetune
     )
     validation = open_validation(config, pretrain_data_dir, tokenizer, block_size)
+    for packed in validation.values():  # one shape of cu_seqlens, so that it is compiled once
+        packed.max_pieces = rows.max_pieces = max(packed.max_pieces, rows.max_pieces)
     n_prompt = len(prompt_ids(config.sample_prompt, config.finetune, tokenizer))
     check_sample_prompt(config, n_prompt, block_size)
 
     run = Run(model.to(device), config, device, dtype)
-    step, row, best, data = 0, 0, math.inf, f"{rows.description} ({rows.fingerprint()})"
+    step, row, best = 0, 0, math.inf
+    origin = {"data": f"{rows.description} ({rows.fingerprint()})", "base": base_of(config)}
     if found is not None:
-        changes = check_resume(config, path, found, model, data, tokenizer.sha256)
+        changes = check_resume(config, path, found, model, origin, tokenizer.sha256)
+        origin = {key: found[key] for key in origin}
         step, row, best = run.restore(found)
+        if not (out_dir / BEST).exists():
+            best = math.inf  # it was left behind in another folder
         print(f"continuing {path} at step {step}" + "".join(f"; {c}" for c in changes))
         del found
     end_row = rows.rows_per_epoch * config.num_epochs
@@ -300,10 +315,10 @@ def run_training(config: Any, pretrain_data_dir: str) -> dict[str, Any]:
                         metrics.log(step, **results)
                         metrics.plot()
                         progress.write(describe(step, results, is_best))
-                        saved = writer.save(run.state(step, row, best, data, tokenizer), is_best)
+                        saved = writer.save(run.state(step, row, best, tokenizer) | origin, is_best)
                 if stop.signum is not None and step < total_steps:
                     if not evaluating:
-                        saved = writer.save(run.state(step, row, best, data, tokenizer), False)
+                        saved = writer.save(run.state(step, row, best, tokenizer) | origin, False)
                     writer.wait()
                     raise Interrupted(stop.signum, resume_hint(config, saved, step))
                 if step == total_steps:

@@ -18,7 +18,7 @@ import torch
 from kill_and_resume import TINY, difference, kill_and_resume, newest
 
 import train
-from checkpoint import load_checkpoint, load_model
+from checkpoint import CheckpointWriter, load_checkpoint, load_model
 from config import UserError, config_from_constants
 from cross_entropy import IGNORE_INDEX
 from files import locked
@@ -172,6 +172,25 @@ def test_damaged_checkpoint_is_skipped(finished, text_data, tmp_path, capsys):
     assert "ckpt_0000004.pt at step 4" in captured.out
 
 
+def test_the_checkpoint_just_written_stays_beside_damaged_newer_ones(tmp_path):
+    for step in (500, 600):
+        (tmp_path / f"ckpt_{step:07d}.pt").write_bytes(b"half")
+    (tmp_path / "ckpt_mine.pt").write_bytes(b"not ours to remove")
+    writer = CheckpointWriter(tmp_path, keep=1)
+    for step in (440, 450):
+        writer.save({"iter_num": step}, best=False)
+    writer.wait()
+    left = sorted(path.name for path in tmp_path.iterdir())
+    names = ["ckpt_0000450.pt", "ckpt_0000500.pt", "ckpt_0000600.pt", "ckpt_mine.pt"]
+    assert left == names
+
+
+def test_the_tied_weight_is_saved_once(finished):
+    path = finished[0] / "best_model.pt"
+    n_parameters = load_model(path).n_parameters()
+    assert path.stat().st_size < 12 * n_parameters * 1.05
+
+
 def test_a_run_never_overwrites_another(finished, text_data, tmp_path):
     whole, _ = finished
     with pytest.raises(UserError, match="resume_checkpoint=auto"):
@@ -193,9 +212,13 @@ def test_an_older_checkpoint_continues_in_another_folder(finished, text_data, tm
     whole, result = finished
     settings = {"resume_checkpoint": whole / "ckpt_0000012.pt", "keep_checkpoints": 99}
     train.train(config_of(text_data, tmp_path, **settings))
-    theirs = load_checkpoint(newest(whole))
-    assert difference(theirs | {"best_val_loss": 0}, load_checkpoint(newest(tmp_path)) | {
-        "best_val_loss": 0}) is None
+    assert difference(*(load_checkpoint(newest(folder)) for folder in (whole, tmp_path))) is None
+    assert load_checkpoint(tmp_path / "best_model.pt")["best_val_loss"] == result["best_val_loss"]
+    with pytest.raises(UserError, match="is newer than"):  # nor is a best_model.pt overwritten
+        only_best = tmp_path / "only_best"
+        only_best.mkdir()
+        shutil.copy(whole / "best_model.pt", only_best)
+        train.train(config_of(text_data, only_best, **settings))
 
 
 @pytest.mark.parametrize(
@@ -508,6 +531,10 @@ def test_fine_tune_end_to_end(finished, text_data, chat_data, tmp_path, capsys):
     assert losses[-1] < losses[0]
     assert {"val_loss", "pretrain_val_loss", "pretrain_val_bpb"} <= result.keys()
     assert load_model(tmp_path / "ft/best_model.pt").config.n_layers == 2
+    assert train.train(config_of(text_data, base, **changes))["step"] == result["step"]
+    other = changes | {"finetune_checkpoint": base / "ckpt_0000004.pt"}
+    with pytest.raises(UserError, match="was trained with base="):
+        train.train(config_of(text_data, base, **other))
     with pytest.raises(UserError, match="finetune=True"):  # a fine-tune is not continued as another
         shutil.copy(max((tmp_path / "ft").glob("ckpt_*.pt")), tmp_path)
         train.train(config_of(text_data, tmp_path))
@@ -538,3 +565,20 @@ def test_weights_of_the_original_cannot_be_resumed_but_say_how_to_use_them(text_
     np.testing.assert_array_equal(
         loaded.tok_embeddings.weight.detach(), model.tok_embeddings.weight.detach()
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("optimizer", ["sophiag", "adamw"])
+def test_training_on_a_gpu_follows_the_cpu(optimizer, dtype, compile, text_data, tmp_path):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    losses = []
+    for device, precision in (("cpu", "float32"), ("cuda", dtype)):
+        changes = {"optimizer": optimizer, "device": device, "dtype": precision, "dropout": 0.0}
+        changes |= {"max_steps": 12, "compile": compile and device == "cuda"}
+        train.train(config_of(text_data, tmp_path / device, **changes))
+        lines = (tmp_path / device / "metrics.jsonl").read_text().splitlines()
+        losses.append([row["loss"] for row in map(json.loads, lines) if "loss" in row])
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2)  # the sampled labels differ too
