@@ -79,13 +79,11 @@ def optimizer(rounds: int) -> None:
     compare("optimizer step, full parameter list", steps, 2 * rounds)
 
 
-def step(batch_size: int, compiled: bool, rounds: int) -> None:
-    """Forward and backward of the full model, packed rows, against transformers' Llama."""
+def llama_of(config: GPTConfig) -> torch.nn.Module:
+    """transformers' LlamaForCausalLM of the same shape, with new weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = GPTConfig()
-    ours = GPT(config)
-    theirs = LlamaForCausalLM(
+    return LlamaForCausalLM(
         LlamaConfig(
             hidden_size=config.n_embd,
             intermediate_size=config.ffn_dim,
@@ -94,10 +92,18 @@ def step(batch_size: int, compiled: bool, rounds: int) -> None:
             num_key_value_heads=config.n_kv_heads,
             vocab_size=config.vocab_size,
             max_position_embeddings=config.block_size,
+            rms_norm_eps=config.layer_norm_eps,
+            rope_theta=config.rope_theta,
             tie_word_embeddings=True,
             attn_implementation="sdpa",
         )
     )
+
+
+def step(batch_size: int, compiled: bool, rounds: int) -> None:
+    """Forward and backward of the full model, packed rows, against transformers' Llama."""
+    config = GPTConfig()
+    ours, theirs = GPT(config), llama_of(config)
     shape = (batch_size, config.block_size)
     ids = torch.randint(config.vocab_size, shape)
     targets = F.pad(ids[:, 1:], (0, 1), value=-100)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmark import llama_of
 from cross_entropy import IGNORE_INDEX, linear_cross_entropy
 from model import GPT, GPTConfig, KVCache, apply_rope, document_mask, rope_tables
 from sampling import sample
@@ -34,23 +35,8 @@ def random_ids(batch: int, length: int, vocab_size: int = 512, seed: int = 1) ->
 
 def llama_twin(model: GPT):
     """transformers' LlamaForCausalLM with the same weights, and the map from its names to ours."""
-    transformers = pytest.importorskip("transformers")
     config = model.config
-    theirs = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            hidden_size=config.n_embd,
-            intermediate_size=config.ffn_dim,
-            num_hidden_layers=config.n_layers,
-            num_attention_heads=config.n_heads,
-            num_key_value_heads=config.n_kv_heads,
-            vocab_size=config.vocab_size,
-            max_position_embeddings=config.block_size,
-            rms_norm_eps=config.layer_norm_eps,
-            rope_theta=config.rope_theta,
-            tie_word_embeddings=True,
-            attn_implementation="sdpa",
-        )
-    ).eval()
+    theirs = llama_of(config).eval()
     kv_dim = config.n_kv_heads * config.head_dim
     pieces = {"model.embed_tokens.weight": ("tok_embeddings.weight", slice(None))}
     pieces["model.norm.weight"] = ("norm.weight", slice(None))
