@@ -56,7 +56,8 @@ def check_settings(config: Any) -> None:
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
             raise UserError(f"{name}={getattr(config, name)!r} must be one of {', '.join(allowed)}")
-    if config.wandb_log and importlib.util.find_spec("wandb") is None:
+    wandb = importlib.util.find_spec("wandb") if config.wandb_log else None
+    if config.wandb_log and (wandb is None or wandb.origin is None):  # a folder of old runs
         raise UserError("wandb_log=True needs wandb: pip install wandb, or set wandb_log=False")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("training on several GPUs is not there yet: run python train.py once")
