@@ -169,7 +169,7 @@ class CheckpointWriter:
                     torch.save(self.unsaved_best, file)
             with atomic_file(path) as file:
                 torch.save(state, file)
-                if best:  # before the rename: a kill in between is made good by the resumed run
+                if best:  # before the rename: after a kill in between, "auto" makes it again
                     file.flush()
                     os.fsync(file.fileno())
                     same_content(Path(file.name), self.directory / BEST)

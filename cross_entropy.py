@@ -51,23 +51,24 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float32, device=x.device)
         dx = torch.zeros_like(x) if x.requires_grad else None
         dweight = torch.zeros_like(weight) if x.requires_grad else None
-        for chunk in labelled.split(max(MIN_CHUNK, x.shape[1])):
-            x_chunk = x[chunk].to(dtype)
-            logits = (x_chunk @ head.t()).float()  # (chunk, V)
-            target = (sample(logits) if sample_targets else targets[chunk])[:, None]
-            probabilities = logits.softmax(dim=-1)
-            # logsumexp = max - log p(max): exact, as p(max) is never small, unlike p(target)
-            largest = logits.amax(dim=-1, keepdim=True)
-            logsumexp = largest - probabilities.amax(dim=-1, keepdim=True).log()
-            loss += (logsumexp - logits.gather(1, target)).sum()
-            if x.requires_grad:
-                probabilities.scatter_add_(1, target, torch.full_like(largest, -1.0))
-                dlogits = probabilities.to(dtype)
-                dx[chunk] = (dlogits @ head).to(x.dtype)
-                if dtype == weight.dtype:  # in place, without a temporary as large as the weight
-                    dweight.addmm_(dlogits.t(), x_chunk)
-                else:
-                    dweight += dlogits.t() @ x_chunk
+        with torch.autocast(device, enabled=False):  # the types are as chosen above
+            for chunk in labelled.split(max(MIN_CHUNK, x.shape[1])):
+                x_chunk = x[chunk].to(dtype)
+                logits = (x_chunk @ head.t()).float()  # (chunk, V)
+                target = (sample(logits) if sample_targets else targets[chunk])[:, None]
+                probabilities = logits.softmax(dim=-1)
+                # logsumexp = max - log p(max): exact, as p(max) is never small, unlike p(target)
+                largest = logits.amax(dim=-1, keepdim=True)
+                logsumexp = largest - probabilities.amax(dim=-1, keepdim=True).log()
+                loss += (logsumexp - logits.gather(1, target)).sum()
+                if x.requires_grad:
+                    probabilities.scatter_add_(1, target, torch.full_like(largest, -1.0))
+                    dlogits = probabilities.to(dtype)
+                    dx[chunk] = (dlogits @ head).to(x.dtype)
+                    if dtype == weight.dtype:  # in place: no temporary of its size
+                        dweight.addmm_(dlogits.t(), x_chunk)
+                    else:
+                        dweight += dlogits.t() @ x_chunk
         ctx.save_for_backward(dx, dweight)
         return loss
 

@@ -150,7 +150,8 @@ def find_checkpoint(config: Any) -> tuple[Path, dict[str, Any]] | None:
         if there and there[0].resolve() != path.resolve():
             raise UserError(
                 f"{there[0]} is newer than {path} or of another run, and continuing would replace "
-                f"it: change {setting(config, 'out_dir')}, or move its files away"
+                f"it: change {setting(config, 'out_dir')}, move its files away, or continue that "
+                "run with --resume_checkpoint=auto"
             )
         return path, state
     if config.resume_checkpoint == "auto":
@@ -187,7 +188,8 @@ def check_resume(
     then, now = state["config"], dataclasses.asdict(config)
     fixed = {key: (then.get(key), now[key]) for key in ("finetune", "optimizer", "seed")}
     fixed |= {k: (state["model_args"].get(k), v) for k, v in model.config.to_dict().items()}
-    fixed |= {key: (state[key], value) for key, value in origin.items() if value is not None}
+    known = {key: value for key, value in origin.items() if value and state.get(key)}
+    fixed |= {key: (state[key], value) for key, value in known.items()}
     for key, (old, new) in fixed.items():
         if old != new and key != "dropout":
             raise UserError(

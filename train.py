@@ -250,8 +250,10 @@ def run_training(config: Any, pretrain_data_dir: str) -> dict[str, Any]:
         config.data_dir, "train", tokenizer, block_size, config.seed, config.finetune
     )
     validation = open_validation(config, pretrain_data_dir, tokenizer, block_size)
-    for packed in validation.values():  # one shape of cu_seqlens, so that it is compiled once
-        packed.max_pieces = rows.max_pieces = max(packed.max_pieces, rows.max_pieces)
+    every = [rows, *validation.values()]
+    most = max(packed.max_pieces for packed in every)
+    for packed in every:  # one shape of cu_seqlens, so that it is compiled once
+        packed.max_pieces = most
     n_prompt = len(prompt_ids(config.sample_prompt, config.finetune, tokenizer))
     check_sample_prompt(config, n_prompt, block_size)
 
@@ -260,10 +262,8 @@ def run_training(config: Any, pretrain_data_dir: str) -> dict[str, Any]:
     origin = {"data": f"{rows.description} ({rows.fingerprint()})", "base": base_of(config)}
     if found is not None:
         changes = check_resume(config, path, found, model, origin, tokenizer.sha256)
-        origin = {key: found[key] for key in origin}
+        origin = {key: found.get(key, value) for key, value in origin.items()}
         step, row, best = run.restore(found)
-        if not (out_dir / BEST).exists():
-            best = math.inf  # it was left behind in another folder
         print(f"continuing {path} at step {step}" + "".join(f"; {c}" for c in changes))
         del found
     end_row = rows.rows_per_epoch * config.num_epochs
@@ -271,8 +271,10 @@ def run_training(config: Any, pretrain_data_dir: str) -> dict[str, Any]:
     total_steps = step + math.ceil(max(0, end_row - row) / rows_per_step)
     total_steps = min(total_steps, config.max_steps or total_steps)
     if step >= total_steps:
-        print(f"{out_dir} is already trained to step {step} of {total_steps}; nothing to do")
+        print(f"{path} is already trained to step {step} of {total_steps}; nothing to do")
         return last_metrics(out_dir) | {"step": step, "best_val_loss": best}
+    if not (out_dir / BEST).exists():
+        best = math.inf  # it was left behind in another folder
     check_schedule(config, total_steps)
     check_disk(out_dir, model, config.keep_checkpoints)
     print_summary(run, rows, total_steps, validation)

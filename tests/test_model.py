@@ -278,6 +278,22 @@ def test_linear_cross_entropy_equals_the_plain_formula(compiling, monkeypatch):
     assert nothing.item() == 0.0
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 1e-5), (torch.bfloat16, 2e-2)])
+def test_linear_cross_entropy_under_autocast(dtype, tolerance):
+    """In float16 the products are float32, since unscaled gradients would leave its range."""
+    torch.manual_seed(0)
+    x = torch.randn(200, 64, requires_grad=True)
+    weight = torch.randn(512, 64, requires_grad=True)
+    targets = torch.randint(512, (200,))
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype, enabled=enabled):
+            loss = linear_cross_entropy(x, weight, targets)
+        results.append([loss, *torch.autograd.grad(loss, (x, weight))])
+    for plain, autocast in zip(*results, strict=True):
+        assert (plain - autocast).norm() / plain.norm() < tolerance
+
+
 def test_sampled_labels_follow_the_model_and_skip_unlabelled_positions():
     # One token's softmax is (0.7, 0.3, 0, …): the sampled loss must average to its entropy.
     weight = torch.full((8, 1), -30.0)
