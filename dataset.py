@@ -7,10 +7,8 @@ the original Lille load too. `manifest.json` beside the shards says which tokeni
 what, and each file's size and sha256.
 """
 
-import json
 import os
 import re
-import reprlib
 import struct
 import tempfile
 import zipfile
@@ -23,11 +21,10 @@ from typing import Any
 import numpy as np
 
 from config import UserError
-from files import atomic_file, file_sha256, interrupts_deferred, named_errors, sync_directory
+from files import atomic_file, file_sha256, named_errors
+from manifest import check_manifest, read_manifest
 
-FORMAT_VERSION = 1
 CHUNK = 1 << 20  # values checked, or bytes copied, at a time
-HASHED_SPLIT_BYTES = 1 << 30  # a split up to this size has its sha256 checked when it is opened
 
 
 class NpzDataset:
@@ -164,6 +161,10 @@ class ShardWriter:
     def tokens(self) -> int:
         return self._bounds[-1]
 
+    def lengths(self, order: np.ndarray) -> np.ndarray:
+        """The tokens of each of the documents that `order` lists."""
+        return np.diff(np.frombuffer(self._bounds, dtype=np.uint64))[order].astype(np.int64)
+
     def add(self, ids: Sequence[int] | np.ndarray) -> None:
         """Adds one document; see `add_batch`."""
         self.add_batch([ids])
@@ -177,11 +178,16 @@ class ShardWriter:
             if ids.dtype != np.uint16 and ids.size:
                 if ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() > 0xFFFF:
                     raise ValueError("a document is a row of ids between 0 and 65535")
-        ends = np.cumsum([len(ids) for ids in documents], dtype=np.uint64) + np.uint64(self.tokens)
+        ids = np.concatenate(documents, dtype=np.uint16, casting="unsafe")
+        self.add_flat(ids, np.cumsum([len(ids) for ids in documents]))
+
+    def add_flat(self, ids: np.ndarray, ends: np.ndarray) -> None:
+        """Adds the documents of one row of ids (N,) uint16, each of which ends at `ends` (n,)."""
+        bounds = ends.astype(np.uint64) + np.uint64(self.tokens)
         with named_errors(self.directory):
             self._file.seek(0, os.SEEK_END)  # `write` may have read elsewhere
-            self._file.write(np.concatenate(documents, dtype="<u2", casting="unsafe").data)
-        self._bounds.frombytes(ends.tobytes())
+            self._file.write(ids.astype("<u2", copy=False).data)
+        self._bounds.frombytes(bounds.tobytes())
 
     def write(self, path: str | Path, order: np.ndarray | None = None) -> dict[str, Any]:
         """Writes the documents, or those that `order` lists in its order, as the shard `path`.
@@ -223,12 +229,12 @@ class ShardWriter:
             yield self._read(start, min(CHUNK, total - start))
 
     def _ordered_tokens(self, bounds: np.ndarray, order: np.ndarray) -> Iterator[bytes]:
-        step = 1024
+        step = 256
         for i in range(0, len(order), step):
             documents = order[i : i + step]
             starts, ends = bounds[:-1][documents].tolist(), bounds[1:][documents].tolist()
-            for start, end in zip(starts, ends, strict=True):
-                yield self._read(2 * start, 2 * (end - start))
+            bounds_of = zip(starts, ends, strict=True)
+            yield b"".join(self._read(2 * start, 2 * (end - start)) for start, end in bounds_of)
 
 
 def write_npz(path: Path, n_tokens: int, chunks: Iterable[bytes], offsets: np.ndarray) -> None:
@@ -253,80 +259,6 @@ def write_npz(path: Path, n_tokens: int, chunks: Iterable[bytes], offsets: np.nd
                     member.write(piece)
 
 
-def make_manifest(
-    kind: str,
-    tokenizer: Any,
-    sources: list[dict[str, Any]],
-    settings: dict[str, Any],
-    dropped: dict[str, int],
-    files: dict[str, dict[str, Any]],
-) -> dict[str, Any]:
-    """The content of manifest.json.
-
-    `kind` is "text" or "chat"; `sources` are {"name", "bytes", "sha256"}; `dropped` counts the
-    documents left out, by reason; `files` maps names to what `ShardWriter.write` returned.
-    """
-    assert kind in ("text", "chat")
-    return {
-        "format_version": FORMAT_VERSION,
-        "complete": True,
-        "kind": kind,
-        "tokenizer": {"sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size},
-        "sources": sources,
-        "settings": settings,
-        "documents": sum(entry["documents"] for entry in files.values()),
-        "tokens": sum(entry["tokens"] for entry in files.values()),
-        "dropped": dropped,
-        "files": files,
-    }
-
-
-def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
-    """Writes a manifest atomically, in ASCII: a source's name need not be valid Unicode."""
-    with atomic_file(path) as file:
-        file.write(json.dumps(manifest, indent=2).encode("ascii") + b"\n")
-
-
-def read_manifest(data_dir: str | Path) -> dict[str, Any] | None:
-    """The manifest of a dataset, None if it has none; UserError if it cannot be trusted."""
-    path = Path(data_dir, "manifest.json")
-    try:
-        manifest = json.loads(path.read_bytes())
-        version, complete = manifest["format_version"], manifest["complete"]
-        kind, tokenizer = manifest["kind"], manifest["tokenizer"]
-        kind + tokenizer["sha256"], tokenizer["vocab_size"] + 0
-        for entry in manifest["files"].values():
-            entry["sha256"], entry["bytes"] + entry["documents"] + entry["tokens"]
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except (ValueError, LookupError, TypeError, AttributeError):
-        raise UserError(f"{path} is damaged: prepare the dataset again") from None
-    if version != FORMAT_VERSION:
-        found = reprlib.repr(version)
-        raise UserError(f"{path} has format {found}, not {FORMAT_VERSION}: prepare it again")
-    if not complete:
-        raise UserError(f"{path}: replacing the files was cut off: prepare the dataset again")
-    return manifest
-
-
-def publish(staging: Path, data_dir: Path, manifest: dict[str, Any]) -> None:
-    """Moves finished shards from `staging` into `data_dir` (the same disk) with their manifest.
-
-    Until the last file is in place the manifest says so, and read_manifest refuses the dataset: a
-    mixture of old and new files cannot be taken for either. All that a full disk or Ctrl-C could
-    stop is done before the first file is replaced.
-    """
-    write_manifest(staging / "incomplete.json", manifest | {"complete": False})
-    write_manifest(staging / "manifest.json", manifest)
-    with interrupts_deferred():
-        os.replace(staging / "incomplete.json", data_dir / "manifest.json")
-        for name in [*manifest["files"], "manifest.json"]:
-            os.replace(staging / name, data_dir / name)
-        sync_directory(data_dir)
-
-
 def open_split(
     data_dir: str | Path,
     split: str,
@@ -336,8 +268,8 @@ def open_split(
     """Opens the shards of a split: `train.npz`, or all of `train-00000-of-00016.npz` and so on.
 
     With a manifest: the tokenizer, every file's size and, for a split up to 1 GiB, its sha256 must
-    agree. Where no sha256 was checked every id is, against `vocab_size`. Raises UserError, one
-    line that names the file and says what to do.
+    agree; a larger one opens in no time, whatever its size. Without a manifest every id is read and
+    checked against `vocab_size`. Raises UserError, one line that names the file and what to do.
     """
     data_dir = Path(data_dir)
     prepare = f"run python prepare_dataset.py --input_file_path=... --output_dir={data_dir}"
@@ -348,11 +280,10 @@ def open_split(
     paths = [data_dir / name for name in names]
     if not paths:
         raise UserError(f"there is no {data_dir / split}.npz: {prepare}")
-    hashed = False
     if manifest:
-        hashed = check_manifest(data_dir, manifest, paths, tokenizer_sha256, vocab_size)
+        check_manifest(data_dir, manifest, paths, tokenizer_sha256, vocab_size)
     shards = [NpzDataset(path) for path in paths]
-    if not hashed and vocab_size is not None:
+    if not manifest and vocab_size is not None:
         for shard in shards:
             if (largest := shard.max_id()) >= vocab_size:
                 raise UserError(
@@ -380,37 +311,3 @@ def split_files(data_dir: Path, split: str, names: Iterable[str]) -> list[str]:
             "there, or let the preparation finish"
         )
     return whole
-
-
-def check_manifest(
-    data_dir: Path,
-    manifest: dict[str, Any],
-    paths: list[Path],
-    tokenizer_sha256: str | None,
-    vocab_size: int | None,
-) -> bool:
-    """UserError unless the manifest is of our tokenizer and describes the files as they are.
-
-    Returns whether the contents were compared, by sha256, and not only the sizes.
-    """
-    tokenizer, again = manifest["tokenizer"], "prepare the dataset again"
-    name = data_dir / "manifest.json"
-    if tokenizer_sha256 is not None and tokenizer["sha256"] != tokenizer_sha256:
-        hashes = f"{tokenizer['sha256'][:12]}, not {tokenizer_sha256[:12]}"
-        raise UserError(f"{name}: made with another tokenizer ({hashes}): {again} with this one")
-    if vocab_size is not None and tokenizer["vocab_size"] > vocab_size:
-        sizes = f"{tokenizer['vocab_size']} ids, the model takes {vocab_size}"
-        raise UserError(f"{name}: made with a larger tokenizer ({sizes}): {again}")
-    entries = [manifest["files"][path.name] for path in paths]
-    hashed = sum(entry["bytes"] for entry in entries) <= HASHED_SPLIT_BYTES
-    for path, entry in zip(paths, entries, strict=True):
-        if not path.is_file():
-            raise UserError(f"{path} is missing: copy it there, or {again}")
-        size, wrong = path.stat().st_size, None
-        if size != entry["bytes"]:
-            wrong = f"has {size:,} bytes, its manifest says {entry['bytes']:,}"
-        elif hashed and file_sha256(path) != entry["sha256"]:
-            wrong = "does not have the sha256 of its manifest"
-        if wrong:
-            raise UserError(f"{path} {wrong}: copy it again, or {again}")
-    return hashed

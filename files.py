@@ -63,8 +63,8 @@ def sync_directory(directory: Path) -> None:
 
 
 @contextmanager
-def locked(directory: Path, what: str) -> Iterator[None]:
-    """Holds `directory` for one `what` at a time; UserError if another process has it.
+def locked(directory: Path, what: str, wait: bool = False) -> Iterator[None]:
+    """Holds `directory` for one `what` at a time; waits, or UserError, if another process has it.
 
     The lock is on the directory itself, leaves no file, and ends with the process.
     """
@@ -74,7 +74,7 @@ def locked(directory: Path, what: str) -> Iterator[None]:
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise UserError(
                 f"another {what} is writing to {directory}: wait for it or choose another folder"

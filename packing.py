@@ -12,8 +12,6 @@ Best-fit packing against truncation: Ding et al., "Fewer Truncations Improve Lan
 """
 
 import hashlib
-import queue
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -239,45 +237,3 @@ class PackedRows:
         for start in range(first_row, end_row, per_step):
             rows = [row if row < end_row else None for row in range(start, start + per_step)]
             yield [self.batch(rows[i : i + batch_size]) for i in range(0, per_step, batch_size)]
-
-
-class Prefetcher:
-    """Runs an iterator in a thread, `depth` items ahead; its exception reaches the consumer."""
-
-    def __init__(self, iterator: Iterator, depth: int = 2):
-        self.items: queue.Queue = queue.Queue(maxsize=depth)
-        self.stopped = threading.Event()
-        self.thread = threading.Thread(target=self.run, args=(iterator,), daemon=True)
-        self.thread.start()
-
-    def run(self, iterator: Iterator) -> None:
-        try:
-            for item in iterator:
-                if not self.put((item, None)):
-                    return
-            self.put((None, StopIteration()))
-        except Exception as error:
-            self.put((None, error))
-
-    def put(self, item: tuple) -> bool:
-        while not self.stopped.is_set():
-            try:
-                self.items.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def __iter__(self) -> Iterator:
-        while True:
-            item, error = self.items.get()
-            if isinstance(error, StopIteration):
-                return
-            if error is not None:
-                raise error
-            yield item
-
-    def close(self) -> None:
-        """Ends the thread; call it however the loop ended."""
-        self.stopped.set()
-        self.thread.join()

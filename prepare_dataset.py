@@ -29,8 +29,9 @@ import numpy as np
 from tqdm import tqdm
 
 from config import UserError, config_from_constants, run_script
-from dataset import ShardWriter, make_manifest, publish
+from dataset import ShardWriter
 from files import locked
+from manifest import make_manifest, publish
 from tokenizer import (
     END_OF_TEXT,
     START_OF_TEXT,
@@ -198,12 +199,16 @@ def encode_file(path: Path, trusted: bool, tokenizer: Any, writer: ShardWriter) 
             bar.update(len(chunk))
 
         def encode_batch() -> int:
-            encode = tokenizer.encode_documents if kind == "text" else tokenizer.encode_chat_batch
-            documents = encode(batch)
-            writer.add_batch(documents)
+            if kind == "text":
+                ids, ends = tokenizer.encode_documents(batch)
+            else:
+                conversations = tokenizer.encode_chat_batch(batch)
+                ids = np.concatenate(conversations)
+                ends = np.cumsum([len(chat) for chat in conversations])
+            writer.add_flat(ids, ends)
             bar.set_postfix_str(f"{writer.tokens / 1e6:,.1f}M tokens", refresh=False)
             batch.clear()
-            return int(tokenizer.token_bytes[np.concatenate(documents)].sum())
+            return int(tokenizer.token_bytes[ids].sum())
 
         read = read_chat_txt if trusted else read_txt
         if path.suffix.lower() == ".jsonl":
@@ -331,7 +336,10 @@ def prepare(config: Any, tokenizer: Any, staging: Path) -> dict[str, Any]:
         tokenizer=tokenizer,
         sources=[result["source"] for result in results],
         settings=settings,
-        dropped=dict(sum((result["dropped"] for result in results), Counter())),
+        dropped={
+            reason: {"documents": count, "tokens": 0}
+            for reason, count in sum((result["dropped"] for result in results), Counter()).items()
+        },
         files=files,
     ) | {"text_bytes": sum(result["text_bytes"] for result in results)}
 
@@ -342,8 +350,8 @@ def print_summary(manifest: dict[str, Any], output: Path) -> None:
         f"{manifest['documents']:,} {manifest['kind']} examples, {manifest['tokens']:,} tokens, "
         f"{per_token:.2f} bytes per token"
     )
-    for reason, count in manifest["dropped"].items():
-        print(f"dropped {count:,} ({reason})")
+    for reason, dropped in manifest["dropped"].items():
+        print(f"dropped {dropped['documents']:,} ({reason})")
     for name, entry in manifest["files"].items():
         print(f"{output / name}: {entry['documents']:,} examples, {entry['tokens']:,} tokens")
     finetune = "--finetune=True --finetune_" if manifest["kind"] == "chat" else "--"

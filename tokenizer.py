@@ -29,6 +29,9 @@ from files import interrupts_deferred
 CONTROL_TOKENS = ("<|pad|>", "<|endoftext|>", "<|assistant|>", "<|user|>", "<|startoftext|>")
 _, END_OF_TEXT, ASSISTANT, USER, START_OF_TEXT = CONTROL_TOKENS
 
+# gigatoken remembers every word it has met, without a limit: after this much text it starts afresh.
+CACHE_BYTES = 256 << 20
+
 # What gigatoken must agree on with `tokenizers` before its ids are used.
 HARD_STRINGS = (
     "Don't stop: we'll SAY'LL they've 'tis\n\n\n  two  spaces\t\ttabs \r\n\u00a0nbsp\u2003em ",
@@ -100,8 +103,9 @@ class Tokenizer:
         self._ordinary_json = json.dumps(settings | {"added_tokens": []})
         self._ordinary = HFTokenizer.from_str(self._ordinary_json)
         self._with_control = HFTokenizer.from_str(content.decode("utf-8"))
-        self._encode_fast: Callable[[list[bytes]], list[np.ndarray]] | None = None
+        self._encode_fast: Callable[[list[bytes]], tuple] | None = None
         self._fast_checked = False
+        self._fast_bytes = 0  # encoded since gigatoken last started
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """The ids of `text`; control tokens are recognised in it only with `allow_special`.
@@ -119,35 +123,62 @@ class Tokenizer:
         Uses `gigatoken`, tens of times faster, once it has agreed with `tokenizers` on hard strings
         and on the first texts given; otherwise warns once and uses `tokenizers` from then on.
         """
-        if isinstance(texts, str):
-            raise TypeError("encode_batch takes a list of texts, not one: use encode")
-        texts = list(texts)
-        encoded = [to_utf8(text) for text in texts]
+        ids, ends = self._encode_flat([to_utf8(text) for text in several(texts)])
+        ends = ends.tolist()
+        return [ids[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
+    def encode_documents(self, texts: Sequence[str | bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """Encodes many texts, `<|endoftext|>` after each, as pretraining documents are.
+
+        A text may be given as its UTF-8 bytes. Returns the ids of all (N,) uint16, and where each
+        ends (n,) int64: document i is `ids[ends[i - 1] : ends[i]]`, the first one `ids[: ends[0]]`.
+        """
+        encoded = [text if isinstance(text, bytes) else to_utf8(text) for text in several(texts)]
+        text_ids, ends = self._encode_flat(encoded)
+        ends = ends + np.arange(1, len(encoded) + 1)
+        ids = np.full(len(text_ids) + len(encoded), self.eos_id, dtype=np.uint16)
+        is_text = np.ones(len(ids), dtype=bool)
+        is_text[ends - 1] = False
+        ids[is_text] = text_ids
+        return ids, ends
+
+    def _encode_flat(self, encoded: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of all the UTF-8 texts in one row (N,) uint16, and where each ends (n,) int64."""
         if not self._fast_checked:
             with interrupts_deferred():  # the import of awkward makes another error of Ctrl-C
-                self._encode_fast = self._checked_fast_encoder(texts)
+                self._encode_fast = self._checked_fast_encoder(encoded)
             self._fast_checked = True
-        if self._encode_fast is not None:
-            with interrupts_deferred():
-                try:
-                    return self._encode_fast(encoded)
-                except BaseException as error:  # a Rust panic is not an Exception
-                    self._warn_slow(f"gigatoken failed ({raised(error)})")
-                    self._encode_fast = None
-        return self._encode_batch_reference(texts)
+        with interrupts_deferred():
+            try:
+                if self._encode_fast is not None and self._fast_bytes > CACHE_BYTES:
+                    self._encode_fast = None  # its memory is free before the next one takes some
+                    self._encode_fast = gigatoken_encoder(self._ordinary_json)
+                    self._fast_bytes = 0
+                encode_fast = self._encode_fast
+                if encode_fast is not None:
+                    self._fast_bytes += sum(map(len, encoded))
+                    return encode_fast(encoded)
+            except BaseException as error:  # a Rust panic is not an Exception
+                self._warn_slow(f"gigatoken failed ({raised(error)})")
+                self._encode_fast = None
+        return self._encode_flat_reference(encoded)
 
-    def _encode_batch_reference(self, texts: Sequence[str]) -> list[np.ndarray]:
-        encodings = self._ordinary.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.uint16) for encoding in encodings]
+    def _encode_flat_reference(self, encoded: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        texts = [text.decode("utf-8") for text in encoded]
+        encodings = self._ordinary.encode_batch_fast(texts, add_special_tokens=False)
+        rows = [np.array(encoding.ids, dtype=np.uint16) for encoding in encodings]
+        ends = np.cumsum([len(row) for row in rows], dtype=np.int64)
+        return np.concatenate([np.empty(0, np.uint16), *rows]), ends
 
-    def _checked_fast_encoder(self, texts: Sequence[str]):
+    def _checked_fast_encoder(self, encoded: list[bytes]):
         """gigatoken's batch encoder, or None with a warning if it is missing or disagrees."""
-        sample = [*HARD_STRINGS, *(text[:2000] for text in texts[:32])]
-        expected = self._encode_batch_reference(sample)
+        sample = [text.encode("utf-8") for text in HARD_STRINGS]
+        sample += [text[:8000].decode("utf-8", "ignore").encode() for text in encoded[:32]]
+        expected = self._encode_flat_reference(sample)
         try:
             encode_fast = gigatoken_encoder(self._ordinary_json)
-            found = encode_fast([text.encode("utf-8") for text in sample])
-            agrees = len(found) == len(expected) and all(map(np.array_equal, found, expected))
+            found = encode_fast(sample)
+            agrees = all(map(np.array_equal, found, expected))
         except BaseException as error:
             self._warn_slow(f"gigatoken cannot be used ({raised(error)})")
             return None
@@ -159,11 +190,6 @@ class Tokenizer:
     @staticmethod
     def _warn_slow(reason: str) -> None:
         warnings.warn(f"{reason}; using tokenizers, slower with the same result", stacklevel=3)
-
-    def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """`encode_batch` with `<|endoftext|>` after every text, as pretraining documents are."""
-        end = np.array([self.eos_id], dtype=np.uint16)
-        return [np.concatenate([ids, end]) for ids in self.encode_batch(texts)]
 
     def encode_chat(
         self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = False
@@ -240,6 +266,12 @@ class Tokenizer:
         return in_assistant & (~is_control | (ids == self.eos_id))
 
 
+def several(texts: Sequence[Any]) -> Sequence[Any]:
+    if isinstance(texts, (str, bytes)):
+        raise TypeError("this takes a list of texts, not one: use encode")
+    return texts
+
+
 def to_utf8(text: str) -> bytes:
     """The UTF-8 form of a text; ValueError when it has none, TypeError for anything else."""
     if not isinstance(text, str):
@@ -300,19 +332,20 @@ def parse_chat(text: str, may_lack_end: bool = False) -> list[dict[str, str]]:
     return messages
 
 
-def gigatoken_encoder(tokenizer_json: str) -> Callable[[list[bytes]], list[np.ndarray]]:
-    """A function from UTF-8 texts to uint16 ids; raises whatever makes gigatoken unusable."""
+def gigatoken_encoder(
+    tokenizer_json: str,
+) -> Callable[[list[bytes]], tuple[np.ndarray, np.ndarray]]:
+    """A function as `Tokenizer._encode_flat`; raises whatever makes gigatoken unusable."""
     from gigatoken import Tokenizer as GigaTokenizer
 
     tokenizer = GigaTokenizer.from_json(tokenizer_json)
 
-    def encode(texts: list[bytes]) -> list[np.ndarray]:
+    def encode(texts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
         if not texts:
-            return []
+            return np.empty(0, np.uint16), np.empty(0, np.int64)
         layout = tokenizer.encode_batch(texts).layout
-        bounds = np.asarray(layout.offsets.data).tolist()
-        ids = np.asarray(layout.content.data).astype(np.uint16)
-        return [ids[bounds[i] : bounds[i + 1]] for i in range(len(texts))]
+        ends = np.asarray(layout.offsets.data)[1:]
+        return np.asarray(layout.content.data).astype(np.uint16), ends.astype(np.int64)
 
     return encode
 

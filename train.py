@@ -29,7 +29,8 @@ from dataset import open_split
 from files import file_sha256, locked
 from metrics import Metrics, Progress, last_metrics
 from model import GPT, GPTConfig
-from packing import ChatFormat, PackedRows, Prefetcher
+from packing import ChatFormat, PackedRows
+from prefetch import Prefetcher
 from preflight import (
     FINETUNE_NAMES,
     check_disk,

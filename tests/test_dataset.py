@@ -18,16 +18,10 @@ import pytest
 
 import dataset
 import files
+import manifest as manifest_module
 from config import UserError
-from dataset import (
-    NpzDataset,
-    ShardWriter,
-    make_manifest,
-    open_split,
-    publish,
-    read_manifest,
-    write_manifest,
-)
+from dataset import NpzDataset, ShardWriter, open_split
+from manifest import make_manifest, publish, read_manifest, write_manifest
 
 ROOT = Path(dataset.__file__).parent
 TOKENIZER = SimpleNamespace(sha256="a" * 64, vocab_size=1000)
@@ -307,7 +301,7 @@ def test_files_that_differ_from_their_manifest_are_refused(tmp_path, monkeypatch
     path.write_bytes(whole[:9000] + bytes([whole[9000] ^ 1]) + whole[9001:])
     assert len(NpzDataset(path)) == 500  # a flipped bit of a token is no damage that opening sees
     refused("train.npz does not have the sha256", open_split, tmp_path, "train")
-    monkeypatch.setattr(dataset, "HASHED_SPLIT_BYTES", 10)
+    monkeypatch.setattr(manifest_module, "HASHED_SPLIT_BYTES", 10)
     open_split(tmp_path, "train")
     path.unlink()
     refused("train.npz is missing", open_split, tmp_path, "train")
@@ -348,15 +342,21 @@ def test_without_a_manifest_every_id_is_checked(tmp_path, monkeypatch):
     assert "vocabulary ends at 998" in error
 
 
-def test_in_a_split_too_large_to_hash_every_id_is_checked(tmp_path, monkeypatch):
-    files = {"train.npz": write_shard(tmp_path / "train.npz", [*documents(), [999]])}
-    tokenizer = SimpleNamespace(sha256="a" * 64, vocab_size=999)
-    manifest = make_manifest("text", tokenizer, [], {}, {}, files)
-    write_manifest(tmp_path / "manifest.json", manifest)
-    assert len(open_split(tmp_path, "train", None, 999)) == 1  # the sha256 is right
-    monkeypatch.setattr(dataset, "HASHED_SPLIT_BYTES", 10)
-    refused("train.npz has the id 999", open_split, tmp_path, "train", None, 999)
-    assert len(open_split(tmp_path, "train", None, 1000)) == 1
+def test_a_split_too_large_to_hash_opens_without_being_read(tmp_path, monkeypatch):
+    """60 links to one shard stand for a dataset of many gigabytes."""
+    files = {"train-00000-of-00060.npz": write_shard(tmp_path / "train.npz", documents(2000))}
+    for i in range(60):
+        name = f"train-{i:05d}-of-00060.npz"
+        os.link(tmp_path / "train.npz", tmp_path / name)
+        files[name] = files["train-00000-of-00060.npz"]
+    write_manifest(
+        tmp_path / "manifest.json", make_manifest("text", TOKENIZER, [], {}, {}, files)
+    )
+    monkeypatch.setattr(manifest_module, "HASHED_SPLIT_BYTES", 10)
+    monkeypatch.setattr(manifest_module, "file_sha256", lambda path: 1 / 0)
+    monkeypatch.setattr(NpzDataset, "max_id", lambda self: 1 / 0)
+    shards = open_split(tmp_path, "train", TOKENIZER.sha256, 1000)
+    assert len(shards) == 60 and all(isinstance(shard.tokens, np.memmap) for shard in shards)
 
 
 @pytest.mark.parametrize("with_manifest", [False, True])

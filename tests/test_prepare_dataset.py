@@ -15,8 +15,9 @@ import pytest
 
 import prepare_dataset
 from config import UserError
-from dataset import ShardWriter, open_split, read_manifest
+from dataset import ShardWriter, open_split
 from files import locked
+from manifest import read_manifest
 from tokenizer import load_tokenizer
 
 ROOT = Path(prepare_dataset.__file__).parent
@@ -52,6 +53,11 @@ def texts_of(directory: Path, tokenizer) -> list[str]:
     )
 
 
+def empty(count: int) -> dict:
+    """What the manifest says of so many examples without text."""
+    return {"empty": {"documents": count, "tokens": 0}}
+
+
 def jsonl(*rows) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
@@ -71,7 +77,7 @@ def test_plain_text(tokenizer, capsys):
         "two <|user|> 东京<|endoftext|>",
     ]
     manifest = read_manifest(out)
-    assert manifest["kind"] == "text" and manifest["dropped"] == {"empty": 1}
+    assert manifest["kind"] == "text" and manifest["dropped"] == empty(1)
     assert manifest["documents"] == 3
     data = open_split(out, "train")[0].tokens, open_split(out, "val")[0].tokens
     ids = np.concatenate(data)
@@ -90,7 +96,7 @@ def test_jsonl_text_is_kept_as_it_is(tokenizer):
     out = prepare("\ufeff" + content + "\n  \n", "in.jsonl")
     expected = sorted(text + "<|endoftext|>" for text in rows if text.strip())
     assert texts_of(out, tokenizer) == expected
-    assert read_manifest(out)["dropped"] == {"empty": 2}
+    assert read_manifest(out)["dropped"]["empty"]["documents"] == 2
 
 
 CHATS = [
@@ -115,7 +121,7 @@ def test_jsonl_conversations(tokenizer, capsys):
     expected.append("<|startoftext|><|user|>Q?<|assistant|>A.<|endoftext|>")
     assert texts_of(out, tokenizer) == sorted(expected)
     manifest = read_manifest(out)
-    assert manifest["kind"] == "chat" and manifest["dropped"] == {"empty": 1}
+    assert manifest["kind"] == "chat" and manifest["dropped"] == empty(1)
     assert capsys.readouterr().out.endswith(
         "next: python train.py --finetune=True --finetune_data_dir=out\n"
     )
@@ -155,7 +161,7 @@ def test_validation_file(tokenizer):
     manifest = read_manifest(out)
     assert [source["name"] for source in manifest["sources"]] == ["in.txt", "val.jsonl"]
     assert manifest["settings"]["val_split"] is None
-    assert manifest["text_bytes"] == len("abcv1v2") and manifest["dropped"] == {"empty": 2}
+    assert manifest["text_bytes"] == len("abcv1v2") and manifest["dropped"] == empty(2)
 
 
 def test_small_chunks_and_batches_change_nothing(monkeypatch):

@@ -166,8 +166,8 @@ def test_decode_inverts_encode_and_gigatoken_equals_tokenizers(tokenizer):
     texts = [*hard_strings(5000, seed=1), *module.HARD_STRINGS]
     batch = tokenizer.encode_batch(texts)
     assert tokenizer._encode_fast is not None, "gigatoken was not used"
-    reference = tokenizer._encode_batch_reference(texts)
-    assert all(map(np.array_equal, batch, reference))
+    ids, ends = tokenizer._encode_flat_reference([text.encode() for text in texts])
+    assert all(map(np.array_equal, batch, np.split(ids, ends[:-1])))
     n_control = 0
     for text, ids in zip(texts, batch, strict=True):
         assert ids.dtype == np.uint16
@@ -184,8 +184,23 @@ def test_decode_inverts_encode_and_gigatoken_equals_tokenizers(tokenizer):
 def test_encode_batch_of_nothing(tokenizer):
     assert tokenizer.encode_batch([]) == []
     assert [ids.tolist() for ids in tokenizer.encode_batch(["", "a", ""])] == [[], [64], []]
-    ends = [ids.tolist() for ids in tokenizer.encode_documents(["", "a"])]
-    assert ends == [[32764], [64, 32764]]
+    for texts in (["", "a"], [b"", b"a"]):
+        ids, ends = tokenizer.encode_documents(texts)
+        assert ids.tolist() == [32764, 64, 32764] and ends.tolist() == [1, 3]
+        assert ids.dtype == np.uint16
+    ids, ends = tokenizer.encode_documents([])
+    assert len(ids) == len(ends) == 0
+
+
+def test_gigatoken_starts_afresh_before_it_remembers_too_much(monkeypatch):
+    built, real = [], module.gigatoken_encoder
+    monkeypatch.setattr(module, "CACHE_BYTES", 1000)
+    monkeypatch.setattr(module, "gigatoken_encoder", lambda json: built.append(1) or real(json))
+    tokenizer = load_tokenizer()
+    for i in range(10):
+        text = f"text number {i} " * 30
+        assert tokenizer.encode_batch([text])[0].tolist() == tokenizer.encode(text)
+    assert len(built) == 4
 
 
 def test_threads_agree(tokenizer):
@@ -240,7 +255,7 @@ def test_fallback_when_gigatoken_disagrees(monkeypatch):
 
     def wrong(tokenizer_json):
         encode = real(tokenizer_json)
-        return lambda texts: [ids[::-1] for ids in encode(texts)]
+        return lambda texts: (encode(texts)[0][::-1], encode(texts)[1])
 
     fake_gigatoken(monkeypatch, wrong)
     texts = ["Hello, world!", "<|user|>"]
@@ -257,10 +272,7 @@ def test_fallback_when_gigatoken_disagrees_only_on_the_given_texts(monkeypatch):
 
     def wrong_on_zebra(tokenizer_json):
         encode = real(tokenizer_json)
-        return lambda texts: [
-            ids[:-1] if b"zebra" in text else ids
-            for ids, text in zip(encode(texts), texts, strict=True)
-        ]
+        return lambda texts: encode([text.replace(b"zebra", b"zebu") for text in texts])
 
     fake_gigatoken(monkeypatch, wrong_on_zebra)
     with pytest.warns(UserWarning, match="disagree"):

@@ -1,0 +1,184 @@
+"""A dataset that is prepared in parts, one for each input file, by any number of processes.
+
+Part i lies in `output`/.preparing/part-0000i: its shards, and part.json as soon as they are
+complete. Once all parts are there, `finish` names the shards, moves them and writes manifest.json.
+Whatever is there is complete and on disk, so that a run may end anywhere and another one go on.
+"""
+
+import json
+import os
+import shutil
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from config import UserError
+from dataset import NpzDataset, ShardWriter
+from files import atomic_file
+from manifest import make_manifest, write_manifest
+
+STAGING = ".preparing"
+DUPLICATE = "duplicate text"
+DUPLICATES_AT_A_TIME = 4 << 20  # documents compared at a time
+
+
+def part_of(output: Path, index: int) -> Path:
+    return output / STAGING / f"part-{index:05d}"
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """What a JSON file of the staging folder records, None if it is not there yet."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        raise UserError(f"{path} is damaged: delete it and run again") from None
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    with atomic_file(path) as file:
+        file.write(json.dumps(record, indent=1).encode("ascii"))
+
+
+def refuse_if_different(
+    output: Path, state: str, remove: Path, old: dict[str, Any], new: dict[str, Any]
+) -> None:
+    """UserError with every setting that differs, if one does."""
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    if names:
+        found = ", ".join(f"{name} was {old.get(name)!r}, is {new.get(name)!r}" for name in names)
+        raise UserError(
+            f"{output} holds {state} dataset with other settings ({found}): set them back, choose "
+            f"another --output_dir, or delete {remove}"
+        )
+
+
+def duplicates(hashes: list[np.ndarray]) -> list[np.ndarray]:
+    """Which documents (n,) bool of each part repeat the text of an earlier one.
+
+    `hashes` are (n, 2) uint64 of every part. Works on a slice of the values at a time, so that
+    memory stays flat.
+    """
+    repeated = [np.zeros(len(part), dtype=bool) for part in hashes]
+    starts = np.cumsum([0, *map(len, hashes)])
+    n_slices = 1 + int(starts[-1]) // DUPLICATES_AT_A_TIME
+    for number in range(n_slices):
+        chosen = [np.flatnonzero(part[:, 0] % n_slices == number) for part in hashes]
+        values = np.concatenate([part[i] for part, i in zip(hashes, chosen, strict=True)])
+        places = np.concatenate([start + i for start, i in zip(starts, chosen, strict=False)])
+        order = np.lexsort((values[:, 1], values[:, 0]))  # stable: the first one stays first
+        values, places = values[order], places[order]
+        again = places[1:][(values[1:] == values[:-1]).all(axis=1)]
+        part = np.searchsorted(starts, again, side="right") - 1
+        for i in np.unique(part):
+            repeated[i][again[part == i] - starts[i]] = True
+    return repeated
+
+
+def without(path: Path, dropped: np.ndarray, target: Path) -> dict[str, Any]:
+    """Writes the documents of a shard that are not `dropped` (n,) bool as another shard."""
+    data = NpzDataset(path)
+    with ShardWriter(target.parent) as writer:
+        writer.add_batch(data[i] for i in range(len(data)))
+        return writer.write(target, np.flatnonzero(~dropped))
+
+
+def arrange(
+    output: Path, config: Any, tokenizer: Any, records: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Decides where every shard goes, once all parts are there: {"moves", "manifest"}.
+
+    Merges the validation documents, and removes duplicates. Nothing that it reads is changed.
+    """
+    staging = output / STAGING
+    dropped: Counter[tuple[str, str]] = Counter()
+    for record in records:
+        for reason, counts in record["dropped"].items():
+            dropped.update({(reason, what): count for what, count in counts.items()})
+    text_bytes = sum(record["text_bytes"] for record in records)
+    parts = [Path(part_of(output, index).name) for index in range(len(records))]
+    repeated: list[np.ndarray] = []
+    if config.remove_duplicates:
+        hashes = [np.load(staging / part / "text_hashes.npy", mmap_mode="r") for part in parts]
+        repeated = duplicates(hashes)
+        dropped.update({(DUPLICATE, "documents"): 0, (DUPLICATE, "tokens"): 0})
+
+    shards: list[tuple[Path, dict[str, Any]]] = []
+    with ShardWriter(staging) as val:
+        for index, (part, record) in enumerate(zip(parts, records, strict=True)):
+            start = 0
+            names = [f"train-{i:05d}.npz" for i in range(len(record["shards"]))] + ["val.npz"]
+            for name, entry in zip(names, [*record["shards"], record["val"]], strict=True):
+                path, end = part / name, start + entry["documents"]
+                drop = repeated[index][start:end] if repeated else np.zeros(end - start, bool)
+                start = end
+                data = NpzDataset(staging / path)
+                if drop.any():
+                    lost = np.concatenate([data[i] for i in np.flatnonzero(drop)])
+                    dropped[DUPLICATE, "documents"] += int(drop.sum())
+                    dropped[DUPLICATE, "tokens"] += len(lost)
+                    text_bytes -= int(tokenizer.token_bytes[lost].sum())
+                if name == "val.npz":
+                    val.add_batch(data[i] for i in np.flatnonzero(~drop))
+                elif not drop.any():
+                    shards.append((path, entry))
+                elif not drop.all():
+                    unique = path.with_suffix(".unique.npz")
+                    entry = without(staging / path, drop, staging / unique)
+                    shards.append((unique, entry))
+        val_entry = val.write(staging / "val.npz")
+
+    reasons = {reason: {} for reason, _ in dropped}
+    for (reason, what), count in dropped.items():
+        reasons[reason][what] = count
+    n_read = sum(record["documents"] for record in records)
+    if not shards:
+        counts = ", ".join(f"{count['documents']:,} {why}" for why, count in reasons.items())
+        raise UserError(
+            f"none of the {n_read:,} documents passed the filters ({counts}): loosen them and "
+            f"delete {staging}"
+        )
+    if not val_entry["documents"]:
+        raise UserError(
+            f"val_split={config.val_split} leaves no document for validation: set a larger one and "
+            f"delete {staging}"
+        )
+    moves, entries = {}, {}
+    for i, (path, entry) in enumerate(shards):
+        name = f"train-{i:05d}-of-{len(shards):05d}.npz"
+        moves[name], entries[name] = path.as_posix(), entry
+    moves["val.npz"], entries["val.npz"] = "val.npz", val_entry
+    manifest = make_manifest(
+        kind="text",
+        tokenizer=tokenizer,
+        sources=[record["source"] for record in records],
+        settings=records[0]["identity"],
+        dropped=reasons,
+        files=entries,
+    ) | {"documents_read": n_read, "text_bytes": text_bytes}
+    return {"moves": moves, "manifest": manifest}
+
+
+def finish(
+    output: Path, config: Any, tokenizer: Any, records: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Moves the shards into place and writes the manifest; safe to run again wherever it ended."""
+    staging = output / STAGING
+    layout = read_record(staging / "layout.json")
+    if layout is None:
+        layout = arrange(output, config, tokenizer, records)
+        write_record(staging / "layout.json", layout)
+    for name, path in layout["moves"].items():
+        with suppress(FileNotFoundError):  # an earlier run has moved it
+            os.replace(staging / path, output / name)
+    for name, entry in layout["manifest"]["files"].items():
+        path = output / name
+        if not path.exists() or path.stat().st_size != entry["bytes"]:
+            raise UserError(f"{path} is missing or damaged: delete {output} and run again")
+    write_manifest(output / "manifest.json", layout["manifest"])
+    shutil.rmtree(staging, ignore_errors=True)
+    return layout["manifest"]

@@ -1,0 +1,436 @@
+"""Turns FineWeb-Edu, or any Parquet files of web text, into the shards that train.py reads.
+
+    python prepare_dataset_fineweb.py                               # sample-10BT, from the hub
+    python prepare_dataset_fineweb.py --source="my/folder/*.parquet" --output_dir=data/mine
+    torchrun --nproc_per_node=4 prepare_dataset_fineweb.py          # or --rank=0 --world_size=4
+
+Stop it in any way and run the same command again: it goes on with the next input file, and the
+shards are the same bytes as those of a run that nothing disturbed. Every input file is a part of
+its own, so several processes, or machines that share `output_dir`, need not know of each other; the
+last one to finish writes manifest.json. Until then everything lies in `output_dir`/.preparing.
+
+A document's `id` alone decides whether it is for validation, and its place among the documents of
+its file. Every document is encoded as ordinary text and ends with <|endoftext|>.
+"""
+
+import glob
+import hashlib
+import json
+import os
+import shutil
+import time
+from array import array
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+import hub
+from config import UserError, config_from_constants, run_script
+from dataset import ShardWriter
+from files import atomic_file, file_sha256, locked
+from filters import EMPTY, Counts, Documents, read_documents
+from manifest import read_manifest
+from parts import STAGING, finish, part_of, read_record, refuse_if_different, write_record
+from prefetch import Prefetcher
+from tokenizer import load_tokenizer
+
+# where the text comes from
+source = "HuggingFaceFW/fineweb-edu"  # a dataset of the hub, or local files: "my/folder/*.parquet"
+config_name = "sample-10BT"  # of a hub dataset: 14 files, 26.56 GiB, 9,672,101 documents
+revision = "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"  # of a hub dataset: a commit never changes
+download_dir = ""  # keeps the downloaded files; "": each one is deleted after use
+output_dir = "data/fineweb_edu_sample_10BT"
+
+# which documents are kept; "" or 0 turns a filter off
+language_filter = "en"
+language_score_threshold = 0.95
+min_int_score = 3  # 4 or 5: the highest quality only; the published set has nothing below 3
+remove_duplicates = False  # of texts that are exactly equal, keep the first
+
+# how they are stored
+val_split = 0.0005  # fraction of the documents kept for validation
+shard_size = 500_000_000  # tokens in a shard, about
+
+# who does the work
+workers = 0  # threads of the tokenizer; 0: one for each core
+rank = -1  # of this process among `world_size`; -1: as torchrun says, or the only one
+world_size = 0
+
+SCRIPT = "prepare_dataset_fineweb.py"
+DOWNLOAD = "input.parquet"  # in a part's folder
+COUNTED = ("documents", "tokens")
+SETTINGS = (
+    "language_filter",
+    "language_score_threshold",
+    "min_int_score",
+    "remove_duplicates",
+    "val_split",
+    "shard_size",
+)
+
+
+# The sources ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LocalFile:
+    """A local input file; `name` is its path below the folder that all of them share."""
+
+    path: Path
+    name: str
+    bytes: int
+
+
+InputFile = LocalFile | hub.HubFile
+
+
+def is_local(config: Any) -> bool:
+    """Whether `source` is a path: a hub dataset is called owner/name and is no folder here."""
+    text = config.source
+    named = text.count("/") == 1 and not any(mark in text for mark in "*?[\\~")
+    return not named or text.endswith(".parquet") or os.path.exists(text) or text[0] in "./"
+
+
+def local_files(pattern: str) -> list[LocalFile]:
+    """The files that a path, a folder or a pattern stands for, sorted; UserError if none."""
+    path = Path(pattern).expanduser()
+    found = glob.glob(str(path / "*.parquet" if path.is_dir() else path), recursive=True)
+    paths = sorted(Path(name) for name in found if Path(name).is_file())
+    if not paths:
+        raise UserError(f"no files match --source={pattern}: give a folder or a pattern")
+    base = Path(os.path.commonpath([path.parent for path in paths]))
+    return [LocalFile(p, p.relative_to(base).as_posix(), p.stat().st_size) for p in paths]
+
+
+def input_files(config: Any) -> list[InputFile]:
+    if is_local(config):
+        return local_files(config.source)
+    return hub.dataset_files(config.source, config.config_name, config.revision)
+
+
+# The parts --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Part:
+    """The part of one input file while it is made: first encoded, then stored."""
+
+    folder: Path
+    file: InputFile
+    sha256: str
+    lock: ExitStack
+    writer: ShardWriter
+    counts: Counts = field(default_factory=Counts)
+    keys: array = field(default_factory=lambda: array("Q"))
+    text_hashes: bytearray = field(default_factory=bytearray)
+    text_bytes: int = 0
+
+    def encode(self, path: Path, config: Any, tokenizer: Any, progress: "Progress") -> None:
+        """Encodes the documents of the file at `path` that pass the filters into the writer."""
+        batches = Prefetcher(read_documents(path, config, self.counts))
+        try:
+            for batch in batches:
+                ids, ends = tokenizer.encode_documents(batch.texts)
+                self.writer.add_flat(ids, ends)
+                self.keys.frombytes(batch.keys.tobytes())
+                self.text_hashes += batch.text_hashes.tobytes()
+                self.text_bytes += batch.text_bytes
+                progress.advance(batch, len(ids), self.file.bytes)
+        finally:
+            batches.close()
+
+    def store(self, config: Any, identity: dict[str, Any]) -> dict[str, Any]:
+        """Writes the shards in the order of the keys, then part.json; returns what that says."""
+        keys = np.frombuffer(self.keys, dtype=np.uint64)
+        order = np.argsort(keys, kind="stable")
+        n_val = int(np.searchsorted(keys[order], np.uint64(config.val_split * 2.0**64)))
+        val, train = np.split(order, [n_val])
+        with self.lock, self.writer as writer:
+            shards = [
+                writer.write(self.folder / f"train-{i:05d}.npz", documents)
+                for i, documents in enumerate(cut(train, writer.lengths(train), config.shard_size))
+            ]
+            val_entry = writer.write(self.folder / "val.npz", val)
+            if config.remove_duplicates:
+                hashes = np.frombuffer(self.text_hashes, dtype="<u8").reshape(-1, 2)
+                with atomic_file(self.folder / "text_hashes.npy") as file:
+                    np.save(file, hashes[np.concatenate([train, val])])
+            record = {
+                "identity": identity,
+                "source": {
+                    "name": self.file.name,
+                    "bytes": self.file.bytes,
+                    "sha256": self.sha256,
+                },
+                "documents": self.counts.documents,
+                "text_bytes": self.text_bytes,
+                "dropped": self.counts.dropped,
+                "shards": shards,
+                "val": val_entry,
+            }
+            write_record(self.folder / "part.json", record)
+        (self.folder / DOWNLOAD).unlink(missing_ok=True)
+        kept = sum(entry["documents"] for entry in [*shards, val_entry])
+        tokens = sum(entry["tokens"] for entry in [*shards, val_entry])
+        empty = self.counts.dropped[EMPTY]["documents"]
+        note = f"; {empty:,} without text, from row group {self.counts.first_empty} on"
+        tqdm.write(
+            f"{self.file.name}: {kept:,} of {self.counts.documents:,} documents kept, "
+            f"{tokens:,} tokens{note if empty else ''}"
+        )
+        return record
+
+
+def cut(order: np.ndarray, lengths: np.ndarray, shard_size: int) -> list[np.ndarray]:
+    """Splits documents into runs of about `shard_size` tokens, none of them empty."""
+    if not len(order):
+        return []
+    shard = (np.cumsum(lengths) - 1) // shard_size
+    return np.split(order, np.flatnonzero(np.diff(shard)) + 1)
+
+
+class Progress:
+    """What this process has done: a bar on a terminal, and a line for each file."""
+
+    def __init__(self, files: list[InputFile], todo: list[InputFile]):
+        self.documents = self.text_bytes = self.kept = self.tokens = 0
+        self.started = time.perf_counter()
+        todo_bytes, total = (sum(file.bytes for file in some) for some in (todo, files))
+        self.bar = tqdm(
+            total=max(1, total),
+            initial=total - todo_bytes,
+            disable=None,  # where there is no terminal
+            bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
+        )
+
+    def __str__(self) -> str:
+        seconds = max(1e-9, time.perf_counter() - self.started)
+        return (
+            f"{self.documents / seconds:,.0f} documents/s, "
+            f"{self.text_bytes / seconds / 1e6:,.1f} MB/s, {self.tokens / 1e6:,.1f}M tokens, "
+            f"{self.kept / max(1, self.documents):.1%} kept"
+        )
+
+    def advance(self, batch: Documents, tokens: int, file_bytes: int) -> None:
+        self.documents += batch.rows_read
+        self.text_bytes += batch.bytes_read
+        self.kept += len(batch.texts)
+        self.tokens += tokens
+        self.bar.set_postfix_str(str(self), refresh=False)
+        self.bar.update(batch.share_of_file * file_bytes)
+
+
+def locked_and_fetched(
+    output: Path, config: Any, files: list[InputFile], indices: list[int]
+) -> Iterator[tuple[Path, Part]]:
+    """Yields (path, part) of each input file once its part is locked and the file is here."""
+    for index in indices:
+        file, folder, lock = files[index], part_of(output, index), ExitStack()
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.enter_context(locked(folder, SCRIPT))
+        if read_record(folder / "part.json"):  # another process was faster
+            lock.close()
+            continue
+        if isinstance(file, LocalFile):
+            path, sha256 = file.path, file_sha256(file.path)
+        else:
+            kept = config.download_dir and Path(config.download_dir, file.name)
+            path = hub.fetch(file, kept or folder / DOWNLOAD)
+            sha256 = file.sha256 or file_sha256(path)
+        yield path, Part(folder, file, sha256, lock, ShardWriter(folder))
+
+
+def prepare_parts(
+    output: Path,
+    config: Any,
+    tokenizer: Any,
+    files: list[InputFile],
+    indices: Iterable[int],
+    identity: dict[str, Any],
+) -> None:
+    """Prepares those of the input files `indices` that are not prepared yet.
+
+    Three files are under way at a time: one is fetched, one encoded, one stored.
+    """
+    todo = [index for index in indices if read_record(part_of(output, index) / "part.json") is None]
+    progress = Progress([files[i] for i in indices], [files[i] for i in todo])
+    inputs = Prefetcher(locked_and_fetched(output, config, files, todo), depth=1)
+    stored: Future | None = None
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            for path, part in inputs:
+                part.encode(path, config, tokenizer, progress)
+                if stored:
+                    stored.result()
+                stored = pool.submit(part.store, config, identity)
+            if stored:
+                stored.result()
+    finally:
+        inputs.close(wait=False)  # a download goes on where it was, in the next run
+        progress.bar.close()
+    if todo:
+        print(progress)
+
+
+# The whole --------------------------------------------------------------------------------------
+
+
+def identity_of(config: Any, tokenizer: Any, files: str) -> dict[str, Any]:
+    """What the shards depend on: equal identities give equal bytes."""
+    identity = {name: getattr(config, name) for name in SETTINGS}
+    if not is_local(config):
+        identity |= {name: getattr(config, name) for name in ("source", "config_name", "revision")}
+    return identity | {"tokenizer": tokenizer.sha256, "files": files}
+
+
+def files_identity(files: list[InputFile]) -> str:
+    """The names, sizes and, where the hub says it, sha256s of the input files in a few words."""
+    facts = json.dumps([[file.name, file.bytes, getattr(file, "sha256", None)] for file in files])
+    total = sum(file.bytes for file in files)
+    return f"{len(files)} files, {total:,} bytes, {hashlib.sha256(facts.encode()).hexdigest()[:12]}"
+
+
+def finished(output: Path, config: Any, tokenizer: Any) -> dict[str, Any] | None:
+    """The manifest if `output` holds this very dataset, complete; UserError for another one."""
+    manifest = read_manifest(output)
+    if manifest is None:
+        strangers = sorted(output.glob("*.npz"))
+        if strangers and not (output / STAGING).is_dir():
+            raise UserError(
+                f"{strangers[0]} is there without a manifest.json: choose another --output_dir, or "
+                "move it away"
+            )
+        return None
+    old = manifest["settings"]
+    if "files" not in old:
+        raise UserError(f"{output} holds a dataset of another script: choose another --output_dir")
+    files = old["files"]
+    if is_local(config) and glob.glob(config.source):  # they need not be there any more
+        files = files_identity(local_files(config.source))
+    refuse_if_different(output, "a finished", output, old, identity_of(config, tokenizer, files))
+    for name, entry in manifest["files"].items():
+        path = output / name
+        if not path.is_file() or path.stat().st_size != entry["bytes"]:
+            raise UserError(f"{path} is missing or damaged: delete {output}, prepare it again")
+    return manifest
+
+
+def note_little_room(output: Path, config: Any, files: list[InputFile]) -> None:
+    """Says so if the disk may fill up, and stops if it will before the first file is done.
+
+    By sample-10BT: a token takes 2 bytes, a byte of Parquet gives 0.35 tokens before the filters.
+    """
+    there = next(folder for folder in (output, *output.parents) if folder.exists())
+    free = shutil.disk_usage(there).free
+    largest, total = max(file.bytes for file in files), sum(file.bytes for file in files)
+    downloads = 0
+    if not is_local(config):
+        downloads = total if config.download_dir else 3 * largest
+        if free < files[0].bytes:
+            raise UserError(
+                f"{there} has {free / 1e9:,.2f} GB free, {files[0].name} alone takes "
+                f"{files[0].bytes / 1e9:,.2f} GB: free some space or set --output_dir"
+            )
+    needed = 0.7 * (total + largest) + downloads
+    if free < needed:
+        print(
+            f"note: {there} has {free / 1e9:,.2f} GB free, up to {needed / 1e9:,.2f} GB may be "
+            "needed; if it fills up, make room and run the same command again"
+        )
+
+
+def print_summary(manifest: dict[str, Any], output: Path) -> None:
+    files = manifest["files"].items()
+    train = [entry for name, entry in files if name.startswith("train")]
+    val = manifest["files"]["val.npz"]
+    rows = [("read", manifest["documents_read"], None)]
+    rows += [(f"- {why}", n["documents"], n["tokens"]) for why, n in manifest["dropped"].items()]
+    rows += [
+        (f"train, in {len(train)} shards", *(sum(e[n] for e in train) for n in COUNTED)),
+        ("val", *(val[n] for n in COUNTED)),
+    ]
+    print(f"\n{'':32}{'documents':>14}{'tokens':>18}")
+    for name, documents, tokens in rows:
+        print(f"{name:32}{documents:14,}{'' if tokens is None else f'{tokens:,}':>18}")
+    print(
+        f"{manifest['text_bytes'] / manifest['tokens']:.2f} bytes a token; the tokens that a filter"
+        " dropped are the source's own count\n"
+        f"next: python train.py --data_dir={output}"
+    )
+
+
+def place_of(config: Any) -> tuple[int, int]:
+    """(rank, world size) of this process."""
+    rank = config.rank if config.rank >= 0 else int(os.environ.get("RANK", 0))
+    world_size = config.world_size or int(os.environ.get("WORLD_SIZE", 1))
+    if not 0 <= rank < world_size:
+        raise UserError(
+            f"rank={rank} is not one of world_size={world_size}: ranks go from 0 to "
+            "world_size - 1, give both"
+        )
+    return rank, world_size
+
+
+def check_settings(config: Any) -> None:
+    if not config.source:
+        raise UserError("source is empty: name a dataset of the hub or local Parquet files")
+    if not 0 < config.val_split < 1:
+        raise UserError(f"val_split={config.val_split} is not between 0 and 1: try 0.0005")
+    if config.shard_size < 1:
+        raise UserError(f"shard_size={config.shard_size} is not a number of tokens: try 500000000")
+    if config.workers < 0:
+        raise UserError(f"workers={config.workers} is negative: 0 stands for all cores")
+    if not is_local(config) and not config.revision:
+        raise UserError("revision is empty: name a commit of the dataset, or --revision=main")
+
+
+def main(argv: list[str] | None = None) -> int:
+    config = config_from_constants(globals(), argv)
+    check_settings(config)
+    rank, world_size = place_of(config)
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    # What gigatoken and tokenizers go by; they read it when they start.
+    os.environ["RAYON_NUM_THREADS"] = str(config.workers or max(1, cores))
+    tokenizer, output = load_tokenizer(), Path(config.output_dir)
+    if manifest := finished(output, config, tokenizer):
+        shutil.rmtree(output / STAGING, ignore_errors=True)
+        print(f"{output} is finished already, there is nothing to do")
+        print_summary(manifest, output)
+        return 0
+
+    files = input_files(config)
+    identity = identity_of(config, tokenizer, files_identity(files))
+    records = [read_record(part_of(output, i) / "part.json") for i in range(len(files))]
+    for record in filter(None, records):
+        staging = output / STAGING
+        refuse_if_different(output, "an unfinished", staging, record["identity"], identity)
+    note_little_room(output, config, files)
+    if any(records):
+        n_done = len(list(filter(None, records)))
+        print(f"going on: {n_done} of {len(files)} files are prepared already")
+    output.mkdir(parents=True, exist_ok=True)
+    prepare_parts(output, config, tokenizer, files, range(rank, len(files), world_size), identity)
+
+    with locked(output, SCRIPT, wait=True):
+        manifest = finished(output, config, tokenizer)  # by another process, just now
+        if manifest is None:
+            records = [read_record(part_of(output, i) / "part.json") for i in range(len(files))]
+            if n_missing := records.count(None):
+                print(
+                    f"this process is done; the others have {n_missing} of {len(files)} files "
+                    "left, and the last one finishes the dataset"
+                )
+                return 0
+            manifest = finish(output, config, tokenizer, records)
+    print_summary(manifest, output)
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)
