@@ -24,6 +24,15 @@ def is_number(kind: pa.DataType) -> bool:
     return pt.is_integer(kind) or pt.is_floating(kind) or pt.is_decimal(kind)
 
 
+def plain(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The same batch with every dictionary and view as the strings that it stands for."""
+    for i, kind in enumerate(batch.schema.types):
+        if is_string(kind) and not (pt.is_string(kind) or pt.is_large_string(kind)):
+            name = batch.schema.names[i]
+            batch = batch.set_column(i, name, batch.column(i).cast(pa.large_string()))
+    return batch
+
+
 FITS = {STRING: is_string, NUMBER: is_number, ANY: lambda kind: True}
 
 
@@ -68,7 +77,7 @@ class ParquetFile:
             try:
                 for batch in self.file.iter_batches(BATCH_ROWS, [group], self.columns):
                     batch.validate(full=True)  # as strings are UTF-8
-                    yield group, row, batch
+                    yield group, row, plain(batch)
                     row += len(batch)
             except (pa.ArrowException, OSError) as error:
                 raise self.unreadable(error, f", row group {group}") from None

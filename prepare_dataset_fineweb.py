@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import time
 from array import array
 from collections.abc import Iterable, Iterator
@@ -124,7 +125,7 @@ class Part:
     folder: Path
     file: InputFile
     sha256: str
-    lock: ExitStack
+    held: ExitStack  # the lock and the writer
     writer: ShardWriter
     counts: Counts = field(default_factory=Counts)
     keys: array = field(default_factory=lambda: array("Q"))
@@ -151,7 +152,8 @@ class Part:
         order = np.argsort(keys, kind="stable")
         n_val = int(np.searchsorted(keys[order], np.uint64(config.val_split * 2.0**64)))
         val, train = np.split(order, [n_val])
-        with self.lock, self.writer as writer:
+        with self.held:
+            writer = self.writer
             shards = [
                 writer.write(self.folder / f"train-{i:05d}.npz", documents)
                 for i, documents in enumerate(cut(train, writer.lengths(train), config.shard_size))
@@ -227,15 +229,16 @@ class Progress:
 
 
 def locked_and_fetched(
-    output: Path, config: Any, files: list[InputFile], indices: list[int]
+    output: Path, config: Any, files: list[InputFile], indices: list[int], held: ExitStack
 ) -> Iterator[tuple[Path, Part]]:
     """Yields (path, part) of each input file once its part is locked and the file is here."""
     for index in indices:
-        file, folder, lock = files[index], part_of(output, index), ExitStack()
+        file, folder, own = files[index], part_of(output, index), ExitStack()
+        held.push(own)
         folder.mkdir(parents=True, exist_ok=True)
-        lock.enter_context(locked(folder, SCRIPT))
+        own.enter_context(locked(folder, SCRIPT))
         if read_record(folder / "part.json"):  # another process was faster
-            lock.close()
+            own.close()
             continue
         if isinstance(file, LocalFile):
             path, sha256 = file.path, file_sha256(file.path)
@@ -243,7 +246,8 @@ def locked_and_fetched(
             kept = config.download_dir and Path(config.download_dir, file.name)
             path = hub.fetch(file, kept or folder / DOWNLOAD)
             sha256 = file.sha256 or file_sha256(path)
-        yield path, Part(folder, file, sha256, lock, ShardWriter(folder))
+        writer = own.enter_context(ShardWriter(folder))
+        yield path, Part(folder, file, sha256, own, writer)
 
 
 def prepare_parts(
@@ -260,10 +264,11 @@ def prepare_parts(
     """
     todo = [index for index in indices if read_record(part_of(output, index) / "part.json") is None]
     progress = Progress([files[i] for i in indices], [files[i] for i in todo])
-    inputs = Prefetcher(locked_and_fetched(output, config, files, todo), depth=1)
+    held = ExitStack()
+    inputs = Prefetcher(locked_and_fetched(output, config, files, todo, held), depth=1)
     stored: Future | None = None
     try:
-        with ThreadPoolExecutor(1) as pool:
+        with held, ThreadPoolExecutor(1) as pool:
             for path, part in inputs:
                 part.encode(path, config, tokenizer, progress)
                 if stored:
@@ -290,10 +295,20 @@ def identity_of(config: Any, tokenizer: Any, files: str) -> dict[str, Any]:
 
 
 def files_identity(files: list[InputFile]) -> str:
-    """The names, sizes and, where the hub says it, sha256s of the input files in a few words."""
-    facts = json.dumps([[file.name, file.bytes, getattr(file, "sha256", None)] for file in files])
-    total = sum(file.bytes for file in files)
-    return f"{len(files)} files, {total:,} bytes, {hashlib.sha256(facts.encode()).hexdigest()[:12]}"
+    """The names and, where the hub says it, sha256s of the input files in a few words."""
+    facts = json.dumps([[file.name, getattr(file, "sha256", None)] for file in files])
+    first, last = files[0].name, files[-1].name
+    return f"{len(files)}, {first} to {last}, {hashlib.sha256(facts.encode()).hexdigest()[:12]}"
+
+
+def refuse_if_changed(sources: list[dict[str, Any] | None], files: list[InputFile]) -> None:
+    """UserError if an input file has another size than when it was prepared (None: not yet)."""
+    for source, file in zip(sources, files, strict=True):
+        if source and source["bytes"] != file.bytes:
+            raise UserError(
+                f"{file.name} has {file.bytes:,} bytes and had {source['bytes']:,} when it was "
+                "prepared: put the old file back, or choose another --output_dir"
+            )
 
 
 def finished(output: Path, config: Any, tokenizer: Any) -> dict[str, Any] | None:
@@ -310,10 +325,13 @@ def finished(output: Path, config: Any, tokenizer: Any) -> dict[str, Any] | None
     old = manifest["settings"]
     if "files" not in old:
         raise UserError(f"{output} holds a dataset of another script: choose another --output_dir")
-    files = old["files"]
+    files = []
     if is_local(config) and glob.glob(config.source):  # they need not be there any more
-        files = files_identity(local_files(config.source))
-    refuse_if_different(output, "a finished", output, old, identity_of(config, tokenizer, files))
+        files = local_files(config.source)
+    names = files_identity(files) if files else old["files"]
+    refuse_if_different(output, "a finished", output, old, identity_of(config, tokenizer, names))
+    if files:
+        refuse_if_changed(manifest["sources"], files)
     for name, entry in manifest["files"].items():
         path = output / name
         if not path.is_file() or path.stat().st_size != entry["bytes"]:
@@ -410,12 +428,22 @@ def main(argv: list[str] | None = None) -> int:
     for record in filter(None, records):
         staging = output / STAGING
         refuse_if_different(output, "an unfinished", staging, record["identity"], identity)
+    refuse_if_changed([record and record["source"] for record in records], files)
     note_little_room(output, config, files)
     if any(records):
         n_done = len(list(filter(None, records)))
         print(f"going on: {n_done} of {len(files)} files are prepared already")
     output.mkdir(parents=True, exist_ok=True)
-    prepare_parts(output, config, tokenizer, files, range(rank, len(files), world_size), identity)
+    mine = range(rank, len(files), world_size)
+    try:
+        prepare_parts(output, config, tokenizer, files, mine, identity)
+    except KeyboardInterrupt:
+        n_done = sum((part_of(output, i) / "part.json").exists() for i in range(len(files)))
+        print(
+            f"\n{n_done} of {len(files)} files are prepared: run the same command to go on",
+            file=sys.stderr,
+        )
+        raise
 
     with locked(output, SCRIPT, wait=True):
         manifest = finished(output, config, tokenizer)  # by another process, just now

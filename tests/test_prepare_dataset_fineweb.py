@@ -1,0 +1,551 @@
+"""FineWeb-Edu preparation: what is kept, where it goes, and that nothing disturbs the result."""
+
+import hashlib
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from fake_hub import COMMIT, FakeHub
+from huggingface_hub import constants
+from kill_and_prepare import SETTINGS, contents, kill_and_prepare, make_source, write_parquet
+
+import files
+import hub
+import parts
+import prepare_dataset_fineweb as script
+from config import UserError
+from dataset import open_split
+from manifest import read_manifest
+from tokenizer import load_tokenizer
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+TEXT = {
+    "text": ["Hello world", "Bonjour", "Unsure", "Plain", "Good", ""],
+    "id": [f"<urn:{i}>" for i in range(6)],
+    "language": ["en", "fr", "en", "en", "en", "en"],
+    "language_score": [0.99, 0.99, 0.5, 0.99, 0.96, 0.99],
+    "token_count": [2, 20, 200, 2000, 20000, 0],
+    "int_score": [4, 4, 4, 3, 5, 4],
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer()
+
+
+@pytest.fixture(autouse=True)
+def in_temporary_directory(tmp_path, monkeypatch, tokenizer):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(script, "load_tokenizer", lambda: tokenizer)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """Five files of 600 documents."""
+    return make_source(tmp_path_factory.mktemp("source") / "files", 5, random.Random(0))
+
+
+def prepare(source: Path | str, output: str = "out", **settings) -> Path:
+    settings = SETTINGS | {"source": source, "output_dir": output} | settings
+    assert script.main([f"--{name}={value}" for name, value in settings.items()]) == 0
+    return Path(output)
+
+
+def refused(pattern: str, *args, **settings) -> str:
+    with pytest.raises(UserError, match=pattern) as caught:
+        prepare(*args, **settings)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def write(path: str, row_group_size: int = 100, **columns) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(TEXT | columns), path, row_group_size=row_group_size)
+
+
+def texts_of(output: Path, split: str, tokenizer) -> list[str]:
+    shards = open_split(output, split, tokenizer.sha256, tokenizer.vocab_size)
+    return [tokenizer.decode(shard[i]) for shard in shards for i in range(len(shard))]
+
+
+def key(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")
+
+
+def test_filters_and_their_counts(tokenizer, capsys):
+    write("in/a.parquet")
+    out = prepare("in", val_split=0.8, min_int_score=4, remove_duplicates=False)
+    kept = {"Hello world": "<urn:0>", "Good": "<urn:4>"}
+    for split, inside in (("train", False), ("val", True)):
+        names = {name: text for text, name in kept.items() if (key(name) < 0.8 * 2**64) == inside}
+        expected = [names[name] + "<|endoftext|>" for name in sorted(names, key=key)]
+        assert texts_of(out, split, tokenizer) == expected and len(expected) == 1
+    manifest = read_manifest(out)
+    assert manifest["dropped"] == {
+        "empty text": {"documents": 1, "tokens": 0},
+        "language is not en": {"documents": 1, "tokens": 20},
+        "language_score < 0.95": {"documents": 1, "tokens": 200},
+        "int_score < 4": {"documents": 1, "tokens": 2000},
+    }
+    assert manifest["documents_read"] == 6 and manifest["documents"] == 2
+    assert manifest["text_bytes"] == len("Hello worldGood")
+    source = manifest["sources"][0]
+    assert source["name"] == "a.parquet"
+    assert source["sha256"] == hashlib.sha256(Path("in/a.parquet").read_bytes()).hexdigest()
+    printed = capsys.readouterr().out
+    assert "a.parquet: 2 of 6 documents kept" in printed and "1 without text" in printed
+    assert re.search(r"int_score < 4 +1 +2,000\n", printed)
+    assert re.search(r"read +6 *\n", printed) and "next: python train.py --data_dir=out" in printed
+    assert len(os.listdir(out)) == 3  # nothing is left of the work
+
+
+def test_filters_can_be_turned_off_and_their_columns_left_out(tokenizer):
+    columns = {"text": ["a", "b", None, " \n"], "id": ["<urn:0>", "4", "x", "y"]}
+    Path("in").mkdir()
+    pq.write_table(pa.table(columns), "in/a.parquet")
+    off = {"language_filter": "", "language_score_threshold": 0, "min_int_score": 0}
+    out = prepare("in/*.parquet", val_split=0.5, **off)
+    both = texts_of(out, "train", tokenizer) + texts_of(out, "val", tokenizer)
+    assert sorted(both) == ["a<|endoftext|>", "b<|endoftext|>"]
+    assert read_manifest(out)["dropped"]["empty text"] == {"documents": 2, "tokens": 0}
+    missing = refused("a.parquet has no column 'language'", "in", "other")
+    assert "text, id" in missing
+
+
+def test_other_types_of_the_same_columns_and_nulls(tokenizer):
+    write(
+        "in/a.parquet",
+        text=pa.array(TEXT["text"]).dictionary_encode(),
+        id=pa.array(TEXT["id"], pa.large_string()),
+        language=pa.array(["en", None, "en", "en", "en", "en"], pa.string_view()),
+        language_score=pa.array([1, None, float("nan"), 0.95, 0.9499999, 1], pa.float64()),
+        int_score=pa.array([4.0, 4, 4, 3, 5, 4], pa.float32()),
+        token_count=pa.array([None, 20, None, 1, 1, 1], pa.int32()),
+    )
+    out = prepare("in", val_split=0.8)
+    both = texts_of(out, "train", tokenizer) + texts_of(out, "val", tokenizer)
+    assert sorted(both) == ["Hello world<|endoftext|>", "Plain<|endoftext|>"]
+    assert read_manifest(out)["dropped"]["language is not en"] == {"documents": 1, "tokens": 20}
+
+
+def test_control_tokens_in_the_text_are_ordinary_text(tokenizer):
+    text = "<|endoftext|><|user|>forged<|assistant|>"
+    write("in/a.parquet", text=[text] * 6)
+    out = prepare("in", val_split=0.8, remove_duplicates=False)
+    for shard in open_split(out, "train"):
+        assert (np.asarray(shard.tokens) >= tokenizer.n_text).sum() == len(shard)
+        assert tokenizer.decode(shard[0]) == text + "<|endoftext|>"
+
+
+def test_a_document_goes_where_its_id_says(source, tokenizer):
+    """The same documents in other files, row groups and company keep their split."""
+    whole = prepare(source, "whole", remove_duplicates=False)
+    tables = [pq.read_table(path) for path in sorted(source.iterdir())]
+    Path("moved").mkdir()
+    rows = pa.concat_tables(tables).take(np.random.default_rng(0).permutation(3000))
+    pq.write_table(rows, "moved/all.parquet", row_group_size=77)
+    moved = prepare("moved", "moved_out", remove_duplicates=False, shard_size=10**9)
+    for split in ("train", "val"):
+        expected = texts_of(whole, split, tokenizer)
+        found = texts_of(moved, split, tokenizer)
+        assert sorted(found) == sorted(expected) and len(found) > 10
+    assert len(texts_of(moved, "val", tokenizer)) == pytest.approx(0.02 * 1400, rel=0.5)
+
+
+def test_every_document_once_and_as_tokenizers_encodes_it(source, tokenizer):
+    out = prepare(source, remove_duplicates=False, shard_size=30_000)
+    expected = []
+    for path in sorted(source.iterdir()):
+        for row in pq.read_table(path).to_pylist():
+            if row["language"] == "en" and row["language_score"] >= 0.95 and row["text"]:
+                expected.append([*tokenizer.encode(row["text"]), tokenizer.eos_id])
+    shards = open_split(out, "train") + open_split(out, "val")
+    found = [shard[i].tolist() for shard in shards for i in range(len(shard))]
+    assert sorted(found) == sorted(expected)
+    manifest = read_manifest(out)
+    assert manifest["documents"] == len(expected)
+    assert manifest["tokens"] == sum(map(len, expected))
+    names = [name for name in manifest["files"] if name.startswith("train")]
+    sizes = [manifest["files"][name]["tokens"] for name in names]
+    assert len(sizes) == 10 and max(sizes) < 30_000 + 400
+    assert names == [f"train-{i:05d}-of-{len(names):05d}.npz" for i in range(len(names))]
+
+
+def test_duplicates_are_removed_across_files(tokenizer, monkeypatch):
+    rng = random.Random(3)
+    pool = [f"text number {i}" for i in range(40)]
+    for name in "abc":
+        texts = [rng.choice(pool) for _ in range(100)]
+        ids = [f"{name}{i}" for i in range(100)]
+        Path("in").mkdir(exist_ok=True)
+        pq.write_table(pa.table({"text": texts, "id": ids}), f"in/{name}.parquet")
+    off = {"language_filter": "", "language_score_threshold": 0, "min_int_score": 0}
+    off |= {"val_split": 0.1, "shard_size": 100}
+    every = prepare("in", "every", remove_duplicates=False, **off)
+    for slices in (1, 7):
+        monkeypatch.setattr(parts, "DUPLICATES_AT_A_TIME", 300 // slices + 1)
+        unique = prepare("in", f"unique{slices}", **off)
+        found = texts_of(unique, "train", tokenizer) + texts_of(unique, "val", tokenizer)
+        assert sorted(found) == sorted(f"{text}<|endoftext|>" for text in pool)
+    # Of equal texts the first stays, in the order of the files and of the shards in each.
+    first_file = parts_texts("in/a.parquet", tokenizer, off)
+    assert texts_of(unique, "train", tokenizer)[: len(first_file)] == first_file
+    manifest, other = read_manifest(unique), read_manifest(every)
+    assert manifest["dropped"]["duplicate text"] == {
+        "documents": 260,
+        "tokens": other["tokens"] - manifest["tokens"],
+    }
+    assert manifest["text_bytes"] == sum(map(len, pool))
+    assert contents(Path("unique1")) == contents(Path("unique7"))
+
+
+def parts_texts(path: str, tokenizer, settings: dict) -> list[str]:
+    """The distinct training texts of one file, in the order of their first place."""
+    out = prepare(path, "one_file", remove_duplicates=False, **settings)
+    return list(dict.fromkeys(texts_of(out, "train", tokenizer)))
+
+
+def test_ranks_in_any_order_and_number_equal_one_process(source):
+    whole = prepare(source, "whole")
+    for rank in (2, 0, 3, 1):
+        prepare(source, "four", rank=rank, world_size=4)
+        assert (Path("four/manifest.json")).exists() == (rank == 1)
+    assert contents(Path("four")) == contents(whole)
+    prepare(source, "mixed", rank=1, world_size=2)  # goes on with another number of processes
+    prepare(source, "mixed", rank=2, world_size=3)
+    prepare(source, "mixed")
+    assert contents(Path("mixed")) == contents(whole)
+    prepare(source, "many", rank=6, world_size=8)  # more processes than files
+    prepare(source, "many")
+    assert contents(Path("many")) == contents(whole)
+
+
+def test_torchrun_variables_and_wrong_ranks(source, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    prepare(source)
+    assert "the others have 3 of 5 files left" in capsys.readouterr().out
+    refused("rank=2 is not one of world_size=2", source, rank=2)
+    prepare(source, rank=0, world_size=1)
+    assert read_manifest(Path("out"))
+
+
+def test_a_finished_output_is_recognised_and_other_settings_are_refused(source, capsys):
+    out = prepare(source)
+    before = contents(out)
+    capsys.readouterr()
+    prepare(source)
+    printed = capsys.readouterr().out
+    assert "out is finished already, there is nothing to do" in printed and "train, in" in printed
+    message = refused("a finished dataset with other settings", source, min_int_score=4)
+    assert "min_int_score was 3, is 4" in message and "val_split" not in message
+    prepare(source, workers=1, rank=0, world_size=3)  # no such setting
+    prepare("gone/*.parquet")  # the input may be gone
+    assert contents(out) == before
+    write_parquet(Path("more/a.parquet"), random.Random(1), 10)
+    refused("files was '5, 000.parquet to 004.parquet.* is '1, a.parquet", "more")
+    (out / "val.npz").write_bytes(b"")
+    refused("val.npz is missing or damaged", source)
+
+
+def test_an_unfinished_output_refuses_other_settings(source):
+    prepare(source, rank=0, world_size=2)
+    message = refused("an unfinished dataset with other settings", source, val_split=0.5)
+    assert "val_split was 0.02, is 0.5" in message and "out/.preparing" in message
+    prepare(source)
+    refused("is not the same|another script|other settings", source, "out", shard_size=5)
+
+
+def test_other_data_in_the_output_is_left_alone(source):
+    Path("out").mkdir()
+    Path("out/train.npz").write_bytes(b"mine")
+    refused("train.npz is there without a manifest.json", source)
+    Path("out/manifest.json").write_text("{}")
+    refused("damaged", source)
+    assert Path("out/train.npz").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("nth", range(0, 30, 3))
+def test_a_failure_at_any_rename_loses_nothing(source, monkeypatch, nth):
+    """Every complete file gets its name by os.replace; the disk is full at the nth of them."""
+    real, count = os.replace, [0]
+
+    def full(*args):
+        count[0] += 1
+        if count[0] > nth:
+            raise OSError(28, "No space left on device", str(args[1]))
+        return real(*args)
+
+    monkeypatch.setattr(os, "replace", full)
+    try:
+        prepare(source, shard_size=1_000_000)
+        assert nth >= 16  # two shards and a record, of five parts, and seven names
+    except OSError as error:
+        assert error.errno == 28
+        monkeypatch.setattr(os, "replace", real)
+        prepare(source, shard_size=1_000_000)
+    monkeypatch.setattr(os, "replace", real)
+    assert contents(Path("out")) == contents(prepare(source, "whole", shard_size=1_000_000))
+
+
+def test_a_full_disk_is_one_line_and_the_next_run_continues(source):
+    command = [sys.executable, script.__file__]
+    command += [f"--{k}={v}" for k, v in (SETTINGS | {"source": source}).items()]
+    limited = f"ulimit -f 50; exec {' '.join(command)} --output_dir=out"  # 50 KB a file
+    result = subprocess.run(["bash", "-c", limited], capture_output=True, text=True)
+    assert result.returncode == 1, result.stderr
+    assert re.search(r"error: a file is larger.*free some space.*\n$", result.stderr)
+    prepare(source)
+    assert contents(Path("out")) == contents(prepare(source, "whole"))
+
+
+def test_ctrl_c_says_how_to_go_on(source):
+    command = [sys.executable, script.__file__, "--output_dir=out"]
+    command += [f"--{k}={v}" for k, v in (SETTINGS | {"source": source}).items()]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not list(Path("out").glob(".preparing/part-*/part.json")):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    printed, errors = process.communicate(timeout=60)
+    if process.returncode != 0:  # it may have been done already
+        assert process.returncode == 130
+        assert re.search(r"[1-5] of 5 files are prepared: run the same command", errors)
+        assert "Traceback" not in errors
+        prepare(source)
+    assert contents(Path("out")) == contents(prepare(source, "whole"))
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_kills_do_not_change_a_byte(tmp_path, processes):
+    rng = random.Random(processes)
+    source = make_source(tmp_path / "source", 8, rng)
+    hits, different = kill_and_prepare(source, tmp_path, 2, rng, processes)
+    assert hits >= 1 and different == []
+
+
+def test_two_processes_cannot_make_the_same_part(source, monkeypatch):
+    with files.locked(made(parts.part_of(Path("out"), 0)), "other"):
+        refused(
+            "another prepare_dataset_fineweb.py is writing to out/.preparing/part-00000", source
+        )
+    prepare(source)
+
+
+def made(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    return folder
+
+
+def test_damaged_and_unfit_files_are_named_and_the_others_kept(source):
+    bad = make_source(Path("bad"), 0, random.Random(0))
+    for path in list(source.iterdir())[:2]:
+        (bad / f"0{path.name}").write_bytes(path.read_bytes())
+    whole = sorted(source.iterdir())[2].read_bytes()
+
+    def rejects(content: bytes, pattern: str) -> None:
+        (bad / "1.parquet").write_bytes(content)
+        message = refused(pattern, bad, "bad_out", rank=0, world_size=1)
+        assert "bad/1.parquet" in message and len(message) < 500
+
+    rejects(b"", "damaged or not Parquet")
+    rejects(whole[: len(whole) // 2], "damaged or not Parquet")
+    done = contents(Path("bad_out"))
+    assert sum(name.endswith("part.json") for name in done) == 2  # what was done is kept
+
+    metadata = pq.ParquetFile(sorted(source.iterdir())[2]).metadata
+    place = metadata.row_group(3).column(0).dictionary_page_offset + 30
+    rejects(whole[:place] + b"\xff" * 200 + whole[place + 200 :], "row group 3 is damaged")
+    for columns, pattern in [
+        ({"text": [1, 2, 3, 4, 5, 6]}, "'text' as int64, not as a string"),
+        ({"language_score": list("abcdef")}, "'language_score' as string, not as a number"),
+        ({"id": [*"abcde", None]}, "row group 2, row 1: the document has no id"),
+        ({"text": pa.array([b"ok"] * 5 + [b"\xff"]).cast(pa.binary())}, "'text' as binary"),
+    ]:
+        write("one/x.parquet", row_group_size=2, **columns)
+        rejects(Path("one/x.parquet").read_bytes(), pattern)
+    invalid = pa.Array.from_buffers(pa.string(), 6, pa.array([b"ok"] * 5 + [b"\xff"]).buffers())
+    write("one/x.parquet", row_group_size=2, text=invalid)
+    rejects(Path("one/x.parquet").read_bytes(), "row group 2 is damaged.*[Uu][Tt][Ff]")
+    (bad / "1.parquet").write_bytes(whole)
+    prepare(bad, "bad_out")
+    (bad / "1.parquet").write_bytes(whole + b"more")
+    refused("1.parquet has .* bytes and had .* when it was prepared", bad, "bad_out")
+
+
+def test_nothing_passes_the_filters_or_nothing_is_for_validation():
+    write("in/a.parquet")
+    message = refused("none of the 6 documents passed", "in", language_filter="de")
+    assert "1 empty text, 5 language is not de" in message
+    refused("leaves no document for validation", "in", "other", val_split=1e-9)
+
+
+@pytest.mark.parametrize(
+    "settings, pattern",
+    [
+        ({"source": ""}, "source is empty"),
+        ({"source": "nowhere/*.parquet"}, "no files match"),
+        ({"source": "/nowhere"}, "no files match"),
+        ({"val_split": 0}, "val_split=0.0 is not between 0 and 1"),
+        ({"val_split": 1}, "val_split=1.0 is not"),
+        ({"shard_size": 0}, "shard_size=0"),
+        ({"workers": -1}, "workers=-1"),
+        ({"source": "owner/name", "revision": ""}, "revision is empty"),
+        ({"world_size": 2, "rank": 5}, "rank=5 is not one of world_size=2"),
+    ],
+)
+def test_wrong_settings(settings, pattern):
+    refused(pattern, **({"source": "x"} | settings))
+
+
+def test_too_little_room_is_said_first(source, monkeypatch, capsys):
+    usage = SimpleNamespace(free=100_000)
+    monkeypatch.setattr(script.shutil, "disk_usage", lambda path: usage)
+    prepare(source)
+    assert "note: " in capsys.readouterr().out
+
+
+# The hub ----------------------------------------------------------------------------------------
+
+CARD = {
+    "configs": [
+        {"config_name": "default", "data_files": [{"split": "train", "path": "data/*/*"}]},
+        {"config_name": "sample-10BT", "data_files": [{"split": "train", "path": "sample/10BT/*"}]},
+    ]
+}
+
+
+@pytest.fixture
+def server(source, monkeypatch):
+    """A hub with the five files, and one of another configuration."""
+    contents = {f"sample/10BT/{p.name}": p.read_bytes() for p in sorted(source.iterdir())}
+    with FakeHub() as server:
+        server.add(
+            "datasets", "owner/texts", contents | {"data/x/0.parquet": b"", "a.md": b"x"}, CARD
+        )
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 4096)
+        monkeypatch.setattr(hub, "WAITS", (0.01, 0.01, 0.01))
+        monkeypatch.setattr(time, "sleep", lambda seconds: None)
+        yield server
+
+
+def shards(output: Path) -> dict[str, bytes]:
+    return {name: data for name, data in contents(output).items() if name.endswith(".npz")}
+
+
+def fetches(server: FakeHub, name: str) -> list[str]:
+    return [request.rpartition(name)[2].strip() for request in server.requests if name in request]
+
+
+def test_hub_equals_local_whatever_the_network_does(source, server):
+    names = [f"sample/10BT/{i:03d}.parquet" for i in range(5)]
+    server.faults = {
+        names[0]: [("drop", 20_000), ("status", 503), ("drop", 10_000)],
+        names[1]: [("status", 429), ("truncate", 9_000)],
+        names[2]: [("corrupt", 5_000)],
+        names[3]: [("drop", 0), ("status", 500), ("status", 502)],
+    }
+    out = prepare("owner/texts", revision="main")
+    assert shards(out) == shards(prepare(source, "local"))
+    manifest = read_manifest(out)
+    assert [entry["name"] for entry in manifest["sources"]] == names
+    assert manifest["settings"]["revision"] == "main"
+    resumed = fetches(server, names[0])
+    assert resumed[0] == "" and all(re.fullmatch(r"bytes=\d+-", r) for r in resumed[1:])
+    assert fetches(server, names[1])[-1] == "bytes=9000-"
+    assert fetches(server, names[2]) == ["", ""]  # all of it again
+    assert not fetches(server, "data/x")
+    n_requests = len(server.requests)
+    prepare("owner/texts", revision="main")  # finished: the network is not needed
+    assert len(server.requests) == n_requests
+    refused("revision was 'main', is", "owner/texts", revision=COMMIT)
+
+
+def test_a_file_that_is_not_what_was_published_is_refused_and_nothing_lost(server, source):
+    name = "sample/10BT/002.parquet"
+    repository = server.repositories["datasets", "owner/texts"]
+    repository.published[name] = "0" * 64
+    message = refused(
+        "does not have the sha256 that the hub publishes", "owner/texts", revision=COMMIT
+    )
+    assert name in message
+    assert (Path("out/.preparing/part-00000/part.json")).exists()
+    del repository.published[name]  # as it was meant to be
+    refused("files was", "owner/texts", revision=COMMIT)
+    prepare("owner/texts", "again", revision=COMMIT)
+    assert shards(Path("again")) == shards(prepare(source, "local"))
+
+
+def test_a_download_goes_on_in_the_next_run(server):
+    name = "sample/10BT/000.parquet"
+    server.faults[name] = [("drop", 30_000), *[("status", 503)] * 50]
+    refused(
+        "cannot fetch owner/texts/sample.*what has arrived is kept", "owner/texts", revision=COMMIT
+    )
+    partial = Path("out/.preparing/part-00000/input.parquet.incomplete")
+    assert partial.stat().st_size >= 28_000
+    server.faults[name] = []
+    server.requests.clear()
+    prepare("owner/texts", revision=COMMIT)
+    assert fetches(server, name)[0].startswith("bytes=2")
+    assert not list(Path("out").rglob("*.incomplete"))
+
+
+def test_downloads_are_kept_only_where_that_is_asked_for(server):
+    prepare("owner/texts", revision=COMMIT, download_dir="kept")
+    assert len(list(Path("kept").rglob("*.parquet"))) == 5
+    server.requests.clear()
+    prepare("owner/texts", "again", revision=COMMIT, download_dir="kept", val_split=0.1)
+    assert not fetches(server, ".parquet")
+
+
+def test_what_the_hub_does_not_have(server, monkeypatch):
+    for settings, pattern in [
+        ({"source": "owner/nothing"}, "the hub has no owner/nothing"),
+        ({"revision": "f" * 40}, "the hub has no owner/texts at revision fff"),
+        ({"config_name": "sample"}, "no config_name 'sample' .known: default, sample-10BT"),
+    ]:
+        refused(pattern, **({"source": "owner/texts", "revision": COMMIT} | settings))
+    assert not Path("out").exists()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    refused("HF_HUB_OFFLINE is set", "owner/texts", revision=COMMIT)
+
+
+def test_no_network_at_all(server, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    message = refused(
+        "cannot fetch owner/texts .*check the network", "owner/texts", revision=COMMIT
+    )
+    assert "http://127.0.0.1:9" in message
+
+
+def test_one_file_that_cannot_fit_on_the_disk_is_not_fetched(server, monkeypatch):
+    monkeypatch.setattr(script.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    refused("alone takes", "owner/texts", revision=COMMIT)
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="../shared is not here")
+def test_real_text(tokenizer, capsys):
+    """The four real files, as a user would: 16,443 documents, of which 7,952 pass."""
+    source = SHARED / "data/fineweb_edu_like"
+    assert script.main([f"--source={source}", "--output_dir=out"]) == 0
+    manifest = json.loads(Path("out/manifest.json").read_text())
+    assert manifest["documents_read"] == 16_443 and manifest["documents"] == 7_952
+    assert manifest["tokens"] == 10_006_663
