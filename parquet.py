@@ -70,6 +70,16 @@ class ParquetFile:
     def rows(self) -> int:
         return self.file.metadata.num_rows
 
+    def uncompressed_bytes(self) -> int:
+        """What the columns that are read take uncompressed, by the file's own account."""
+        metadata, total = self.file.metadata, 0
+        for group in range(metadata.num_row_groups):
+            for i in range(metadata.num_columns):
+                column = metadata.row_group(group).column(i)
+                if column.path_in_schema in self.columns:
+                    total += column.total_uncompressed_size
+        return total
+
     def batches(self) -> Iterator[tuple[int, int, pa.RecordBatch]]:
         """Yields (row group, number of its first row in the group, batch of at most BATCH_ROWS)."""
         for group in range(self.file.num_row_groups):

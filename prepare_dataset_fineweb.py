@@ -14,8 +14,6 @@ its file. Every document is encoded as ordinary text and ends with <|endoftext|>
 """
 
 import glob
-import hashlib
-import json
 import os
 import shutil
 import sys
@@ -39,6 +37,16 @@ from filters import EMPTY, Counts, Documents, read_documents
 from manifest import read_manifest
 from parts import STAGING, finish, part_of, read_record, refuse_if_different, write_record
 from prefetch import Prefetcher
+from sources import (
+    InputFile,
+    LocalFile,
+    files_identity,
+    input_files,
+    is_local,
+    local_files,
+    note_little_room,
+    refuse_if_changed,
+)
 from tokenizer import load_tokenizer
 
 # where the text comes from
@@ -74,45 +82,6 @@ SETTINGS = (
     "val_split",
     "shard_size",
 )
-
-
-# The sources ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class LocalFile:
-    """A local input file; `name` is its path below the folder that all of them share."""
-
-    path: Path
-    name: str
-    bytes: int
-
-
-InputFile = LocalFile | hub.HubFile
-
-
-def is_local(config: Any) -> bool:
-    """Whether `source` is a path: a hub dataset is called owner/name and is no folder here."""
-    text = config.source
-    named = text.count("/") == 1 and not any(mark in text for mark in "*?[\\~")
-    return not named or text.endswith(".parquet") or os.path.exists(text) or text[0] in "./"
-
-
-def local_files(pattern: str) -> list[LocalFile]:
-    """The files that a path, a folder or a pattern stands for, sorted; UserError if none."""
-    path = Path(pattern).expanduser()
-    found = glob.glob(str(path / "*.parquet" if path.is_dir() else path), recursive=True)
-    paths = sorted(Path(name) for name in found if Path(name).is_file())
-    if not paths:
-        raise UserError(f"no files match --source={pattern}: give a folder or a pattern")
-    base = Path(os.path.commonpath([path.parent for path in paths]))
-    return [LocalFile(p, p.relative_to(base).as_posix(), p.stat().st_size) for p in paths]
-
-
-def input_files(config: Any) -> list[InputFile]:
-    if is_local(config):
-        return local_files(config.source)
-    return hub.dataset_files(config.source, config.config_name, config.revision)
 
 
 # The parts --------------------------------------------------------------------------------------
@@ -289,26 +258,9 @@ def prepare_parts(
 def identity_of(config: Any, tokenizer: Any, files: str) -> dict[str, Any]:
     """What the shards depend on: equal identities give equal bytes."""
     identity = {name: getattr(config, name) for name in SETTINGS}
-    if not is_local(config):
+    if not is_local(config.source):
         identity |= {name: getattr(config, name) for name in ("source", "config_name", "revision")}
     return identity | {"tokenizer": tokenizer.sha256, "files": files}
-
-
-def files_identity(files: list[InputFile]) -> str:
-    """The names and, where the hub says it, sha256s of the input files in a few words."""
-    facts = json.dumps([[file.name, getattr(file, "sha256", None)] for file in files])
-    first, last = files[0].name, files[-1].name
-    return f"{len(files)}, {first} to {last}, {hashlib.sha256(facts.encode()).hexdigest()[:12]}"
-
-
-def refuse_if_changed(sources: list[dict[str, Any] | None], files: list[InputFile]) -> None:
-    """UserError if an input file has another size than when it was prepared (None: not yet)."""
-    for source, file in zip(sources, files, strict=True):
-        if source and source["bytes"] != file.bytes:
-            raise UserError(
-                f"{file.name} has {file.bytes:,} bytes and had {source['bytes']:,} when it was "
-                "prepared: put the old file back, or choose another --output_dir"
-            )
 
 
 def finished(output: Path, config: Any, tokenizer: Any) -> dict[str, Any] | None:
@@ -326,7 +278,7 @@ def finished(output: Path, config: Any, tokenizer: Any) -> dict[str, Any] | None
     if "files" not in old:
         raise UserError(f"{output} holds a dataset of another script: choose another --output_dir")
     files = []
-    if is_local(config) and glob.glob(config.source):  # they need not be there any more
+    if is_local(config.source) and glob.glob(config.source):  # they need not be there any more
         files = local_files(config.source)
     names = files_identity(files) if files else old["files"]
     refuse_if_different(output, "a finished", output, old, identity_of(config, tokenizer, names))
@@ -337,30 +289,6 @@ def finished(output: Path, config: Any, tokenizer: Any) -> dict[str, Any] | None
         if not path.is_file() or path.stat().st_size != entry["bytes"]:
             raise UserError(f"{path} is missing or damaged: delete {output}, prepare it again")
     return manifest
-
-
-def note_little_room(output: Path, config: Any, files: list[InputFile]) -> None:
-    """Says so if the disk may fill up, and stops if it will before the first file is done.
-
-    By sample-10BT: a token takes 2 bytes, a byte of Parquet gives 0.35 tokens before the filters.
-    """
-    there = next(folder for folder in (output, *output.parents) if folder.exists())
-    free = shutil.disk_usage(there).free
-    largest, total = max(file.bytes for file in files), sum(file.bytes for file in files)
-    downloads = 0
-    if not is_local(config):
-        downloads = total if config.download_dir else 3 * largest
-        if free < files[0].bytes:
-            raise UserError(
-                f"{there} has {free / 1e9:,.2f} GB free, {files[0].name} alone takes "
-                f"{files[0].bytes / 1e9:,.2f} GB: free some space or set --output_dir"
-            )
-    needed = 0.7 * (total + largest) + downloads
-    if free < needed:
-        print(
-            f"note: {there} has {free / 1e9:,.2f} GB free, up to {needed / 1e9:,.2f} GB may be "
-            "needed; if it fills up, make room and run the same command again"
-        )
 
 
 def print_summary(manifest: dict[str, Any], output: Path) -> None:
@@ -404,7 +332,7 @@ def check_settings(config: Any) -> None:
         raise UserError(f"shard_size={config.shard_size} is not a number of tokens: try 500000000")
     if config.workers < 0:
         raise UserError(f"workers={config.workers} is negative: 0 stands for all cores")
-    if not is_local(config) and not config.revision:
+    if not is_local(config.source) and not config.revision:
         raise UserError("revision is empty: name a commit of the dataset, or --revision=main")
 
 

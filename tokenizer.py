@@ -75,7 +75,8 @@ class Tokenizer:
     """Text to ids and back; build it with `load_tokenizer`. Safe to share between threads.
 
     Attributes: `vocab_size`; `pad_id`, `eos_id`, `assistant_id`, `user_id`, `bos_id`; `sha256` of
-    the JSON file; `token_bytes` (V,) int64, the UTF-8 bytes of each id, 0 for control tokens.
+    the JSON file; `pieces`, the bytes of each id; `token_bytes` (V,) int64, how many of them are
+    text, 0 for control tokens.
     """
 
     def __init__(self, content: bytes):
@@ -92,12 +93,12 @@ class Tokenizer:
         self.sha256 = hashlib.sha256(content).hexdigest()
 
         byte_of = {stand_in: byte for byte, stand_in in bytes_to_unicode().items()}
-        self._pieces = [b""] * self.vocab_size
+        self.pieces = [b""] * self.vocab_size
         for piece, token_id in vocab.items():
-            self._pieces[token_id] = bytes(byte_of[character] for character in piece)
-        self.token_bytes = np.array([len(piece) for piece in self._pieces], dtype=np.int64)
+            self.pieces[token_id] = bytes(byte_of[character] for character in piece)
+        self.token_bytes = np.array([len(piece) for piece in self.pieces], dtype=np.int64)
         for piece, token_id in control.items():
-            self._pieces[token_id] = piece.encode("utf-8")
+            self.pieces[token_id] = piece.encode("utf-8")
 
         # Ordinary text goes through a tokenizer that does not have the control tokens at all.
         self._ordinary_json = json.dumps(settings | {"added_tokens": []})
@@ -242,7 +243,7 @@ class Tokenizer:
         outside = ids[(ids < 0) | (ids >= self.vocab_size)] if ids.size else ids
         if outside.size:
             raise ValueError(f"id {outside[0]} is not in 0..{self.vocab_size - 1}")
-        return b"".join(map(self._pieces.__getitem__, ids.tolist()))
+        return b"".join(map(self.pieces.__getitem__, ids.tolist()))
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, control tokens spelled out; exact for ids that `encode` returned.

@@ -24,6 +24,7 @@ import files
 import hub
 import parts
 import prepare_dataset_fineweb as script
+import sources
 from config import UserError
 from dataset import open_split
 from manifest import read_manifest
@@ -414,7 +415,7 @@ def test_wrong_settings(settings, pattern):
 
 def test_too_little_room_is_said_first(source, monkeypatch, capsys):
     usage = SimpleNamespace(free=100_000)
-    monkeypatch.setattr(script.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(sources.shutil, "disk_usage", lambda path: usage)
     prepare(source)
     assert "note: " in capsys.readouterr().out
 
@@ -537,7 +538,7 @@ def test_no_network_at_all(server, monkeypatch):
 
 
 def test_one_file_that_cannot_fit_on_the_disk_is_not_fetched(server, monkeypatch):
-    monkeypatch.setattr(script.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(sources.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     refused("alone takes", "owner/texts", revision=COMMIT)
 
 
