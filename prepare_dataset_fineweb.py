@@ -13,7 +13,6 @@ A document's `id` alone decides whether it is for validation, and its place amon
 its file. Every document is encoded as ordinary text and ends with <|endoftext|>.
 """
 
-import glob
 import os
 import shutil
 import sys
@@ -21,7 +20,7 @@ import time
 from array import array
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -278,8 +277,9 @@ def finished(output: Path, config: Any, tokenizer: Any) -> dict[str, Any] | None
     if "files" not in old:
         raise UserError(f"{output} holds a dataset of another script: choose another --output_dir")
     files = []
-    if is_local(config.source) and glob.glob(config.source):  # they need not be there any more
-        files = local_files(config.source)
+    if is_local(config.source):
+        with suppress(UserError):  # they need not be there any more
+            files = local_files(config.source)
     names = files_identity(files) if files else old["files"]
     refuse_if_different(output, "a finished", output, old, identity_of(config, tokenizer, names))
     if files:
