@@ -138,8 +138,8 @@ def compare(originals: list[Path], times: int, config, directory: Path) -> None:
     found: dict[str, list[dict[str, float]]] = {name: [] for name in CONTESTANTS}
     documents = {}
     for turn in range(config.rounds):
-        for name in CONTESTANTS:
-            output = directory / f"{times}_{turn}_{len(documents)}"
+        for number, name in enumerate(CONTESTANTS):
+            output = directory / f"output_{times}_{turn}_{number}"
             found[name].append(measure(name, folder, output, config.filters))
             if turn == 0:
                 documents[name] = documents_of(output)

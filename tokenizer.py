@@ -17,6 +17,7 @@ import re
 import reprlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -103,10 +104,14 @@ class Tokenizer:
         # Ordinary text goes through a tokenizer that does not have the control tokens at all.
         self._ordinary_json = json.dumps(settings | {"added_tokens": []})
         self._ordinary = HFTokenizer.from_str(self._ordinary_json)
-        self._with_control = HFTokenizer.from_str(content.decode("utf-8"))
+        self._json = content.decode("utf-8")
         self._encode_fast: Callable[[list[bytes]], tuple] | None = None
         self._fast_checked = False
         self._fast_bytes = 0  # encoded since gigatoken last started
+
+    @cached_property
+    def _with_control(self) -> HFTokenizer:
+        return HFTokenizer.from_str(self._json)
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """The ids of `text`; control tokens are recognised in it only with `allow_special`.
