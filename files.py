@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -66,24 +66,27 @@ def sync_directory(directory: Path) -> None:
 def locked(directory: Path, what: str, wait: bool = False) -> Iterator[None]:
     """Holds `directory` for one `what` at a time; waits, or UserError, if another process has it.
 
-    The lock is on the directory itself, leaves no file, and ends with the process.
+    The lock is on the directory itself, or on a file `.lock` in it where that cannot be (on NFS),
+    and ends with the process. A file system without any locks has none.
     """
     if fcntl is None:
         yield
         return
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise UserError(
-                f"another {what} is writing to {directory}: wait for it or choose another folder"
-            ) from None
-        except OSError:  # a file system without locks
-            pass
+    with ExitStack() as stack:
+        for path, mode in ((directory, os.O_RDONLY), (directory / ".lock", os.O_RDWR | os.O_CREAT)):
+            descriptor = os.open(path, mode)
+            stack.callback(os.close, descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                break
+            except BlockingIOError:
+                raise UserError(
+                    f"another {what} is writing to {directory}: wait for it or choose another "
+                    "folder"
+                ) from None
+            except OSError:
+                continue
         yield
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

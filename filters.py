@@ -69,14 +69,18 @@ def filters(config: Any) -> dict[str, tuple[str, Callable[[pa.Array], pa.Array]]
         chosen[reason] = ("language", lambda column: pc.equal(column, language))
     if score:
         reason = f"language_score < {score:g}"
-        chosen[reason] = ("language_score", lambda column: pc.greater_equal(column, score))
+        chosen[reason] = ("language_score", lambda column: at_least(column, score))
     if config.min_int_score:
         reason = f"int_score < {config.min_int_score}"
-        chosen[reason] = (
-            "int_score",
-            lambda column: pc.greater_equal(column, config.min_int_score),
-        )
+        chosen[reason] = ("int_score", lambda column: at_least(column, config.min_int_score))
     return chosen
+
+
+def at_least(column: pa.Array, least: float) -> pa.Array:
+    """Compares floats in their own type: a float32 0.95 is not less than 0.95."""
+    if pa.types.is_floating(column.type):
+        least = pa.scalar(least, column.type)
+    return pc.greater_equal(column, least)
 
 
 def read_documents(path: Path, config: Any, counts: Counts) -> Iterator[Documents]:
@@ -90,7 +94,8 @@ def read_documents(path: Path, config: Any, counts: Counts) -> Iterator[Document
     waiting: list[Documents] = []
     for batch in passing(path, config, counts):
         waiting.append(batch)
-        if sum(batch.text_bytes for batch in waiting) >= BATCH_BYTES:
+        kept = sum(batch.text_bytes for batch in waiting)
+        if kept >= BATCH_BYTES or sum(batch.bytes_read for batch in waiting) >= 4 * BATCH_BYTES:
             yield Documents.joined(waiting)
             waiting = []
     if waiting:

@@ -23,12 +23,12 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.file_download import http_get
-from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import build_hf_headers, filter_repo_objects
+from huggingface_hub.utils import build_hf_headers, filter_repo_objects, get_session
 
 from config import UserError
 from files import file_sha256, named_errors
 
+TIMEOUT = 30  # seconds without an answer
 WAITS = (1, 2, 4, 8, 15, 30, 60, 60, 60)  # seconds before another try without progress
 
 Result = TypeVar("Result")
@@ -56,28 +56,23 @@ def dataset_files(repo_id: str, config_name: str, revision: str) -> list[HubFile
     Raises UserError if the hub cannot be reached or has no such dataset, revision or configuration.
     """
     api, what = HfApi(), f"{repo_id} at revision {revision}"
-    info = retried(lambda: api.dataset_info(repo_id, revision=revision), what)
+    info = retried(lambda: api.dataset_info(repo_id, revision=revision, timeout=TIMEOUT), what)
     patterns = train_patterns(info.card_data, repo_id, config_name) if config_name else ["*"]
-    # Only the folders that the patterns name: a large dataset has thousands of other files.
-    folders = {pattern[: pattern.find("*")].rpartition("/")[0] for pattern in patterns}
-    listed = {}
-    for folder in folders:
+    every = sorted(sibling.rfilename for sibling in info.siblings)
+    chosen = filter_repo_objects(every, allow_patterns=patterns)
+    names = [name for name in chosen if name.endswith(".parquet")]
+    files = []
+    for start in range(0, len(names), 100):
+        some = names[start : start + 100]
         entries = retried(
-            lambda folder=folder: list(
-                api.list_repo_tree(
-                    repo_id, folder or None, recursive=True, revision=info.sha, repo_type="dataset"
-                )
+            lambda some=some: api.get_paths_info(
+                repo_id, some, revision=info.sha, repo_type="dataset"
             ),
             what,
         )
-        listed |= {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
-    names = filter_repo_objects(sorted(listed), allow_patterns=patterns)
-    files = []
-    for name in names:
-        if name.endswith(".parquet"):
-            entry = listed[name]
+        for entry in sorted(entries, key=lambda entry: entry.path):
             sha256 = entry.lfs.sha256 if entry.lfs else None
-            files.append(HubFile(repo_id, info.sha, name, entry.size, sha256))
+            files.append(HubFile(repo_id, info.sha, entry.path, entry.size, sha256))
     if not files:
         raise UserError(f"{what} has no Parquet files {', '.join(patterns)}: check --config_name")
     return files
@@ -144,16 +139,17 @@ def matches(path: Path, file: HubFile) -> bool:
 
 
 def retried(
-    action: Callable[[], Result], what: str, progress: Callable[[], int] = lambda: 0
+    action: Callable[[], Result], what: str, progress: Callable[[], int] | None = None
 ) -> Result:
     """The result of `action`, tried again after errors of the network or the server.
 
-    The waits grow until `progress` has grown in between. UserError when they are used up, and at
-    once for what another try would not change.
+    The waits grow until `progress`, of a transfer, has grown in between. UserError when they are
+    used up, and at once for what another try would not change.
     """
-    waits, seen = iter(WAITS), progress()
+    waits, seen = iter(WAITS), 0
     while True:
         try:
+            get_session().timeout = TIMEOUT  # of the calls that do not bring one
             return action()
         except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError) as error:
             raise UserError(
@@ -164,11 +160,14 @@ def retried(
             raise UserError(f"cannot fetch {what}: HF_HUB_OFFLINE is set, unset it") from None
         except (httpx2.HTTPError, OSError) as error:  # HfHubHTTPError is both
             status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-            if status is None and isinstance(error, OSError) and is_local(error):
+            if status is None and isinstance(error, OSError) and is_of_this_machine(error):
                 raise
-            if status is not None and status < 500 and status not in (408, 416, 429):
-                raise UserError(f"the hub refuses {what} (HTTP {status}): try later") from None
-            if progress() > seen:
+            # The address of a transfer is signed for some time, and may expire with a 403.
+            passing = (403, 408, 416, 429) if progress else (408, 416, 429)
+            if status is not None and status < 500 and status not in passing:
+                hint = "check HF_TOKEN" if status in (401, 403) else "try later"
+                raise UserError(f"the hub refuses {what} (HTTP {status}): {hint}") from None
+            if progress and progress() > seen:
                 waits, seen = iter(WAITS), progress()
             wait = next(waits, None)
             if wait is None:
@@ -180,6 +179,6 @@ def retried(
             time.sleep(wait)
 
 
-def is_local(error: OSError) -> bool:
-    """Whether an error is of this machine's disk, such as a full one, and not of the network."""
+def is_of_this_machine(error: OSError) -> bool:
+    """Whether an error is of the disk, such as a full one, and not of the network."""
     return bool(error.errno) and not isinstance(error, (ConnectionError, TimeoutError))

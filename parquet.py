@@ -10,26 +10,35 @@ import pyarrow.types as pt
 
 from config import UserError
 
-BATCH_ROWS = 512
+BATCH_ROWS, BATCH_BYTES = 512, 2 << 20  # at most, though one row may have more
 STRING, NUMBER, ANY = "string", "number", "any"
 
 
 def is_string(kind: pa.DataType) -> bool:
+    """Whether a column of this type can hold texts; the type of an empty one may be null."""
     if pt.is_dictionary(kind):
         kind = kind.value_type
-    return pt.is_string(kind) or pt.is_large_string(kind) or pt.is_string_view(kind)
+    return (
+        pt.is_string(kind)
+        or pt.is_large_string(kind)
+        or (pt.is_string_view(kind) or pt.is_null(kind))
+    )
 
 
 def is_number(kind: pa.DataType) -> bool:
-    return pt.is_integer(kind) or pt.is_floating(kind) or pt.is_decimal(kind)
+    number = pt.is_integer(kind) or pt.is_floating(kind) or pt.is_decimal(kind)
+    return number or pt.is_null(kind)
 
 
-def plain(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """The same batch with every dictionary and view as the strings that it stands for."""
-    for i, kind in enumerate(batch.schema.types):
-        if is_string(kind) and not (pt.is_string(kind) or pt.is_large_string(kind)):
-            name = batch.schema.names[i]
-            batch = batch.set_column(i, name, batch.column(i).cast(pa.large_string()))
+def plain(batch: pa.RecordBatch, columns: dict[str, str]) -> pa.RecordBatch:
+    """The same values in types that pyarrow can compute with: no dictionaries, views, halves."""
+    for i, (name, kind) in enumerate(zip(batch.schema.names, batch.schema.types, strict=True)):
+        target = {STRING: pa.large_string(), NUMBER: pa.float64()}.get(columns.get(name))
+        if pt.is_string(kind) or pt.is_float32(kind) or pt.is_integer(kind) or target is None:
+            continue
+        if pt.is_float16(kind):
+            target = pa.float32()
+        batch = batch.set_column(i, name, batch.column(i).cast(target))
     return batch
 
 
@@ -42,15 +51,16 @@ class ParquetFile:
     `columns` maps the names of the columns to STRING, NUMBER or ANY; those of `optional` may be
     missing, and `self.columns` says which are there. Raises UserError, naming the file and where it
     can the row group, if it is not a whole Parquet file or if a column is missing or of another
-    type. Memory is that of a few batches, however large the row groups are.
+    type. Memory is that of a few batches, whose rows are as many as fit into BATCH_BYTES.
     """
 
     def __init__(
         self, path: str | Path, columns: dict[str, str], optional: tuple[str, ...] = ()
     ) -> None:
-        self.path = Path(path)
+        self.path, self.kinds = Path(path), columns
         try:
-            self.file = pq.ParquetFile(self.path, pre_buffer=False, buffer_size=1 << 20)
+            file = open(path, "rb")  # by Python, which can open a name that is not UTF-8
+            self.file = pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
         except (pa.ArrowException, OSError) as error:
             raise self.unreadable(error) from None
         schema = self.file.schema_arrow
@@ -83,11 +93,13 @@ class ParquetFile:
     def batches(self) -> Iterator[tuple[int, int, pa.RecordBatch]]:
         """Yields (row group, number of its first row in the group, batch of at most BATCH_ROWS)."""
         for group in range(self.file.num_row_groups):
-            row = 0
+            row, facts = 0, self.file.metadata.row_group(group)
+            rows = BATCH_BYTES * facts.num_rows // max(1, facts.total_byte_size)
+            rows = max(1, min(BATCH_ROWS, rows))
             try:
-                for batch in self.file.iter_batches(BATCH_ROWS, [group], self.columns):
+                for batch in self.file.iter_batches(rows, [group], self.columns):
                     batch.validate(full=True)  # as strings are UTF-8
-                    yield group, row, plain(batch)
+                    yield group, row, plain(batch, self.kinds)
                     row += len(batch)
             except (pa.ArrowException, OSError) as error:
                 raise self.unreadable(error, f", row group {group}") from None

@@ -22,6 +22,7 @@ from manifest import make_manifest, write_manifest
 
 STAGING = ".preparing"
 DUPLICATE = "duplicate text"
+SOURCE = ("name", "bytes", "sha256")
 DUPLICATES_AT_A_TIME = 4 << 20  # documents compared at a time
 
 
@@ -81,10 +82,21 @@ def duplicates(hashes: list[np.ndarray]) -> list[np.ndarray]:
 
 def without(path: Path, dropped: np.ndarray, target: Path) -> dict[str, Any]:
     """Writes the documents of a shard that are not `dropped` (n,) bool as another shard."""
-    data = NpzDataset(path)
     with ShardWriter(target.parent) as writer:
-        writer.add_batch(data[i] for i in range(len(data)))
-        return writer.write(target, np.flatnonzero(~dropped))
+        copy(NpzDataset(path), np.flatnonzero(~dropped), writer)
+        return writer.write(target)
+
+
+def copy(data: NpzDataset, documents: np.ndarray, writer: ShardWriter) -> None:
+    """Adds the `documents` of a shard to `writer`, some at a time."""
+    for start in range(0, len(documents), 256):
+        writer.add_batch([data[i] for i in documents[start : start + 256]])
+
+
+def sizes(data: NpzDataset, documents: np.ndarray, token_bytes: np.ndarray) -> tuple[int, int]:
+    """(tokens, bytes of text) of the `documents` of a shard."""
+    tokens = sum(len(data[i]) for i in documents)
+    return tokens, sum(int(token_bytes[data[i]].sum()) for i in documents)
 
 
 def arrange(
@@ -118,12 +130,12 @@ def arrange(
                 start = end
                 data = NpzDataset(staging / path)
                 if drop.any():
-                    lost = np.concatenate([data[i] for i in np.flatnonzero(drop)])
+                    tokens, lost_bytes = sizes(data, np.flatnonzero(drop), tokenizer.token_bytes)
                     dropped[DUPLICATE, "documents"] += int(drop.sum())
-                    dropped[DUPLICATE, "tokens"] += len(lost)
-                    text_bytes -= int(tokenizer.token_bytes[lost].sum())
+                    dropped[DUPLICATE, "tokens"] += tokens
+                    text_bytes -= lost_bytes
                 if name == "val.npz":
-                    val.add_batch(data[i] for i in np.flatnonzero(~drop))
+                    copy(data, np.flatnonzero(~drop), val)
                 elif not drop.any():
                     shards.append((path, entry))
                 elif not drop.all():
@@ -155,7 +167,7 @@ def arrange(
     manifest = make_manifest(
         kind="text",
         tokenizer=tokenizer,
-        sources=[record["source"] for record in records],
+        sources=[{name: record["source"][name] for name in SOURCE} for record in records],
         settings=records[0]["identity"],
         dropped=reasons,
         files=entries,

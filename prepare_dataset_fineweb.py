@@ -43,6 +43,7 @@ from sources import (
     input_files,
     is_local,
     local_files,
+    modified,
     note_little_room,
     refuse_if_changed,
 )
@@ -137,6 +138,7 @@ class Part:
                     "name": self.file.name,
                     "bytes": self.file.bytes,
                     "sha256": self.sha256,
+                    "modified": modified(self.file),
                 },
                 "documents": self.counts.documents,
                 "text_bytes": self.text_bytes,
@@ -175,7 +177,8 @@ class Progress:
         self.bar = tqdm(
             total=max(1, total),
             initial=total - todo_bytes,
-            disable=None,  # where there is no terminal
+            # Where there is no terminal, or another process of torchrun draws one.
+            disable=True if int(os.environ.get("LOCAL_RANK") or 0) else None,
             bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
         )
 
@@ -205,7 +208,8 @@ def locked_and_fetched(
         held.push(own)
         folder.mkdir(parents=True, exist_ok=True)
         own.enter_context(locked(folder, SCRIPT))
-        if read_record(folder / "part.json"):  # another process was faster
+        # Another process was faster, or has even finished the dataset.
+        if read_record(folder / "part.json") or (output / "manifest.json").exists():
             own.close()
             continue
         if isinstance(file, LocalFile):
@@ -228,8 +232,11 @@ def prepare_parts(
 ) -> None:
     """Prepares those of the input files `indices` that are not prepared yet.
 
-    Three files are under way at a time: one is fetched, one encoded, one stored.
+    Four files are under way at most: one is fetched, one waits, one is encoded, one stored.
     """
+    for index in indices:  # of a run that was killed between the two
+        if read_record(part_of(output, index) / "part.json"):
+            (part_of(output, index) / DOWNLOAD).unlink(missing_ok=True)
     todo = [index for index in indices if read_record(part_of(output, index) / "part.json") is None]
     progress = Progress([files[i] for i in indices], [files[i] for i in todo])
     held = ExitStack()
@@ -306,15 +313,20 @@ def print_summary(manifest: dict[str, Any], output: Path) -> None:
         print(f"{name:32}{documents:14,}{'' if tokens is None else f'{tokens:,}':>18}")
     print(
         f"{manifest['text_bytes'] / manifest['tokens']:.2f} bytes a token; the tokens that a filter"
-        " dropped are the source's own count\n"
+        " dropped are as the source's token_count says\n"
         f"next: python train.py --data_dir={output}"
     )
 
 
 def place_of(config: Any) -> tuple[int, int]:
     """(rank, world size) of this process."""
-    rank = config.rank if config.rank >= 0 else int(os.environ.get("RANK", 0))
-    world_size = config.world_size or int(os.environ.get("WORLD_SIZE", 1))
+    try:
+        rank = config.rank if config.rank >= 0 else int(os.environ.get("RANK") or -1)
+        world_size = config.world_size or int(os.environ.get("WORLD_SIZE") or 1)
+    except ValueError as error:
+        raise UserError(f"RANK or WORLD_SIZE in the environment: {error}: unset them") from None
+    if world_size == 1:
+        rank = max(rank, 0)
     if not 0 <= rank < world_size:
         raise UserError(
             f"rank={rank} is not one of world_size={world_size}: ranks go from 0 to "
@@ -330,6 +342,12 @@ def check_settings(config: Any) -> None:
         raise UserError(f"val_split={config.val_split} is not between 0 and 1: try 0.0005")
     if config.shard_size < 1:
         raise UserError(f"shard_size={config.shard_size} is not a number of tokens: try 500000000")
+    if not 0 <= config.language_score_threshold <= 1:
+        raise UserError("language_score_threshold is a probability: give 0 to 1")
+    if not 0 <= config.min_int_score <= 5:
+        raise UserError("min_int_score goes from 0 to 5: give 0 to turn it off")
+    if not config.output_dir:
+        raise UserError("output_dir is empty: name a folder")
     if config.workers < 0:
         raise UserError(f"workers={config.workers} is negative: 0 stands for all cores")
     if not is_local(config.source) and not config.revision:
@@ -340,7 +358,9 @@ def main(argv: list[str] | None = None) -> int:
     config = config_from_constants(globals(), argv)
     check_settings(config)
     rank, world_size = place_of(config)
-    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    known = hasattr(os, "sched_getaffinity")  # the cores that Slurm gave, where it can be asked
+    cores = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
+    cores //= int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     # What gigatoken and tokenizers go by; they read it when they start.
     os.environ["RAYON_NUM_THREADS"] = str(config.workers or max(1, cores))
     tokenizer, output = load_tokenizer(), Path(config.output_dir)
@@ -357,9 +377,10 @@ def main(argv: list[str] | None = None) -> int:
         staging = output / STAGING
         refuse_if_different(output, "an unfinished", staging, record["identity"], identity)
     refuse_if_changed([record and record["source"] for record in records], files)
-    note_little_room(output, config, files)
+    todo = [file for file, record in zip(files, records, strict=True) if not record]
+    note_little_room(output, config, todo)
     if any(records):
-        n_done = len(list(filter(None, records)))
+        n_done = len(files) - len(todo)
         print(f"going on: {n_done} of {len(files)} files are prepared already")
     output.mkdir(parents=True, exist_ok=True)
     mine = range(rank, len(files), world_size)
@@ -375,7 +396,9 @@ def main(argv: list[str] | None = None) -> int:
 
     with locked(output, SCRIPT, wait=True):
         manifest = finished(output, config, tokenizer)  # by another process, just now
-        if manifest is None:
+        if manifest:
+            shutil.rmtree(output / STAGING, ignore_errors=True)
+        else:
             records = [read_record(part_of(output, i) / "part.json") for i in range(len(files))]
             if n_missing := records.count(None):
                 print(

@@ -11,6 +11,7 @@ from typing import Any
 
 import hub
 from config import UserError
+from files import file_sha256
 from parquet import STRING, ParquetFile
 
 
@@ -28,15 +29,20 @@ InputFile = LocalFile | hub.HubFile
 
 def is_local(source: str) -> bool:
     """Whether `source` is a path: a hub dataset is called owner/name and is no folder here."""
-    named = source.count("/") == 1 and not any(mark in source for mark in "*?[\\~")
+    named = source.count("/") == 1 and not any(mark in source for mark in "*?[\\~:")
     return not named or source.endswith(".parquet") or os.path.exists(source) or source[0] in "./"
 
 
 def local_files(pattern: str) -> list[LocalFile]:
     """The files that a path, a folder or a pattern stands for, sorted; UserError if none."""
     path = Path(pattern).expanduser()
-    found = glob.glob(str(path / "*.parquet" if path.is_dir() else path), recursive=True)
-    paths = sorted(Path(name) for name in found if Path(name).is_file())
+    if path.is_dir():
+        found = path.glob("*.parquet")
+    elif path.exists():  # though its name may look like a pattern
+        found = [path]
+    else:
+        found = map(Path, glob.glob(str(path), recursive=True))
+    paths = sorted({path for path in found if path.is_file()})
     if not paths:
         raise UserError(f"no files match --source={pattern}: give a folder or a pattern")
     base = Path(os.path.commonpath([path.parent for path in paths]))
@@ -58,30 +64,45 @@ def files_identity(files: list[InputFile]) -> str:
 
 
 def refuse_if_changed(sources: list[dict[str, Any] | None], files: list[InputFile]) -> None:
-    """UserError if an input file has another size than when it was prepared (None: not yet)."""
+    """UserError if an input file is not what it was when it was prepared (None: not yet)."""
     for source, file in zip(sources, files, strict=True):
-        if source and source["bytes"] != file.bytes:
+        if source and (source["bytes"] != file.bytes or is_rewritten(source, file)):
             raise UserError(
-                f"{file.name} has {file.bytes:,} bytes and had {source['bytes']:,} when it was "
-                "prepared: put the old file back, or choose another --output_dir"
+                f"{file.name} is not the file that was prepared, of {source['bytes']:,} bytes: put "
+                "that one back, or choose another --output_dir"
             )
 
 
+def is_rewritten(source: dict[str, Any], file: InputFile) -> bool:
+    if "modified" not in source or source["modified"] == modified(file):
+        return False
+    return file_sha256(file.path) != source["sha256"]
+
+
+def modified(file: InputFile) -> int | None:
+    """When a local file was last written, in nanoseconds."""
+    return file.path.stat().st_mtime_ns if isinstance(file, LocalFile) else None
+
+
 def note_little_room(output: Path, config: Any, files: list[InputFile]) -> None:
-    """Says so if the disk may fill up, and stops if not even one download fits.
+    """Says so if the disk may fill up with what `files` give, stops if no download fits.
 
     A token takes 2 bytes and stands for 3 to 4 bytes of text. In sample-10BT the text is compressed
     to 0.6 of its size; a local file says itself how much there is.
     """
+    if not files:
+        return
     there = next(folder for folder in (output, *output.parents) if folder.exists())
     free = shutil.disk_usage(there).free
+    downloads = 0
     if is_local(config.source):
-        texts, downloads = [text_bytes(file.path) for file in files], 0
+        texts = [text_bytes(file.path) for file in files]
     else:
         texts = [file.bytes / 0.6 for file in files]
         sizes = [file.bytes for file in files]
-        downloads = sum(sizes) if config.download_dir else 3 * max(sizes)
-        if free < sizes[0]:
+        if not config.download_dir:
+            downloads = min(4 * max(sizes), sum(sizes))
+        if downloads and free < sizes[0]:
             raise UserError(
                 f"{there} has {free / 1e9:,.2f} GB free, {files[0].name} alone takes "
                 f"{sizes[0] / 1e9:,.2f} GB: free some space or set --output_dir"

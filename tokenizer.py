@@ -13,6 +13,7 @@ spells one cannot forge a turn. hastings.json is the source of truth; build_toke
 
 import hashlib
 import json
+import os
 import re
 import reprlib
 import warnings
@@ -30,8 +31,10 @@ from files import interrupts_deferred
 CONTROL_TOKENS = ("<|pad|>", "<|endoftext|>", "<|assistant|>", "<|user|>", "<|startoftext|>")
 _, END_OF_TEXT, ASSISTANT, USER, START_OF_TEXT = CONTROL_TOKENS
 
-# gigatoken remembers every word it has met, without a limit: after this much text it starts afresh.
-CACHE_BYTES = 256 << 20
+# gigatoken remembers every word it has met, without a limit. It starts afresh after this much text,
+# and where the system says how much memory the process has, when that has grown by so much.
+CACHE_TEXT_BYTES = 256 << 20
+CACHE_GROWTH_BYTES = 144 << 20
 
 # What gigatoken must agree on with `tokenizers` before its ids are used.
 HARD_STRINGS = (
@@ -107,7 +110,8 @@ class Tokenizer:
         self._json = content.decode("utf-8")
         self._encode_fast: Callable[[list[bytes]], tuple] | None = None
         self._fast_checked = False
-        self._fast_bytes = 0  # encoded since gigatoken last started
+        self._fast_text_bytes = 0  # encoded since gigatoken last started
+        self._fast_resident = 0  # bytes of the process then
 
     @cached_property
     def _with_control(self) -> HFTokenizer:
@@ -153,21 +157,26 @@ class Tokenizer:
         if not self._fast_checked:
             with interrupts_deferred():  # the import of awkward makes another error of Ctrl-C
                 self._encode_fast = self._checked_fast_encoder(encoded)
+                self._fast_resident = resident_bytes()
             self._fast_checked = True
         with interrupts_deferred():
             try:
-                if self._encode_fast is not None and self._fast_bytes > CACHE_BYTES:
+                if self._encode_fast is not None and self._remembers_too_much():
                     self._encode_fast = None  # its memory is free before the next one takes some
                     self._encode_fast = gigatoken_encoder(self._ordinary_json)
-                    self._fast_bytes = 0
+                    self._fast_text_bytes, self._fast_resident = 0, resident_bytes()
                 encode_fast = self._encode_fast
                 if encode_fast is not None:
-                    self._fast_bytes += sum(map(len, encoded))
+                    self._fast_text_bytes += sum(map(len, encoded))
                     return encode_fast(encoded)
             except BaseException as error:  # a Rust panic is not an Exception
                 self._warn_slow(f"gigatoken failed ({raised(error)})")
                 self._encode_fast = None
         return self._encode_flat_reference(encoded)
+
+    def _remembers_too_much(self) -> bool:
+        growth = resident_bytes() - self._fast_resident
+        return self._fast_text_bytes > CACHE_TEXT_BYTES or growth > CACHE_GROWTH_BYTES
 
     def _encode_flat_reference(self, encoded: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
         texts = [text.decode("utf-8") for text in encoded]
@@ -354,6 +363,15 @@ def gigatoken_encoder(
         return np.asarray(layout.content.data).astype(np.uint16), ends.astype(np.int64)
 
     return encode
+
+
+def resident_bytes() -> int:
+    """The memory that this process has in use; 0 where the system does not say."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
 
 
 def raised(error: BaseException) -> str:

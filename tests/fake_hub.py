@@ -7,7 +7,9 @@
 
 Each download of a file takes the next of its faults, and is served as it should be after the last:
 ("drop", n): the connection ends after n bytes; ("truncate", n): a shorter file, n bytes, as if it
-were whole; ("status", code); ("corrupt", i): byte i is another one; ("slow", seconds): waits first.
+were whole; ("status", code); ("corrupt", i): byte i is another one; ("slow", seconds): waits first;
+("whole", 0): the Range that was asked for is ignored. `cdn`, another FakeHub with the same
+repositories, is where downloads are redirected to.
 """
 
 import hashlib
@@ -34,6 +36,10 @@ class FakeHub:
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.faults: dict[str, list[tuple[str, int]]] = {}
         self.requests: list[str] = []  # "GET path", with the range asked for
+        self.authorizations: list[str | None] = []  # the header of each request
+        self.api_delay = 0.0  # seconds before the API answers
+        self.cdn: FakeHub | None = None
+        self.wake = threading.Event()
         handler = type("Handler", (Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -47,6 +53,7 @@ class FakeHub:
         return self
 
     def __exit__(self, *exc_info) -> None:
+        self.wake.set()
         self.server.shutdown()
         self.server.server_close()
 
@@ -73,6 +80,9 @@ class Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         asked = self.headers.get("Range", "")
         self.hub.requests.append(" ".join([self.command, path, asked]).strip())
+        self.hub.authorizations.append(self.headers.get("Authorization"))
+        if path.startswith("/api/"):
+            self.hub.wake.wait(self.hub.api_delay)
         name = r"([^/]+/[^/]+)"
         patterns = [
             (rf"/api/(datasets|models)/{name}/tree/([^/]+)(?:/(.*))?", self.tree),
@@ -135,6 +145,11 @@ class Handler(BaseHTTPRequestHandler):
     def resolve(self, repository: Repository, name: str, path: str) -> None:
         if path not in repository.files:
             return self.refuse(404, "EntryNotFound")
+        if self.hub.cdn:
+            self.send_response(302)
+            self.send_header("Location", self.hub.cdn.url + self.path)
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
         content = repository.files[path]
         fault, argument = None, 0
         if self.command == "GET" and self.hub.faults.get(path):
@@ -147,16 +162,16 @@ class Handler(BaseHTTPRequestHandler):
             content = content[:argument] + bytes([content[argument] ^ 1]) + content[argument + 1 :]
         if fault == "truncate":
             content = content[:argument]
-        start = 0
+        start, entry = 0, self.entry(repository, path)
         if asked := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
-            start = int(asked[1])
+            start = 0 if fault == "whole" else int(asked[1])
         if start >= len(content) > 0 and start:
             return self.refuse(416, "")
         self.send_response(206 if start else 200)
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         self.send_header("Content-Length", str(len(content) - start))
-        self.send_header("ETag", f'"{self.entry(repository, path)["oid"]}"')
+        self.send_header("ETag", f'"{entry.get("lfs", entry)["oid"]}"')
         self.send_header("X-Repo-Commit", COMMIT)
         self.end_headers()
         if self.command == "HEAD":

@@ -281,6 +281,109 @@ def test_other_data_in_the_output_is_left_alone(source):
     assert Path("out/train.npz").read_bytes() == b"mine"
 
 
+def test_two_processes_that_finish_together(source, monkeypatch):
+    """The one that comes later finds the dataset finished, or waits for it."""
+    whole = contents(prepare(source, "whole"))
+    prepare(source, rank=0, world_size=2)
+    command = [sys.executable, script.__file__, "--output_dir=out", "--world_size=1"]
+    command += [f"--{k}={v}" for k, v in (SETTINGS | {"source": source}).items()]
+    prepare(source, "out", rank=1, world_size=4)
+    with files.locked(Path("out"), "test"):
+        process = subprocess.Popen([*command, "--rank=0"], stdout=subprocess.PIPE, text=True)
+        while len(list(Path("out").glob(".preparing/part-*/part.json"))) < 5:
+            assert process.poll() is None
+            time.sleep(0.01)
+        time.sleep(0.3)
+        assert process.poll() is None and not Path("out/manifest.json").exists()  # it waits
+    assert "next: python train.py" in process.communicate(timeout=60)[0]
+    assert process.returncode == 0 and contents(Path("out")) == whole
+
+
+def test_a_process_that_comes_late_makes_nothing_again(source, monkeypatch):
+    whole = contents(prepare(source))
+    real = script.input_files
+
+    def slow(config):  # the others finish while this one lists its input
+        (Path("out")).rename("hidden")
+        monkeypatch.setattr(script, "note_little_room", lambda *_: Path("hidden").rename("out"))
+        return real(config)
+
+    Path("out/manifest.json").rename("kept.json")
+    Path("out/.preparing").mkdir()
+    monkeypatch.setattr(script, "input_files", slow)
+    monkeypatch.setattr(
+        script, "prepare_parts", late(script.prepare_parts, Path("kept.json"), Path("out"))
+    )
+    prepare(source)
+    assert contents(Path("out")) == whole
+
+
+def late(prepare_parts, manifest: Path, output: Path):
+    def after(*args):
+        manifest.rename(output / "manifest.json")
+        prepare_parts(*args)
+
+    return after
+
+
+def test_a_shard_that_is_not_whole_at_the_end_is_named(source, monkeypatch):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(parts, "write_manifest", stop)
+        prepare(source)
+    path = Path("out/train-00001-of-00005.npz")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    refused("train-00001-of-00005.npz is missing or damaged", source)
+    path.write_bytes(whole)
+    prepare(source)
+    assert not Path("out/.preparing").exists()
+
+
+def test_an_unfinished_output_of_local_files_refuses_the_hub(source, server):
+    prepare(source, rank=0, world_size=2)
+    refused("source was None, is 'owner/texts'", "owner/texts", revision="main")
+
+
+def test_an_input_of_the_same_size_that_changed_is_refused(source):
+    Path("in").mkdir()
+    for path in source.iterdir():
+        (Path("in") / path.name).write_bytes(path.read_bytes())
+    prepare("in", rank=0, world_size=2)
+    path = Path("in/000.parquet")
+    content = path.read_bytes()
+    os.utime(path, (1, 1))  # touched, the same
+    prepare("in", rank=0, world_size=2)
+    path.write_bytes(content[:5000] + b"?" + content[5001:])
+    refused("000.parquet is not the file that was prepared", "in")
+    path.write_bytes(content)
+    prepare("in")
+
+
+def test_memory_does_not_follow_the_size_of_rows_shards_or_the_vocabulary(tmp_path):
+    """60 MB of words that nothing has seen before, in documents of 500 KB and one row group."""
+    rng = random.Random(5)
+    texts = [" ".join(f"{rng.getrandbits(60):x}" for _ in range(31_000)) for _ in range(120)]
+    Path("in").mkdir()
+    pq.write_table(pa.table({"text": texts, "id": [str(i) for i in range(120)]}), "in/a.parquet")
+    off = "--language_filter= --language_score_threshold=0 --min_int_score=0 --val_split=0.1"
+    code = (
+        "import resource, sys, prepare_dataset_fineweb as p; p.main(sys.argv[1:]);"
+        "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000)"
+    )
+    arguments = [*off.split(), "--source=in", f"--output_dir={tmp_path / 'out'}"]
+    result = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(script.__file__).parent)},
+    )
+    assert result.returncode == 0, result.stderr
+    assert int(re.search(r"peak (\d+)", result.stdout)[1]) < 600
+
+
 @pytest.mark.parametrize("nth", range(0, 30, 3))
 def test_a_failure_at_any_rename_loses_nothing(source, monkeypatch, nth):
     """Every complete file gets its name by os.replace; the disk is full at the nth of them."""
@@ -385,7 +488,7 @@ def test_damaged_and_unfit_files_are_named_and_the_others_kept(source):
     (bad / "1.parquet").write_bytes(whole)
     prepare(bad, "bad_out")
     (bad / "1.parquet").write_bytes(whole + b"more")
-    refused("1.parquet has .* bytes and had .* when it was prepared", bad, "bad_out")
+    refused("1.parquet is not the file that was prepared", bad, "bad_out")
 
 
 def test_nothing_passes_the_filters_or_nothing_is_for_validation():
@@ -407,6 +510,10 @@ def test_nothing_passes_the_filters_or_nothing_is_for_validation():
         ({"workers": -1}, "workers=-1"),
         ({"source": "owner/name", "revision": ""}, "revision is empty"),
         ({"world_size": 2, "rank": 5}, "rank=5 is not one of world_size=2"),
+        ({"world_size": 2}, "rank=-1 is not one of world_size=2"),
+        ({"language_score_threshold": 95}, "language_score_threshold is a probability"),
+        ({"min_int_score": 6}, "min_int_score goes from 0 to 5"),
+        ({"output_dir": ""}, "output_dir is empty"),
     ],
 )
 def test_wrong_settings(settings, pattern):
@@ -473,10 +580,39 @@ def test_hub_equals_local_whatever_the_network_does(source, server):
     assert fetches(server, names[1])[-1] == "bytes=9000-"
     assert fetches(server, names[2]) == ["", ""]  # all of it again
     assert not fetches(server, "data/x")
+    assert not list(out.rglob("input.parquet*"))
     n_requests = len(server.requests)
     prepare("owner/texts", revision="main")  # finished: the network is not needed
     assert len(server.requests) == n_requests
     refused("revision was 'main', is", "owner/texts", revision=COMMIT)
+
+
+def test_a_redirect_to_another_host_without_ranges_gets_no_token(source, server, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    name = "sample/10BT/001.parquet"
+    with FakeHub() as cdn:
+        cdn.repositories = server.repositories
+        cdn.faults = {name: [("drop", 20_000), ("whole", 0)]}
+        server.cdn = cdn
+        out = prepare("owner/texts", revision=COMMIT)
+    assert shards(out) == shards(prepare(source, "local"))
+    assert set(server.authorizations) == {"Bearer hf_secret"} and set(cdn.authorizations) == {None}
+    assert fetches(cdn, name)[1].startswith("bytes=")
+
+
+def test_a_hub_that_does_not_answer(server, monkeypatch):
+    monkeypatch.setattr(hub, "TIMEOUT", 0.2)
+    server.api_delay = 60
+    refused("cannot fetch owner/texts .*check the network", "owner/texts", revision=COMMIT)
+
+
+def test_a_download_is_deleted_as_soon_as_its_part_is_complete(server, monkeypatch):
+    name = "sample/10BT/003.parquet"
+    server.faults[name] = [("status", 503)] * 50
+    with pytest.raises(UserError):
+        prepare("owner/texts", revision=COMMIT)
+    for part in Path("out/.preparing").glob("part-*"):
+        assert not ((part / "part.json").exists() and (part / "input.parquet").exists())
 
 
 def test_a_file_that_is_not_what_was_published_is_refused_and_nothing_lost(server, source):

@@ -193,14 +193,20 @@ def test_encode_batch_of_nothing(tokenizer):
 
 
 def test_gigatoken_starts_afresh_before_it_remembers_too_much(monkeypatch):
-    built, real = [], module.gigatoken_encoder
-    monkeypatch.setattr(module, "CACHE_BYTES", 1000)
+    built, real, memory = [], module.gigatoken_encoder, [0]
+    monkeypatch.setattr(module, "CACHE_TEXT_BYTES", 1000)
+    monkeypatch.setattr(module, "resident_bytes", lambda: memory[0])
     monkeypatch.setattr(module, "gigatoken_encoder", lambda json: built.append(1) or real(json))
     tokenizer = load_tokenizer()
     for i in range(10):
         text = f"text number {i} " * 30
         assert tokenizer.encode_batch([text])[0].tolist() == tokenizer.encode(text)
     assert len(built) == 4
+    monkeypatch.setattr(module, "CACHE_TEXT_BYTES", 10**9)
+    for _ in range(10):
+        memory[0] += module.CACHE_GROWTH_BYTES // 4
+        assert tokenizer.encode_batch([text])[0].tolist() == tokenizer.encode(text)
+    assert len(built) == 6
 
 
 def test_threads_agree(tokenizer):
