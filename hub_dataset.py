@@ -1,8 +1,8 @@
 """Reads examples from a dataset of the Hugging Face Hub, or a folder like one, through `datasets`.
 
 `datasets` keeps what it fetched in its cache (HF_HOME), as Arrow files that are memory-mapped; a
-dataset is read from there when there is no network. While it makes them it holds one row group of a
-Parquet file in memory. It takes seconds to import, so that is done only where it is used.
+dataset is read from there when there is no network. It takes seconds to import, so that is done
+only where it is used.
 """
 
 import logging
@@ -13,9 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from config import NO_ROOM, UserError
 from examples import Example, example_columns, table_example
 from files import file_sha256
+from parquet import ParquetFile
 
 BATCH_ROWS = 512
 
@@ -35,6 +38,7 @@ class HubDataset:
         check_names(name, split, revision)
         import datasets
         from datasets.packaged_modules.cache.cache import Cache
+        from datasets.packaged_modules.parquet.parquet import Parquet
 
         # An error is one line, from here; a README without settings is none.
         datasets.logging.set_verbosity(logging.CRITICAL)
@@ -53,6 +57,8 @@ class HubDataset:
             self.check_split(builder.info.splits or self.data_files)
             if self.data_files and not self.is_local and not os.path.isdir(builder.cache_dir):
                 self.fetch()
+            if isinstance(builder, Parquet):
+                read_in_batches(builder)
             builder.download_and_prepare()
         try:
             dataset = builder.as_dataset(split)
@@ -172,6 +178,21 @@ def check_names(name: str, split: str, revision: str) -> None:
         )
 
 
+def read_in_batches(builder: Any) -> None:
+    """Has `datasets` read Parquet files a batch at a time; by itself it holds a whole file."""
+    from datasets.builder import Key
+
+    def generate_tables(files: Any, row_groups_list: Any) -> Iterator[tuple[Any, pa.Table]]:
+        for i, path in enumerate(files):
+            file = ParquetFile(path, {})
+            file.columns = None  # all of them, as others may use the same cache
+            for j, (_, _, batch) in enumerate(file.batches()):
+                yield Key(i, j), builder._cast_table(pa.Table.from_batches([batch]))
+            file.close()
+
+    builder._generate_tables = generate_tables  # the hook that each format has
+
+
 @contextmanager
 def clear_errors(what: str) -> Iterator[None]:
     """Turns whatever `datasets` raises over somebody's files into one line that says what to do."""
@@ -181,6 +202,8 @@ def clear_errors(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         for cause in chain_of(error):
+            if isinstance(cause, UserError):
+                raise cause from None
             if isinstance(cause, OSError) and cause.errno in NO_ROOM:
                 cause.filename = cause.filename or os.environ.get("HF_HOME", "the cache, HF_HOME")
                 raise cause from None
