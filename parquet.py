@@ -80,13 +80,18 @@ class ParquetFile:
     def rows(self) -> int:
         return self.file.metadata.num_rows
 
+    @property
+    def names(self) -> list[str]:
+        """The names of all columns that the file has."""
+        return self.file.schema_arrow.names
+
     def uncompressed_bytes(self) -> int:
         """What the columns that are read take uncompressed, by the file's own account."""
         metadata, total = self.file.metadata, 0
         for group in range(metadata.num_row_groups):
             for i in range(metadata.num_columns):
                 column = metadata.row_group(group).column(i)
-                if column.path_in_schema in self.columns:
+                if column.path_in_schema.split(".")[0] in self.columns:
                     total += column.total_uncompressed_size
         return total
 
@@ -118,10 +123,8 @@ class ParquetFile:
         self.file.close()
 
 
-def rows_of(path: str | Path) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yields every row of a file, all columns, as (dict, where it is)."""
-    file = ParquetFile(path, {})
-    file.columns = None
+def rows_of(file: ParquetFile) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yields every row of a file, of the columns that are read, as (dict, where it is)."""
     for group, first, batch in file.batches():
         for i, row in enumerate(batch.to_pylist()):
             yield row, f"row group {group}, row {first + i}"

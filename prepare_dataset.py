@@ -1,11 +1,14 @@
 """Turns your own text or conversations into the shards that train.py reads.
 
     python prepare_dataset.py --input_file_path=data/train.txt --output_dir=data/mine
+    python prepare_dataset.py --hf_dataset=Nikity/Kyoto-Corpus --output_dir=data/kyoto
 
 Reads, by extension:
-  .txt    UTF-8 texts separated by <|endoftext|>; blanks around a text are dropped
-  .jsonl  one JSON object a line: {"text": "..."}, {"question": "...", "answer": "..."} or
-          {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", ...}, ...]}
+  .txt      UTF-8 texts separated by <|endoftext|>; blanks around a text are dropped
+  .jsonl    one JSON object a line: {"text": "..."}, {"question": "...", "answer": "..."} or
+            {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", ...}, ...]}
+  .parquet  rows with these columns, others are not read; also a folder or "a/pattern*.parquet"
+or, of the same columns, a dataset of the Hugging Face Hub (or a folder like one) by its name.
 Everything is encoded as ordinary text, so a control token spelled in it is just characters. Only
 `trust_control_tokens` changes that, for a .txt in the chat layout, where every example is
 <|startoftext|><|user|>...<|assistant|>...<|endoftext|>, the part from <|user|> on once a turn.
@@ -14,13 +17,10 @@ Writes train.npz, val.npz and manifest.json. The old ones stay until the new one
 the same settings give the same bytes. Memory stays flat; one example has to fit.
 """
 
-import hashlib
-import json
 import os
-import reprlib
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -28,151 +28,34 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from config import UserError, config_from_constants, run_script
+from config import UserError, config_from_constants, run_script, settings_of
 from dataset import ShardWriter
+from examples import ParquetFiles, TextFile, open_input
 from files import locked
+from hub_dataset import HubDataset
 from manifest import make_manifest, publish
-from tokenizer import (
-    END_OF_TEXT,
-    START_OF_TEXT,
-    check_messages,
-    load_tokenizer,
-    parse_chat,
-    to_utf8,
-)
+from tokenizer import load_tokenizer
 
 # input and output
-input_file_path = "data/train.txt"  # .txt or .jsonl, see above
+input_file_path = "data/train.txt"  # .txt, .jsonl or .parquet, see above
 output_dir = "data"  # where train.npz, val.npz and manifest.json go
 trust_control_tokens = False  # True: the .txt is in the chat layout and its control tokens count
 
+# a dataset of the Hugging Face Hub in place of input_file_path
+hf_dataset = ""  # such as "Nikity/Kyoto-Corpus", or a folder
+hf_config = ""  # one of its configurations; "": the default one
+hf_split = "train"
+hf_revision = ""  # a commit, tag or branch; "": the newest
+
 # split
 val_split = 0.01  # fraction of the examples kept for validation
-val_file_path = ""  # a file of validation examples; val_split is then not used
+val_file_path = ""  # validation examples, any file as above; val_split is then not used
 seed = 1337  # of the shuffle, which also draws the validation examples
 
-CHUNK_BYTES = 1 << 20  # read at a time
 BATCH_CHARACTERS = 4 << 20  # encoded at a time
 BATCH_EXAMPLES = 8192
 
-# An example: ("text", str), ("chat", messages) or ("empty", None), and where it is in the file.
-Example = tuple[str, Any, str]
-
-
-def split_file(
-    path: Path, separator: bytes, on_bytes: Callable[[bytes], None]
-) -> Iterator[tuple[int, str, bool]]:
-    """The pieces of a UTF-8 file between separators: (byte offset, text, whether it is the last).
-
-    Holds one piece and one chunk in memory. A byte order mark is skipped. Calls `on_bytes` with
-    everything it reads. Raises UserError with the byte offset for bytes that are not UTF-8.
-    """
-
-    def decoded(offset: int, piece: bytes) -> str:
-        try:
-            return piece.decode("utf-8").removeprefix("\ufeff" if offset == 0 else "")
-        except UnicodeDecodeError as error:
-            where = offset + error.start
-            raise UserError(f"{path}: not UTF-8 at byte {where}: save the file as UTF-8") from None
-
-    buffer, offset, searched = bytearray(), 0, 0
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            on_bytes(chunk)
-            buffer += chunk
-            start = 0
-            while (end := buffer.find(separator, max(start, searched))) >= 0:
-                yield offset + start, decoded(offset + start, buffer[start:end]), False
-                start = end + len(separator)
-            del buffer[:start]
-            offset += start
-            searched = max(0, len(buffer) - len(separator) + 1)
-    yield offset, decoded(offset, buffer), True
-
-
-def read_txt(path: Path, on_bytes: Callable[[bytes], None]) -> Iterator[Example]:
-    """Plain texts between `<|endoftext|>`; a blank piece after the last separator is no example."""
-    for offset, text, last in split_file(path, END_OF_TEXT.encode(), on_bytes):
-        text = text.strip()
-        if text:
-            yield "text", text, f"byte {offset}"
-        elif not last:
-            yield "empty", None, f"byte {offset}"
-
-
-def read_chat_txt(path: Path, on_bytes: Callable[[bytes], None]) -> Iterator[Example]:
-    """Conversations in the chat layout, each checked; only the file's last may lack its end."""
-    for number, (offset, text, last) in enumerate(
-        split_file(path, START_OF_TEXT.encode(), on_bytes)
-    ):
-        if number > 0:
-            where = f"example {number} at byte {offset - len(START_OF_TEXT)}"
-            try:
-                yield "chat", parse_chat(text, may_lack_end=last), where
-            except ValueError as error:
-                raise UserError(f"{path}, {where}: {error}: correct it") from None
-        elif text.strip():
-            raise UserError(
-                f"{path} does not begin with {START_OF_TEXT}, as every example must with "
-                "trust_control_tokens=True: correct the file, or leave that setting off"
-            )
-
-
-def read_jsonl(path: Path, on_bytes: Callable[[bytes], None]) -> Iterator[Example]:
-    """One example a line; blank lines are skipped."""
-    for number, (_, line, _) in enumerate(split_file(path, b"\n", on_bytes), 1):
-        if not line.strip():
-            continue
-        try:
-            kind, content = example_of(parse_line(line))
-            texts = [content] if kind == "text" else [turn["content"] for turn in content]
-            for text in texts if "\\u" in line else ():  # an escape can spell half a character
-                to_utf8(text)
-        except ValueError as error:
-            array = line.lstrip().startswith("[")
-            hint = "write one object a line, not one array" if array else "correct it"
-            raise UserError(f"{path}, line {number}: {error}: {hint}") from None
-        yield kind, content, f"line {number}"
-
-
-def parse_line(line: str) -> Any:
-    """The JSON value of a line; ValueError if there is none."""
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from None
-    except RecursionError:
-        raise ValueError("JSON nested too deep") from None
-    except ValueError:  # Python reads integers of at most 4,300 digits
-        raise ValueError("a number is too long") from None
-
-
-def example_of(row: Any) -> tuple[str, Any]:
-    """The kind and content of one JSON row; ValueError if it is none of the three forms."""
-    forms = '{"text"}, {"messages"} or {"question", "answer"}'
-    if not isinstance(row, dict):
-        raise ValueError(f"a {type(row).__name__}, expected an object: {forms}")
-    present = [name for name in ("text", "messages", "question") if name in row]
-    if len(present) != 1:
-        found = " and ".join(present) or f"only {reprlib.repr(list(row))}"
-        raise ValueError(f"expected exactly one of {forms}, found {found}")
-    if present == ["text"]:
-        if not isinstance(row["text"], str):
-            raise ValueError(f'"text" is not a string but {type(row["text"]).__name__}')
-        return "text", row["text"]
-    if present == ["messages"]:
-        check_messages(row["messages"])
-        if row["messages"][-1]["role"] != "assistant":
-            raise ValueError("the conversation ends with a user turn, without an answer")
-        return "chat", row["messages"]
-    for name in ("question", "answer"):
-        if not isinstance(row.get(name), str):
-            kind = type(row[name]).__name__ if name in row else "missing"
-            raise ValueError(f'"{name}" is not a string but {kind}')
-    return "chat", [
-        {"role": "user", "content": row["question"]},
-        {"role": "assistant", "content": row["answer"]},
-    ]
+Input = TextFile | ParquetFiles | HubDataset
 
 
 def is_blank(kind: str, content: Any) -> bool:
@@ -182,21 +65,17 @@ def is_blank(kind: str, content: Any) -> bool:
     return kind == "empty" or not content.strip()
 
 
-def encode_file(path: Path, trusted: bool, tokenizer: Any, writer: ShardWriter) -> dict[str, Any]:
-    """Adds every example of a file to `writer`, in file order.
+def encode_input(source: Input, tokenizer: Any, writer: ShardWriter) -> dict[str, Any]:
+    """Adds every example of an input to `writer`, in order.
 
-    Returns the file's "source" for the manifest, its "kind", what was "dropped" and the
-    "text_bytes" encoded. Raises UserError for a mistake in the file and when it has no example.
+    Returns the "sources" for the manifest, the "kind", what was "dropped" and the "text_bytes"
+    encoded. Raises UserError for a mistake in the input and when it has no example.
     """
-    digest, dropped, text_bytes, kind, batch, size = hashlib.sha256(), Counter(), 0, None, [], 0
+    dropped, text_bytes, kind, batch, size = Counter(), 0, None, [], 0
 
     with tqdm(
-        total=path.stat().st_size, desc=path.name, unit="B", unit_scale=True, disable=None
+        total=source.size, desc=source.name, unit=source.unit, unit_scale=True, disable=None
     ) as bar:
-
-        def on_bytes(chunk: bytes) -> None:
-            digest.update(chunk)
-            bar.update(len(chunk))
 
         def encode_batch() -> int:
             if kind == "text":
@@ -210,17 +89,14 @@ def encode_file(path: Path, trusted: bool, tokenizer: Any, writer: ShardWriter) 
             batch.clear()
             return int(tokenizer.token_bytes[ids].sum())
 
-        read = read_chat_txt if trusted else read_txt
-        if path.suffix.lower() == ".jsonl":
-            read = read_jsonl
-        for example_kind, content, where in read(path, on_bytes):
+        for example_kind, content, where in source.examples(bar.update):
             if is_blank(example_kind, content):
                 dropped["empty"] += 1
                 continue
             if kind not in (None, example_kind):
                 raise UserError(
-                    f"{path}, {where}: a {example_kind} example after {kind} examples: put the two "
-                    "kinds into files of their own"
+                    f"{where}: a {example_kind} example after {kind} examples: put the two kinds "
+                    "into files of their own"
                 )
             kind = example_kind
             batch.append(content)
@@ -230,9 +106,13 @@ def encode_file(path: Path, trusted: bool, tokenizer: Any, writer: ShardWriter) 
         if batch:
             text_bytes += encode_batch()
     if kind is None:
-        raise UserError(f"{path} holds no examples: nothing but blanks, add some text")
-    source = {"name": path.name, "bytes": path.stat().st_size, "sha256": digest.hexdigest()}
-    return {"source": source, "kind": kind, "dropped": dropped, "text_bytes": text_bytes}
+        raise UserError(f"{source} holds no examples: nothing but blanks, add some text")
+    return {
+        "sources": source.sources(),
+        "kind": kind,
+        "dropped": dropped,
+        "text_bytes": text_bytes,
+    }
 
 
 def split(order: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
@@ -244,30 +124,6 @@ def split(order: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
             f"{len(order) - n_val} for training: choose another val_split, or give val_file_path"
         )
     return order[n_val:], order[:n_val]
-
-
-def check_input(path: Path, name: str, trusted: bool) -> None:
-    """UserError unless `path` is a file that this script reads."""
-    if path.is_dir():
-        raise UserError(f"{path} is a directory: give {name} one .txt or .jsonl file")
-    if not path.exists():
-        raise UserError(f"{path} does not exist: put your text there, or set --{name}=...")
-    if path.suffix.lower() not in (".txt", ".jsonl"):
-        raise UserError(f"{path}: only .txt and .jsonl are read: convert it or rename it")
-    if trusted and path.suffix.lower() != ".txt":
-        raise UserError(f"trust_control_tokens is for .txt files only: turn it off for {path}")
-    try:
-        with open(path, "rb") as file:
-            start = file.read(64).removeprefix(b"\xef\xbb\xbf")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    if not start:
-        raise UserError(f"{path} is empty: put your text there")
-    if not trusted and start.lstrip().startswith(START_OF_TEXT.encode()):
-        print(
-            f"note: {path} looks like the chat layout but is encoded as ordinary text; "
-            "add --trust_control_tokens=True if you trust the file"
-        )
 
 
 @contextmanager
@@ -296,9 +152,9 @@ def remove_empty(folders: list[Path]) -> None:
             folder.rmdir()
 
 
-def note_little_room(output: Path, inputs: Iterable[Path]) -> None:
+def note_little_room(output: Path, inputs: Iterable[Input]) -> None:
     """Says so if the disk may fill up: 2 bytes a token of about 4 bytes, twice until the end."""
-    free, needed = shutil.disk_usage(output).free, sum(path.stat().st_size for path in inputs)
+    free, needed = shutil.disk_usage(output).free, sum(source.bytes for source in inputs)
     if free < needed:
         print(
             f"note: {output} has {free / 1e6:,.0f} MB free, up to {needed / 1e6:,.0f} MB may be "
@@ -306,12 +162,41 @@ def note_little_room(output: Path, inputs: Iterable[Path]) -> None:
         )
 
 
-def prepare(config: Any, tokenizer: Any, staging: Path) -> dict[str, Any]:
+def check_settings(config: Any) -> None:
+    if not config.val_file_path and not 0 < config.val_split < 1:
+        raise UserError(f"val_split={config.val_split} is not between 0 and 1: try 0.01")
+    if config.seed < 0:
+        raise UserError(f"seed={config.seed} is negative: choose 0 or more")
+    defaults = settings_of(globals())
+    changed = {name for name in defaults if getattr(config, name) != defaults[name]}
+    if config.hf_dataset and "input_file_path" in changed:
+        raise UserError(
+            f"both hf_dataset={config.hf_dataset} and input_file_path={config.input_file_path} are "
+            "given: choose one of them"
+        )
+    if config.hf_dataset and config.trust_control_tokens:
+        raise UserError("trust_control_tokens is for .txt files only: turn it off for hf_dataset")
+    unused = changed & {"hf_config", "hf_split", "hf_revision"}
+    if unused and not config.hf_dataset:
+        raise UserError(f"{min(unused)} is given without hf_dataset: name the dataset as well")
+
+
+def open_inputs(config: Any) -> list[Input]:
+    """The input and, if there is one, that of the validation examples."""
+    trusted, inputs = config.trust_control_tokens, []
+    if config.val_file_path:
+        inputs = [open_input(config.val_file_path, "val_file_path", trusted)]
+    if config.hf_dataset:
+        names = config.hf_dataset, config.hf_config, config.hf_split, config.hf_revision
+        return [HubDataset(*names), *inputs]
+    return [open_input(config.input_file_path, "input_file_path", trusted), *inputs]
+
+
+def prepare(config: Any, inputs: list[Input], tokenizer: Any, staging: Path) -> dict[str, Any]:
     """Writes both shards into `staging` and returns the manifest."""
     files, results = {}, []
-    trusted = config.trust_control_tokens
     with ShardWriter(staging) as writer:
-        results.append(encode_file(Path(config.input_file_path), trusted, tokenizer, writer))
+        results.append(encode_input(inputs[0], tokenizer, writer))
         order = np.random.default_rng(config.seed).permutation(writer.documents)
         if not config.val_file_path:
             order, val_order = split(order, config.val_split)
@@ -319,22 +204,22 @@ def prepare(config: Any, tokenizer: Any, staging: Path) -> dict[str, Any]:
         files["train.npz"] = writer.write(staging / "train.npz", order)
     if config.val_file_path:
         with ShardWriter(staging) as writer:
-            results.append(encode_file(Path(config.val_file_path), trusted, tokenizer, writer))
+            results.append(encode_input(inputs[1], tokenizer, writer))
             files["val.npz"] = writer.write(staging / "val.npz")
     if len({result["kind"] for result in results}) > 1:
         raise UserError(
-            f"{config.input_file_path} holds {results[0]['kind']} examples but "
-            f"{config.val_file_path} {results[1]['kind']} examples: both must be of one kind"
+            f"{inputs[0]} holds {results[0]['kind']} examples but {inputs[1]} "
+            f"{results[1]['kind']} examples: both must be of one kind"
         )
     settings = {
         "val_split": None if config.val_file_path else config.val_split,
-        "trust_control_tokens": trusted,
+        "trust_control_tokens": config.trust_control_tokens,
         "seed": config.seed,
     }
     return make_manifest(
         kind=results[0]["kind"],
         tokenizer=tokenizer,
-        sources=[result["source"] for result in results],
+        sources=[source for result in results for source in result["sources"]],
         settings=settings,
         dropped={
             reason: {"documents": count, "tokens": 0}
@@ -360,21 +245,13 @@ def print_summary(manifest: dict[str, Any], output: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     config = config_from_constants(globals(), argv)
-    if not config.val_file_path and not 0 < config.val_split < 1:
-        raise UserError(f"val_split={config.val_split} is not between 0 and 1: try 0.01")
-    if config.seed < 0:
-        raise UserError(f"seed={config.seed} is negative: choose 0 or more")
-    inputs = {"input_file_path": Path(config.input_file_path)}
-    if config.val_file_path:
-        inputs["val_file_path"] = Path(config.val_file_path)
-    for name, path in inputs.items():
-        check_input(path, name, config.trust_control_tokens)
-
+    check_settings(config)
     tokenizer = load_tokenizer()
     output = Path(config.output_dir)
     with staging_directory(output) as staging:
-        note_little_room(output, inputs.values())
-        manifest = prepare(config, tokenizer, staging)
+        inputs = open_inputs(config)
+        note_little_room(output, inputs)
+        manifest = prepare(config, inputs, tokenizer, staging)
         publish(staging, output, manifest)
     print_summary(manifest, output)
     return 0

@@ -33,8 +33,11 @@ def is_local(source: str) -> bool:
     return not named or source.endswith(".parquet") or os.path.exists(source) or source[0] in "./"
 
 
-def local_files(pattern: str) -> list[LocalFile]:
-    """The files that a path, a folder or a pattern stands for, sorted; UserError if none."""
+def local_files(pattern: str, setting: str = "source") -> list[LocalFile]:
+    """The files that a path, a folder or a pattern stands for, sorted; UserError if none.
+
+    `setting` is the name of the setting that has the pattern.
+    """
     path = Path(pattern).expanduser()
     if path.is_dir():
         found = path.glob("*.parquet")
@@ -44,7 +47,7 @@ def local_files(pattern: str) -> list[LocalFile]:
         found = map(Path, glob.glob(str(path), recursive=True))
     paths = sorted({path for path in found if path.is_file()})
     if not paths:
-        raise UserError(f"no files match --source={pattern}: give a folder or a pattern")
+        raise UserError(f"no files match --{setting}={pattern}: give a folder or a pattern")
     base = Path(os.path.commonpath([path.parent for path in paths]))
     return [LocalFile(p, p.relative_to(base).as_posix(), p.stat().st_size) for p in paths]
 

@@ -19,7 +19,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 COMMIT = "c0ffee" + "0" * 34
 
@@ -29,6 +29,8 @@ class Repository:
     files: dict[str, bytes]
     card: dict = field(default_factory=dict)
     published: dict[str, str] = field(default_factory=dict)  # sha256 of a file, if not its own
+    commit: str = COMMIT
+    refusal: tuple[int, str] | None = None  # status and X-Error-Code of every answer
 
 
 class FakeHub:
@@ -96,7 +98,9 @@ class Handler(BaseHTTPRequestHandler):
                 repository = self.hub.repositories.get((kind or "models", name))
                 if repository is None:
                     return self.refuse(404, "RepoNotFound")
-                if revision not in (None, "main", COMMIT):
+                if repository.refusal:
+                    return self.refuse(*repository.refusal)
+                if revision not in (None, "main", repository.commit):
                     return self.refuse(404, "RevisionNotFound")
                 return method(repository, name, *rest)
         self.refuse(404, "")
@@ -120,8 +124,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def info(self, repository: Repository, name: str) -> None:
         siblings = [{"rfilename": path} for path in repository.files]
-        facts = {"id": name, "sha": COMMIT, "siblings": siblings, "tags": [], "private": False}
-        self.send_json(facts | {"cardData": repository.card, "gated": False, "disabled": False})
+        facts = {"id": name, "sha": repository.commit, "siblings": siblings, "tags": []}
+        facts |= {"cardData": repository.card, "private": False, "gated": False, "disabled": False}
+        self.send_json(facts)
 
     def entry(self, repository: Repository, path: str) -> dict:
         content = repository.files[path]
@@ -136,10 +141,19 @@ class Handler(BaseHTTPRequestHandler):
         paths = [path for path in repository.files if path.startswith(prefix)]
         if folder and not paths:
             return self.refuse(404, "EntryNotFound")
-        self.send_json([self.entry(repository, path) for path in sorted(paths)])
+        entries = {path: self.entry(repository, path) for path in paths}
+        for path in paths:
+            parents = path.removeprefix(prefix).split("/")[:-1]
+            for i in range(1, len(parents) + 1):
+                inner = prefix + "/".join(parents[:i])
+                oid = hashlib.sha1(inner.encode()).hexdigest()
+                entries[inner] = {"type": "directory", "path": inner, "size": 0, "oid": oid}
+        if "recursive=true" not in urlsplit(self.path).query.lower():
+            entries = {k: v for k, v in entries.items() if "/" not in k.removeprefix(prefix)}
+        self.send_json([entries[path] for path in sorted(entries)])
 
     def paths_info(self, repository: Repository, name: str) -> None:
-        asked = json.loads(self.body)["paths"]
+        asked = parse_qs(self.body.decode())["paths"]
         self.send_json([self.entry(repository, path) for path in asked if path in repository.files])
 
     def resolve(self, repository: Repository, name: str, path: str) -> None:
@@ -172,7 +186,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         self.send_header("Content-Length", str(len(content) - start))
         self.send_header("ETag", f'"{entry.get("lfs", entry)["oid"]}"')
-        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("X-Repo-Commit", repository.commit)
         self.end_headers()
         if self.command == "HEAD":
             return

@@ -11,8 +11,11 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+import examples
 import prepare_dataset
 from config import UserError
 from dataset import ShardWriter, open_split
@@ -169,7 +172,7 @@ def test_small_chunks_and_batches_change_nothing(monkeypatch):
     content = "<|endoftext|>".join(texts)
     bytes_of = {}
     for chunk, characters in ((1 << 20, 1 << 20), (1, 50), (7, 1), (64, 500)):
-        monkeypatch.setattr(prepare_dataset, "CHUNK_BYTES", chunk)
+        monkeypatch.setattr(examples, "CHUNK_BYTES", chunk)
         monkeypatch.setattr(prepare_dataset, "BATCH_CHARACTERS", characters)
         out = prepare(content)
         bytes_of[chunk] = [path.read_bytes() for path in sorted(out.iterdir())]
@@ -228,8 +231,8 @@ TRUST = {"trust_control_tokens": True}
         ("in.txt", b"\xef\xbb\xbfab\x80", {}, "not UTF-8 at byte 5"),
         ("in.txt", b"ab\xe6\x9d", {}, "not UTF-8 at byte 2"),
         ("in.txt", "a<|endoftext|>b".encode("utf-16"), {}, "not UTF-8 at byte 0"),
-        ("in.csv", "a,b", {}, "only .txt and .jsonl are read"),
-        ("in", "a,b", {}, "only .txt and .jsonl are read"),
+        ("in.csv", "a,b", {}, "only .txt, .jsonl and .parquet are read"),
+        ("in", "a,b", {}, "only .txt, .jsonl and .parquet are read"),
         ("in.jsonl", OK.encode() + b'{"text": "\xff"}', {}, "not UTF-8 at byte 38"),
         ("in.jsonl", OK + '\n{"text": "c"\n', {}, "in.jsonl, line 4: not JSON"),
         ("in.jsonl", OK + "[" * 100_000, {}, "line 3: JSON nested too deep"),
@@ -296,6 +299,183 @@ def test_mistakes_are_one_line_and_leave_nothing(name, content, settings, error)
     assert error in message
     assert "\n" not in message and len(message) < 600
     assert sorted(os.listdir()) == sorted(["folder", "chat.jsonl", name])
+
+
+def prepare_parquet(path: str, **settings) -> Path:
+    settings = {"input_file_path": path, "output_dir": "out", "val_split": 0.5} | settings
+    assert prepare_dataset.main([f"--{key}={value}" for key, value in settings.items()]) == 0
+    return Path("out")
+
+
+def write_parquet(name: str, rows: list, **kwargs) -> None:
+    """A file of rows, five to a row group; `kwargs` are columns in place of theirs."""
+    table = pa.Table.from_pylist(rows)
+    for column, values in kwargs.items():
+        table = table.drop_columns(column) if column in table.column_names else table
+        table = table.append_column(column, values)
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, name, row_group_size=5)
+
+
+def shards(directory: Path) -> list[bytes]:
+    return [(directory / name).read_bytes() for name in ("train.npz", "val.npz")]
+
+
+ROWS = {
+    "text": [{"text": f"text {i} <|user|> 东京\n"} for i in range(23)],
+    "messages": [{"messages": CHATS[i % 2][:2]} for i in range(23)],
+    "question": [{"question": f"q{i}", "answer": f" a{i}\n"} for i in range(23)],
+}
+
+
+@pytest.mark.parametrize("form", ROWS)
+def test_parquet_gives_the_shards_of_the_same_jsonl(form):
+    expected = shards(prepare(jsonl(*ROWS[form]), "in.jsonl"))
+    write_parquet("all.parquet", [{"id": i} | row for i, row in enumerate(ROWS[form])])
+    write_parquet("in[1].parquet", ROWS[form])  # a name, not a pattern
+    for i, part in enumerate((ROWS[form][:9], ROWS[form][9:10], ROWS[form][10:])):
+        write_parquet(f"data/{i}.parquet", part)
+        write_parquet(f"tree/{i}/train.parquet", part)
+    parts = [f"{i}.parquet" for i in range(3)]
+    for path, names in {
+        "all.parquet": ["all.parquet"],
+        "in[1].parquet": ["in[1].parquet"],
+        "data": parts,
+        "data/[0-2].parquet": parts,
+        "tree/**/*.parquet": [f"{i}/train.parquet" for i in range(3)],
+    }.items():
+        directory = prepare_parquet(path)
+        assert shards(directory) == expected
+        sources = read_manifest(directory)["sources"]
+        assert [source["name"] for source in sources] == names
+        assert all(len(source["sha256"]) == 64 and source["bytes"] > 0 for source in sources)
+
+
+def test_parquet_reads_no_other_column():
+    write_parquet("in.parquet", [{"text": f"t{i}", "other": f"other {i}" * 9} for i in range(23)])
+    expected = shards(prepare_parquet("in.parquet"))
+    content = bytearray(Path("in.parquet").read_bytes())
+    metadata = pq.ParquetFile("in.parquet").metadata
+    for group in range(metadata.num_row_groups):
+        column = metadata.row_group(group).column(1)
+        assert column.path_in_schema == "other"
+        start = column.dictionary_page_offset or column.data_page_offset
+        content[start : start + column.total_compressed_size] = (
+            bytes([255]) * column.total_compressed_size
+        )
+    Path("in.parquet").write_bytes(content)
+    with pytest.raises((pa.ArrowException, OSError)):
+        pq.read_table("in.parquet")
+    assert shards(prepare_parquet("in.parquet")) == expected
+
+
+def test_parquet_nulls_and_blanks_are_dropped(tokenizer):
+    texts = ["a", None, "", " \n", "b"]
+    write_parquet("text.parquet", [{"text": text} for text in texts])
+    out = prepare_parquet("text.parquet")
+    assert texts_of(out, tokenizer) == ["a<|endoftext|>", "b<|endoftext|>"]
+    assert read_manifest(out)["dropped"] == empty(3)
+
+    def chat(answer):
+        return {"messages": [USER, {"role": "assistant", "content": answer}]}
+
+    rows = [chat("a"), {"messages": None}, {"messages": []}, chat(None), chat(" "), chat("b")]
+    write_parquet("chat.parquet", rows)
+    manifest = read_manifest(prepare_parquet("chat.parquet"))
+    assert manifest["documents"] == 2 and manifest["dropped"] == empty(4)
+
+    rows = [{"question": q, "answer": a} for q, a in ("qa", "qb", ("q", None), (None, "a"), "q ")]
+    write_parquet("qa.parquet", rows)
+    manifest = read_manifest(prepare_parquet("qa.parquet"))
+    assert manifest["documents"] == 2 and manifest["dropped"] == empty(3)
+
+
+def test_parquet_for_validation(tokenizer):
+    write_parquet("val.parquet", [{"text": "v1"}, {"text": None}, {"text": "v2"}])
+    out = prepare("a<|endoftext|>b", val_file_path="val.parquet", val_split=0)
+    val = open_split(out, "val")[0]
+    assert [tokenizer.decode(val[i]) for i in range(2)] == ["v1<|endoftext|>", "v2<|endoftext|>"]
+    manifest = read_manifest(out)
+    assert [source["name"] for source in manifest["sources"]] == ["in.txt", "val.parquet"]
+    assert manifest["dropped"] == empty(1)
+
+
+TEXTS = [{"text": f"t{i}"} for i in range(12)]
+ASSISTANT = {"role": "assistant", "content": "y"}
+
+
+@pytest.mark.parametrize(
+    "rows, changed, path, error",
+    [
+        ([{"id": 1}], {}, "", "in.parquet has the columns 'id', not exactly one of 'text', "),
+        ([{"text": "a", "messages": [USER]}], {}, "", "has the columns 'text', 'messages', not"),
+        ([{"question": "a"}], {}, "", "in.parquet has the columns 'question', not exactly one"),
+        ([{"text": 5}], {}, "", 'in.parquet, row group 0, row 0: "text" is not a string but int'),
+        ([{"text": b"x"}], {}, "", '"text" is not a string but bytes: correct the row'),
+        ([{"text": None}] * 3, {}, "", "in.parquet holds no examples"),
+        ([{"text": " "}] * 3, {}, "", "in.parquet holds no examples"),
+        ([{"question": "a", "answer": 1.5}], {}, "", 'row 0: "answer" is not a string but float'),
+        ([{"messages": "[]"}], {}, "", "row 0: a conversation is a non-empty list"),
+        ([{"messages": ["x"]}], {}, "", 'row 0: message 1 is not {"role"'),
+        ([{"messages": [{"role": "user"}]}], {}, "", 'row 0: message 1 is not {"role"'),
+        (
+            [{"messages": [USER, ASSISTANT]}] * 7 + [{"messages": [USER, USER]}],
+            {},
+            "",
+            "in.parquet, row group 1, row 2: message 2 has role 'user'",
+        ),
+        ([{"messages": [USER]}], {}, "", "the conversation ends with a user turn"),
+        (
+            [{"messages": [USER, {"role": None, "content": None}]}],
+            {},
+            "",
+            "row group 0, row 0: message 2 has role None",
+        ),
+        (TEXTS, {}, "none.parquet", "none.parquet does not exist"),
+        (TEXTS, {}, "no*.parquet", "no files match --input_file_path=no*.parquet"),
+        (TEXTS, {}, "*.txt", "*.txt: a pattern must end with .parquet"),
+        (TEXTS, {}, "folder", "folder is a directory without .parquet files"),
+        (TEXTS, {"trust_control_tokens": True}, "", "trust_control_tokens is for .txt files only"),
+        (TEXTS, {"trust_control_tokens": True}, "*.parquet", "is for .txt files only"),
+        (TEXTS, {"trust_control_tokens": True}, "more", "is for .txt files only"),
+        (TEXTS, {}, "more", "more/2.parquet, row group 0, row 0: a chat example after text"),
+        (TEXTS, {"val_file_path": "more/2.parquet"}, "", "holds text examples but more/2.parquet "),
+        (TEXTS, {"val_file_path": "more/3.txt"}, "", "more/3.txt does not exist"),
+    ],
+)
+def test_parquet_mistakes_are_one_line_and_leave_nothing(rows, changed, path, error):
+    Path("folder").mkdir()
+    write_parquet("more/1.parquet", TEXTS)
+    write_parquet("more/2.parquet", [{"question": "q", "answer": "a"}])
+    write_parquet("in.parquet", rows)
+    with pytest.raises(UserError) as caught:
+        prepare_parquet(path or "in.parquet", **changed)
+    message = str(caught.value)
+    assert error in message
+    assert "\n" not in message and len(message) < 600
+    assert sorted(os.listdir()) == ["folder", "in.parquet", "more"]
+
+
+def test_damaged_parquet_names_the_row_group():
+    write_parquet("in.parquet", TEXTS)
+    content = Path("in.parquet").read_bytes()
+    column = pq.ParquetFile("in.parquet").metadata.row_group(1).column(0)
+    start = column.dictionary_page_offset or column.data_page_offset
+    middle = content[:start] + b"\xff" * 40 + content[start + 40 :]
+    for damaged, error in [
+        (middle, "in.parquet, row group 1 is damaged or not Parquet"),
+        (content[:-20], "in.parquet is damaged or not Parquet"),
+        (b"text,id\na,1\n", "in.parquet is damaged or not Parquet"),
+        (b"", "in.parquet is empty"),
+    ]:
+        Path("in.parquet").write_bytes(damaged)
+        with pytest.raises(UserError, match=error):
+            prepare_parquet("in.parquet")
+        assert os.listdir() == ["in.parquet"]
+    invalid = pa.array([b"ok", b"a\xff"]).view(pa.utf8())
+    write_parquet("in.parquet", TEXTS[:2], text=invalid)
+    with pytest.raises(UserError, match="in.parquet, row group 0 is damaged"):
+        prepare_parquet("in.parquet")
 
 
 def test_a_mistake_leaves_the_old_output(tokenizer):
@@ -446,15 +626,19 @@ def test_a_killed_run_leaves_the_old_output(tokenizer, signal_number):
     assert texts_of(Path("out"), tokenizer) == ["new 1<|endoftext|>", "new 2<|endoftext|>"]
 
 
+# Not ru_maxrss, which on Linux begins with that of the process which started this one.
 PEAK = """
-import resource, sys
+import pathlib, sys
 import prepare_dataset
 
 prepare_dataset.main(sys.argv[1:])
-print("peak KiB", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+status = pathlib.Path("/proc/self/status").read_text()
+print("peak KiB", status.partition("VmHWM:")[2].split()[0])
 """
+needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs /proc")
 
 
+@needs_proc
 def test_memory_does_not_grow_with_the_input():
     """60 MB take at most 30 MB more than 6 MB do; text and ids held whole would take 100."""
     rng = random.Random(0)
@@ -476,6 +660,30 @@ def test_memory_does_not_grow_with_the_input():
         peaks[times] = size, int(result.stdout.split()[-1]) * 1024
     assert peaks[10][0] > 50e6
     assert peaks[10][1] - peaks[1][1] < 30e6, peaks
+
+
+@needs_proc
+def test_memory_does_not_grow_with_a_row_group():
+    """One row group of 50 MB takes at most 30 MB more than one of 5 MB does."""
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghijklmnop", k=rng.randrange(2, 9))) for _ in range(5000)]
+    texts = [" ".join(rng.choices(words, k=600)) for _ in range(1500)]
+    peaks = {}
+    for times in (1, 10):
+        table = pa.table({"text": texts * times})
+        pq.write_table(table, "in.parquet", compression="none", use_dictionary=False)
+        assert pq.ParquetFile("in.parquet").num_row_groups == 1
+        del table
+        result = subprocess.run(
+            [sys.executable, "-c", PEAK, "--input_file_path=in.parquet", "--output_dir=out"],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        peaks[times] = int(result.stdout.split()[-1]) * 1024
+    assert os.path.getsize("in.parquet") > 45e6
+    assert peaks[10] - peaks[1] < 30e6, peaks
 
 
 def test_an_earlier_writer_is_closed_when_the_second_input_fails(monkeypatch):
