@@ -82,6 +82,7 @@ static floats load(const int8_t* at) {
     return __builtin_convertvector(__builtin_convertvector(values, ints), floats);
 #endif
 }
+
 // w . x in float. One stream of memory in order, and four sums that do not wait for each other.
 template <class W>
 static float dot(const W* w, const float* x, int64_t n) {

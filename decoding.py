@@ -102,8 +102,9 @@ def native_library() -> ctypes.CDLL | None:
     if not compiler or not SOURCE.exists():
         return None
     try:
-        processor = Path("/proc/cpuinfo").read_text("utf-8").split("\n\n")[0]
-        processor = "".join(line for line in processor.splitlines() if "flags" in line.lower())
+        lines = Path("/proc/cpuinfo").read_text("utf-8").split("\n\n")[0].splitlines()
+        names = ("model name", "flags", "Features", "CPU part")  # the last two: ARM
+        processor = "\n".join(line for line in lines if line.startswith(names))
     except OSError:
         processor = platform.processor() + platform.machine()
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -321,7 +322,7 @@ def generate_steps(
 
         for step in range(max(budgets)):
             tokens = sample(logits, temperature, top_k, top_p, generator)  # (B,)
-            found = tokens.to("cpu", non_blocking=True)
+            found = tokens.to("cpu", non_blocking=weight.is_cuda)
             more = step + 1 < max(budgets)
             if weight.is_cuda:  # the next step is queued before this one's tokens are waited for
                 copied = torch.cuda.Event()
