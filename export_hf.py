@@ -235,7 +235,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     After an error or an interrupt nothing of it is left and `target` is as it was. UserError if
     `target` is something else than an earlier export, which must not be lost.
     """
-    target = Path(os.path.abspath(target))
+    target = Path(os.path.realpath(target))
     if target.exists() and not is_export(target):
         raise UserError(f"{target} is there and is no earlier export: choose another --output")
     temporary = target.with_name(target.name + ".tmp")

@@ -133,26 +133,30 @@ def hub_file(
     from huggingface_hub.errors import (
         EntryNotFoundError,
         HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
     )
 
-    cached = isinstance(try_to_load_from_cache(repo_id, name, revision=revision), str)
     what = f"{repo_id} ({name})"
     try:
+        cached = isinstance(try_to_load_from_cache(repo_id, name, revision=revision), str)
         path = Path(hf_hub_download(repo_id, name, revision=revision))
     except RepositoryNotFoundError as error:  # a gated one too
         raise UserError(
             f"the hub has no model {repo_id}, or not for you: check the name, or set HF_TOKEN "
             f"({type(error).__name__})"
         ) from None
-    except LocalEntryNotFoundError:
+    except HFValidationError:
+        raise UserError(f"{repo_id} is no hub id: write owner/name") from None
+    except LocalEntryNotFoundError as error:
         if optional:
             return None
         if constants.is_offline_mode():
             reason = "HF_HUB_OFFLINE is set: unset it for one run"
         else:
-            reason = f"{constants.ENDPOINT} does not answer: connect for one run"
+            cause = type(error.__cause__).__name__
+            reason = f"{constants.ENDPOINT} cannot give it ({cause}): connect for one run"
         raise UserError(
             f"{what} is not in the local cache and {reason}, or give the path of a .pt or a folder"
         ) from None
