@@ -74,8 +74,9 @@ def load_tokenizer(path: str | Path | None = None) -> "Tokenizer":
 class Tokenizer:
     """Text to ids and back; build it with `load_tokenizer`. Safe to share between threads.
 
-    Attributes: `vocab_size`; `pad_id`, `eos_id`, `assistant_id`, `user_id`, `bos_id`; `sha256` of
-    the JSON file; `token_bytes` (V,) int64, the UTF-8 bytes of each id, 0 for control tokens.
+    Attributes: `vocab_size`; `pad_id`, `eos_id`, `assistant_id`, `user_id`, `bos_id`; `json_text`
+    and `sha256` of the file; `token_bytes` (V,) int64, the UTF-8 bytes of each id, 0 for control
+    tokens.
     """
 
     def __init__(self, content: bytes):
@@ -89,6 +90,7 @@ class Tokenizer:
         )
         if sorted(control.values()) != list(range(self.n_text, self.vocab_size)):
             raise ValueError("the control tokens are not the last ids")
+        self.json_text = content.decode("utf-8")
         self.sha256 = hashlib.sha256(content).hexdigest()
 
         byte_of = {stand_in: byte for byte, stand_in in bytes_to_unicode().items()}
@@ -102,7 +104,7 @@ class Tokenizer:
         # Ordinary text goes through a tokenizer that does not have the control tokens at all.
         self._ordinary_json = json.dumps(settings | {"added_tokens": []})
         self._ordinary = HFTokenizer.from_str(self._ordinary_json)
-        self._with_control = HFTokenizer.from_str(content.decode("utf-8"))
+        self._with_control = HFTokenizer.from_str(self.json_text)
         self._encode_fast: Callable[[list[bytes]], tuple] | None = None
         self._fast_checked = False
         self._fast_bytes = 0  # encoded since gigatoken last started
