@@ -7,7 +7,6 @@ A backend knows ids and logits only: prompts, sampling, stopping and text live i
 """
 
 import os
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +16,9 @@ import torch
 
 from checkpoint import load_model
 from config import UserError
-from model import GPT, KVCache
+from decoding import Decoder, KVCache
+from model import GPT
+from pretrained import CONFIG, model_folder, read_json
 
 BACKENDS = ("torch", "huggingface", "onnx")
 DTYPES = {
@@ -55,10 +56,10 @@ def checked(ids: Sequence[int], block_size: int) -> list[int]:
 
 
 class TorchBackend:
-    """The project's own model with its KV cache."""
+    """The project's own model with its KV cache; `weights` as of `decoding.Decoder`."""
 
-    def __init__(self, gpt: GPT):
-        self.gpt = gpt.eval()
+    def __init__(self, gpt: GPT, weights: str | None = None):
+        self.gpt, self.decoder = gpt.eval(), Decoder(gpt, weights)
         self.block_size, self.vocab_size = gpt.config.block_size, gpt.config.vocab_size
         self.cache = KVCache.empty(gpt.config, 1, like=gpt.tok_embeddings.weight.detach())
         self.cached: list[int] = []  # the ids whose keys and values are in the cache
@@ -69,10 +70,13 @@ class TorchBackend:
         known = min(common_prefix(self.cached, ids), len(ids) - 1)
         self.cached = ids[:known]  # what is surely there if Ctrl-C ends this call halfway
         self.cache.lengths.fill_(known)
-        new = torch.tensor([ids[known:]], device=self.cache.keys.device)  # (1, T)
-        x = self.gpt.hidden(new, cache=self.cache)[:, -1]  # (1, C)
+        new = torch.tensor(ids[known:], device=self.cache.keys.device)  # (T,)
+        if len(new) == 1:
+            logits = self.decoder(new, self.cache)
+        else:
+            logits = self.gpt.lm_head(self.gpt.hidden(new[None], cache=self.cache)[:, -1])
         self.cached = ids
-        return self.gpt.lm_head(x)[0].float()
+        return logits[0].float()
 
 
 class HuggingFaceBackend:
@@ -116,17 +120,17 @@ def open_backend(
         if dtype is not None:
             raise UserError("an ONNX file has its own dtype: export it with --dtype instead")
         return open_onnx(model, device)
-    device, dtype = known_device(device), known_dtype(dtype)
-    if kind == "huggingface" and not str(model).endswith(".pt"):
-        config = transformers_config(str(model))
-        if config is not None:
-            return open_transformers(str(model), device, dtype)
-    elif kind == "huggingface":
-        raise UserError(
-            f"{model} is a checkpoint: use the torch backend, or export it with "
-            f"python export.py --model={model} --format=hf"
-        )
-    return TorchBackend(load_model(model, device, dtype))
+    device = known_device(device)
+    if kind == "huggingface":
+        folder = transformers_folder(model)
+        if folder is not None:
+            return open_transformers(folder, device, known_dtype(dtype))
+    if str(dtype) == "int8":
+        try:
+            return TorchBackend(load_model(model, device), weights="int8")
+        except ValueError as error:
+            raise UserError(str(error)) from None
+    return TorchBackend(load_model(model, device, known_dtype(dtype)))
 
 
 def known_device(device: str | torch.device | None) -> torch.device:
@@ -145,48 +149,47 @@ def known_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     """The dtype of that name; None keeps the model's."""
     name = str(dtype or "").removeprefix("torch.")
     if name and name not in DTYPES:
-        raise UserError(f"dtype={name!r}: choose one of {', '.join(DTYPES)}")
+        names = ", ".join(DTYPES)
+        raise UserError(f"dtype={name!r}: choose one of {names}, or int8 with the torch backend")
     return DTYPES.get(name)
 
 
-def transformers_config(name: str) -> dict[str, Any] | None:
-    """The config.json of a folder or hub id, or None if transformers has no such model itself.
+def transformers_folder(model: str | os.PathLike) -> Path | None:
+    """The folder of a model on disk or on the hub, or None if transformers has no such model.
 
     Code that a folder or the hub brings along is never run: our own loader reads those models.
     """
-    from transformers import CONFIG_MAPPING, PretrainedConfig
+    from transformers import CONFIG_MAPPING
 
-    if not Path(name).exists() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        raise UserError(f"{name} is not there: give a folder that export.py wrote, or a hub id")
-    try:
-        config, _ = PretrainedConfig.get_config_dict(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    folder = model_folder(model)
+    if folder is None and Path(model).is_file():
         raise UserError(
-            f"{name} has no config.json that can be read ({reason}): give a folder that export.py "
-            "wrote or a hub id, and be online the first time"
-        ) from None
-    return config if config.get("model_type") in CONFIG_MAPPING else None
+            f"{model} is a file: use the torch backend, or export it with "
+            f"python export.py --model={model} --format=hf"
+        )
+    if folder is None:
+        return None  # load_model says what is wrong
+    return folder if read_json(folder / CONFIG).get("model_type") in CONFIG_MAPPING else None
 
 
 def open_transformers(
-    name: str, device: torch.device, dtype: torch.dtype | None
+    folder: Path, device: torch.device, dtype: torch.dtype | None
 ) -> HuggingFaceBackend:
-    """A model that transformers knows, from a folder or a hub id, safetensors only."""
+    """A model that transformers knows, safetensors only."""
     from transformers import AutoModelForCausalLM
 
     try:
         with transformers_quiet():
             model, report = AutoModelForCausalLM.from_pretrained(
-                name, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
+                folder, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
             )
     except (KeyError, OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{name} cannot be loaded by transformers: {reason}") from None
+        raise UserError(f"{folder} cannot be loaded by transformers: {reason}") from None
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if report[kind]:  # transformers would go on with random weights
             first = sorted(map(str, report[kind]))[0]
-            raise UserError(f"{name}: its tensors are not its config's, {kind}: {first}")
+            raise UserError(f"{folder}: its tensors are not its config's, {kind}: {first}")
     return HuggingFaceBackend(model.to(device))
 
 

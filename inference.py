@@ -37,7 +37,7 @@ from tokenizer import Tokenizer, load_tokenizer
 backend = "torch"  # or "huggingface", "onnx"
 model = "checkpoints_ft/best_model.pt"  # a .pt, an exported folder, a hub id, "130m-instruct"
 device = ""  # "cpu", "cuda"; empty: the GPU where there is one
-dtype = ""  # "float32", "bfloat16", "float16"; empty: the model's
+dtype = ""  # "float32", "bfloat16", "float16"; "int8": torch on the CPU; empty: the model's
 
 # What to do; with none of these, a chat in the terminal, or one answer to what is piped in
 prompt = ""  # answer this and exit
@@ -53,10 +53,6 @@ top_p = 0.95  # keep the fewest tokens whose probabilities reach this; 1: all
 top_k = 0  # keep this many tokens; 0: all
 seed = 0  # of the sampling; -1: another one in every run
 
-VERSIONS = {
-    "130m-instruct": "Nikity/lille-130m-instruct",
-    "130m-base": "Nikity/lille-130m-base",
-}
 SWITCHES = ("--completion", "--speed", "--web")  # these may stand without =True
 
 
@@ -71,10 +67,11 @@ def lille(
 
     `backend` is "torch" (everything), "huggingface" (transformers) or "onnx". `model` is a `.pt`, a
     folder that export.py wrote, a hub id, or "130m-instruct" / "130m-base". `device` None takes
-    the GPU where there is one, `dtype` None the model's. With a `seed` the same calls in the same
-    order give the same texts. Raises UserError, one line that says what to do.
+    the GPU where there is one, `dtype` None the model's; "int8" (torch, CPU) decodes with weights
+    rounded to eight bits. With a `seed` the same calls in the same order give the same texts.
+    Raises UserError, one line that says what to do.
     """
-    opened = open_backend(backend, VERSIONS.get(str(model), model), device, dtype)
+    opened = open_backend(backend, model, device, dtype)
     tokenizer = load_tokenizer()
     if opened.vocab_size != tokenizer.vocab_size:
         raise UserError(
