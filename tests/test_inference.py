@@ -187,7 +187,7 @@ def test_an_interrupted_forward_leaves_a_cache_that_is_right(tmp_path):
             with pytest.raises(KeyboardInterrupt):
                 backend.logits(ids)
         hook.remove()
-        for ids in ([1, 2, 7, 7, 5, 6], [1, 2, 3, 4, 5, 6, 7]):
+        for ids in ([1, 2, 3, 4, 5, 6, 7], [1, 2, 7, 7, 5, 6]):
             with torch.no_grad():
                 expected = forward(torch.tensor([ids]))[0, -1]
             assert torch.allclose(backend.logits(ids), expected, rtol=1e-4, atol=1e-4), name
