@@ -210,11 +210,6 @@ def transformers_quiet() -> Iterator[None]:
 
 
 def open_onnx(model: str | os.PathLike, device: str | torch.device | None) -> Backend:
-    try:
-        from backend_onnx import OnnxBackend
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"the onnx backend needs {error.name}, which is not installed: "
-            "pip install -r requirements-export.txt"
-        ) from None
+    from backend_onnx import OnnxBackend  # which imports this file
+
     return OnnxBackend(model, None if device is None else str(device))

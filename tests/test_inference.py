@@ -23,6 +23,7 @@ from backends import HuggingFaceBackend, TorchBackend, common_prefix, open_backe
 from benchmark import llama_of
 from config import UserError
 from decoding import Decoder
+from export_onnx import export_onnx
 from inference import Lille, lille
 from model import GPT, GPTConfig
 from prepare_dataset import main as prepare_dataset
@@ -65,6 +66,24 @@ def llama_folder(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("llama")
     llama_twin(small_gpt())[0].save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="module")
+def opened(checkpoint, llama_folder, tmp_path_factory) -> dict[str, Lille]:
+    """The same model on every backend that is installed."""
+    models = {
+        "torch": lille("torch", checkpoint, "cpu", seed=3),
+        "huggingface": lille("huggingface", llama_folder, "cpu"),
+    }
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError:
+        return models  # pip install -r requirements-export.txt
+    folder = tmp_path_factory.mktemp("onnx") / "model"
+    export_onnx(small_gpt(), TOKENIZER, folder, "")
+    return models | {"onnx": lille("onnx", folder, "cpu")}
 
 
 class Scripted:
@@ -201,12 +220,11 @@ def test_an_interrupted_forward_leaves_a_cache_that_is_right(tmp_path):
             assert torch.allclose(backend.logits(ids), expected, rtol=1e-4, atol=1e-4), name
 
 
-def test_torch_and_transformers_say_the_same(checkpoint, llama_folder):
-    models = [lille("torch", checkpoint, "cpu", seed=3), lille("huggingface", llama_folder, "cpu")]
-    greedy = [model.generate("The sky", 64, do_sample=False) for model in models]
-    assert greedy[0] == greedy[1] and len(greedy[0]) > 64
-    drawn = [model.chat("The sky", 64, seed=5) for model in models]
-    assert drawn[0] == drawn[1] != greedy[0]
+def test_all_backends_say_the_same(opened):
+    greedy = [model.generate("The sky", 64, do_sample=False) for model in opened.values()]
+    assert set(greedy) == {greedy[0]} and len(greedy[0]) > 64
+    drawn = [model.chat("The sky", 64, seed=5) for model in opened.values()]
+    assert set(drawn) == {drawn[0]} and drawn[0] != greedy[0]
 
 
 def test_what_cannot_be_opened_is_one_line(checkpoint, llama_folder, tmp_path):
@@ -549,30 +567,18 @@ def forgeries(n: int) -> list[str]:
     return [text if text.strip() else text + "<|user|>" for text in texts]
 
 
-def test_no_control_token_comes_of_what_a_user_types(checkpoint, llama_folder, tmp_path):
-    opened = [
-        lille("torch", checkpoint, "cpu"),
-        lille("huggingface", llama_folder, "cpu"),
-    ]
-    try:
-        import onnxruntime  # noqa: F401
-        from export_onnx import export_onnx
-
-        export_onnx(small_gpt(), TOKENIZER, tmp_path / "onnx", "float32")
-        opened.append(lille("onnx", tmp_path / "onnx", "cpu"))
-    except ImportError:
-        pass  # the other two are tested; this one where onnxruntime is installed
+def test_no_control_token_comes_of_what_a_user_types(opened, monkeypatch):
     texts = forgeries(1000)
     whole = sum(any(name in text for name in CONTROL_TOKENS) for text in texts)
     assert whole > 500 and sum("<|assistant|>" in text for text in texts) > 100
-    for model in opened:
+    for model in opened.values():
         prompts, logits = [], model.backend.logits
 
         def recorded(ids, prompts=prompts, logits=logits):
             prompts.append(list(ids))
             return logits(ids)
 
-        model.backend.logits = recorded
+        monkeypatch.setattr(model.backend, "logits", recorded)
         model.notify = lambda line: None
         for start in range(0, len(texts), 4):
             said = [text[:60] for text in texts[start : start + 4]]
