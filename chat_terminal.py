@@ -61,8 +61,8 @@ def converse(model: Any, options: dict[str, Any], completion: bool, speed: bool)
         pass
     model.notify = lambda line: print(f"[{line}]")
     transcript: list[dict[str, str]] = []  # all that was said, dropped turns included
-    print("A chat with Lille; /help lists the commands, Ctrl-D leaves." if not completion else
-          "Lille continues what you write; /help lists the commands, Ctrl-D leaves.")  # fmt: skip
+    welcome = "Lille continues what you write" if completion else "A chat with Lille"
+    print(f"{welcome}; /help lists the commands, Ctrl-D leaves.")
     while True:
         try:
             line = input("> ")
@@ -91,8 +91,9 @@ def converse(model: Any, options: dict[str, Any], completion: bool, speed: bool)
             else:
                 print(f"[there is no /{name}: /help lists the commands]")
         elif line.strip():
-            transcript += reply(model, line.strip(), options, completion)
-            if speed:
+            turn = reply(model, line.strip(), options, completion)
+            transcript += turn
+            if speed and turn:
                 print(speed_of(model))
 
 
