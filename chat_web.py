@@ -1,7 +1,10 @@
 """The browser side of inference.py: gradio's chat page, on this machine only.
 
-pip install -r requirements-web.txt
-python inference.py --web
+    pip install -r requirements-web.txt
+    python inference.py --web
+
+Nothing is told to anybody else: no analytics, no sharing, and the page may load nothing from other
+hosts, not even an image that an answer names.
 """
 
 import inspect
@@ -14,7 +17,15 @@ from typing import Any
 from config import UserError
 
 ADDRESS = "127.0.0.1"  # not reachable from other machines
-LAUNCH = {"ssr_mode": False, "footer_links": [], "run_history": False, "enable_monitoring": False}
+# The browser refuses to load anything from elsewhere.
+POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
+LAUNCH = {
+    "ssr_mode": False,
+    "footer_links": [],
+    "run_history": False,
+    "enable_monitoring": False,
+    "head": f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
+}
 
 
 def require_gradio() -> None:

@@ -1,18 +1,22 @@
 """Talk to a model: a chat in the terminal or the browser, one answer, a completion, an API.
 
-python inference.py                                   # a chat with checkpoints_ft/best_model.pt
-python inference.py --web                             # the same in a browser, on this machine
-python inference.py --prompt="What is the capital of France?"
-python inference.py --model=checkpoints/best_model.pt --completion --prompt="The sky is"
-echo "What is the capital of France?" | python inference.py --model=130m-instruct
+    python inference.py                                   # a chat with checkpoints_ft/best_model.pt
+    python inference.py --web                             # the same in a browser, on this machine
+    python inference.py --prompt="What is the capital of France?"
+    python inference.py --model=checkpoints/best_model.pt --completion --prompt="The sky is"
+    echo "What is the capital of France?" | python inference.py --model=130m-instruct
 
-from inference import lille
-model = lille("huggingface", "130m-instruct")  # or "torch", "onnx"; a .pt, a folder, a hub id
-model.chat("What is the capital of France?", max_new_tokens=50)
-for text in model.stream("And of Spain?"):
-    print(text, end="", flush=True)
-model.reset_chat()
-model.generate("Artificial Intelligence is", max_new_tokens=50, temperature=0.9)
+From Python, with the history of the conversation kept between calls:
+
+    from inference import lille
+    model = lille("huggingface", "130m-instruct")  # or "torch", "onnx"; a .pt, a folder, a hub id
+    model.chat("What is the capital of France?", max_new_tokens=50)
+    for text in model.stream("And of Spain?"):
+        print(text, end="", flush=True)
+    model.reset_chat()
+    model.generate("Artificial Intelligence is", max_new_tokens=50, temperature=0.9)
+
+What a user types is encoded as ordinary text: it cannot become a control token.
 """
 
 import codecs

@@ -1,9 +1,12 @@
 """The chat page in a real browser, headless.
 
-pip install -r requirements-web.txt playwright     # and a Chromium, such as Debian's package
+    pip install -r requirements-web.txt playwright
+
+It also takes a Chromium, such as Debian's package; without one of these the tests are skipped.
 """
 
 import contextlib
+import http.server
 import os
 import re
 import shutil
@@ -11,7 +14,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -159,6 +164,29 @@ def test_an_answer_grows_and_the_conversation_goes_on(visitor, served):
     assert backend.prompts[-1] == prompt("Anew")
     hosts = {url.split("/")[2].split(":")[0] for url in visitor.requests if url.startswith("http")}
     assert hosts == {"127.0.0.1"}  # nothing is loaded from, or told to, anybody else
+
+
+def test_a_text_cannot_make_the_browser_load_anything(visitor):
+    """Answers and questions are shown as Markdown, which can name images on any host."""
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_error(404)
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        visitor.ask(f'![x]({address}/markdown.png) <img src="{address}/html.png">')
+        visitor.wait_for(lambda: visitor.page.locator(".user.message img").count() == 2)
+        visitor.page.wait_for_timeout(500)
+        assert asked == []
+        assert urllib.request.urlopen(visitor.page.url, timeout=30).status == 200
+        with pytest.raises(urllib.error.HTTPError):  # the server would have answered
+            urllib.request.urlopen(f"{address}/test", timeout=30)
+        server.shutdown()
+    assert asked == ["/test"]
 
 
 def test_every_browser_has_its_own_conversation(browser, served, visitor):
