@@ -10,6 +10,8 @@ else at the same time.
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +26,8 @@ section = "all"
 rounds = 5  # timed repetitions of each, after one that is not counted
 batch_size = 2  # rows of 512 tokens of the full model in "step"
 new_tokens = 64  # of each answer in "decode"
+onnx = ""  # also time these exports of a full model in "decode", with a comma between
+gguf = ""  # and these, by llama-cpp-python
 compile = False  # also time torch.compile in "step" and "decode"; each takes a minute or two
 
 
@@ -135,7 +139,34 @@ def step(batch_size: int, compiled: bool, rounds: int) -> None:
     compare(title, contestants, rounds)
 
 
-def decode(new_tokens: int, compiled: bool, rounds: int) -> None:
+def exports(onnx: str, gguf: str, prompt: list[int], n: int) -> dict[str, Callable[[], object]]:
+    """Greedy answers of n tokens by onnxruntime and llama.cpp, for each of the files."""
+    contestants: dict[str, Callable[[], object]] = {}
+    for path in filter(None, onnx.split(",")):
+        from backend_onnx import OnnxBackend
+
+        def onnx_answer(backend: OnnxBackend) -> None:
+            ids = list(prompt)
+            for _ in range(n):
+                ids.append(int(backend.logits(ids).argmax()))
+
+        contestants[f"onnxruntime, {Path(path).name}"] = partial(onnx_answer, OnnxBackend(path))
+    for path in filter(None, gguf.split(",")):
+        from llama_cpp import Llama
+
+        def gguf_answer(llama: Llama) -> None:
+            llama.reset()
+            llama.eval(prompt)
+            for _ in range(n - 1):
+                llama.eval([llama.sample(temp=0.0)])
+
+        threads = torch.get_num_threads()
+        llama = Llama(path, n_ctx=512, n_threads=threads, n_threads_batch=threads, verbose=False)
+        contestants[f"llama.cpp, {Path(path).name}"] = partial(gguf_answer, llama)
+    return contestants
+
+
+def decode(new_tokens: int, compiled: bool, rounds: int, onnx: str, gguf: str) -> None:
     """Greedy answers of the full model to 16 tokens, batch 1, against transformers' generate.
 
     The bound of each is the time to read its weights once per token, at the rate at which this
@@ -165,14 +196,16 @@ def decode(new_tokens: int, compiled: bool, rounds: int) -> None:
         return lambda: ours.generate(prompt, new_tokens, temperature=0, decoder=decoder)
 
     contestants |= {name: answer(decoder) for name, (decoder, _) in decoders.items()}
+    contestants |= exports(onnx, gguf, prompt[0].tolist(), new_tokens)
     title = f"decode, {n_parameters:,} parameters, 16 tokens in, {new_tokens} out"
     medians = compare(title, contestants, rounds)
     reading = medians.pop("reading the float32 weights once")
-    bytes_each = {name: size for name, (_, size) in decoders.items()}
+    sizes = {name: size for name, (_, size) in decoders.items()}  # bytes of a weight
+    sizes["transformers LlamaForCausalLM"] = 4
     print(f"reads {4 * n_parameters / reading / 1e9:.1f} GB/s\n{'':34} tokens/s  of its bound")
     for name, seconds in medians.items():
-        bound = reading * bytes_each.get(name, 4) / 4 * new_tokens
-        print(f"{name:34} {new_tokens / seconds:8.1f}  {bound / seconds:6.0%}")
+        share = f"{reading * sizes[name] / 4 * new_tokens / seconds:6.0%}" if name in sizes else ""
+        print(f"{name:34} {new_tokens / seconds:8.1f}  {share}")
     ids = torch.randint(ours.config.vocab_size, (1, 64))
     with torch.inference_mode():
         exact = ours(ids)[0]
@@ -201,7 +234,7 @@ def main(argv: list[str] | None = None) -> int:
     if "step" in chosen:
         step(config.batch_size, config.compile, config.rounds)
     if "decode" in chosen:
-        decode(config.new_tokens, config.compile, config.rounds)
+        decode(config.new_tokens, config.compile, config.rounds, config.onnx, config.gguf)
     return 0
 
 

@@ -1,8 +1,10 @@
 """Fast decoding against the plain forward pass: C++, CUDA graphs, rounded weights, batches."""
 
+import contextlib
 import copy
 import functools
 import subprocess
+from unittest import mock
 
 import pytest
 import torch
@@ -231,6 +233,35 @@ def test_sampling_draws_the_same_tokens_from_every_decoder():
         rows.append(model.generate([[1, 2]], 30, 0.8, generator=generator, decoder=decoder))
     assert rows[0] == rows[1] and len(rows[0][0]) == 30
     assert sample(torch.tensor([[0.0, 9.0]]), temperature=0).tolist() == [1]
+
+
+def test_a_graph_reads_and_writes_the_memory_it_was_captured_with(monkeypatch):
+    """The buffers of GraphStep, with a graph that replays by running the same Python again."""
+    captured = []
+
+    @contextlib.contextmanager
+    def capturing(graph):
+        captured.append(graph)
+        yield
+        tokens, cache, logits = graph_step.tokens, graph_step.cache, graph_step.logits
+        graph.replay = lambda: logits.copy_(graph_step.step(tokens, cache))
+
+    for name in ("Stream", "current_stream", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, mock.MagicMock)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "graph", capturing)
+    model, ids = tiny_model(), random_ids(2, 20)
+    decoder = Decoder(model, mode="eager")
+    graph_step = decoder.step = decoding.GraphStep(decoder.step)
+    with torch.inference_mode():
+        expected = model(ids)
+        for _ in range(2):  # the second cache is captured anew
+            cache = empty_cache(model, 2)
+            for start in (0, 0):  # its lengths may be other tensors from time to time
+                cache.lengths = torch.zeros(2, dtype=torch.long)
+                found = decoded(model, decoder, ids, cache, start)
+                torch.testing.assert_close(found, expected, atol=5e-5, rtol=1e-5)
+    assert len(captured) == 2
 
 
 @pytest.mark.gpu
