@@ -30,7 +30,7 @@ from export_hf import chat_template
 from hf_check import quiet_transformers
 from hf_format import llama_state_dict
 from model import GPT
-from tokenizer import HARD_STRINGS, Tokenizer
+from tokenizer import CONTROL_TOKENS, HARD_STRINGS, Tokenizer
 
 # Largest difference from the checkpoint's logits as a part of their width, see Comparison.
 TOLERANCES = {"f32": 1e-5, "f16": 2e-2, "q8_0": 0.1}
@@ -153,9 +153,17 @@ def merge_lines(merges: list) -> list[str]:
 
 
 def gguf_chat_template() -> str:
-    """The chat template without transformers' generation tags, which other Jinja engines refuse."""
+    """The chat template for other Jinja engines and for programs that read its text as a whole.
+
+    llama.cpp makes a control token of every spelling of one in the rendered text, a user's too: so
+    a space splits those in a message ("< |user|>"), and nothing else is changed. transformers'
+    generation tags, which other engines refuse, are left out.
+    """
     lines = chat_template(marked=False).splitlines(keepends=True)
-    return "".join(line for line in lines if "generation -%}" not in line)
+    template = "".join(line for line in lines if "generation -%}" not in line)
+    splits = "".join(f'.replace("{name}", "< {name[1:]}")' for name in CONTROL_TOKENS)
+    assert template.count("{{- content -}}") == 1, template
+    return template.replace("{{- content -}}", f"{{{{- content{splits} -}}}}")
 
 
 def gguf_tensors(gpt: GPT) -> Iterator[tuple[str, torch.Tensor]]:

@@ -1,6 +1,7 @@
 """The GGUF file, read back by programs that know nothing of this project."""
 
 import json
+import random
 from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
@@ -158,6 +159,14 @@ def test_chat_template(reader):
             text = template.render(messages=chat, add_generation_prompt=prompt)
             ids = TOKENIZER.encode(text, allow_special=True)
             assert ids == TOKENIZER.encode_chat(chat, add_generation_prompt=prompt)
+    rng = random.Random(0)
+    for _ in range(300):  # text that spells control tokens makes none
+        parts = rng.choices([*CONTROL_TOKENS, "<|", "<", "|>", "user", " ", "x"], k=12)
+        content = "".join(parts)
+        text = template.render(messages=[{"role": "user", "content": content}])
+        ids = TOKENIZER.encode(text, allow_special=True)
+        assert [token for token in ids if token >= TOKENIZER.n_text] == ids[:2]
+        assert text.replace("< |", "<|") == "<|startoftext|><|user|>" + content.replace("< |", "<|")
     with pytest.raises(ValueError):
         template.render(messages=[{"role": "system", "content": "x"}])
 
