@@ -1,7 +1,7 @@
 """Speed, measured side by side: each section times ours and its peers in turn in one process.
 
-    python benchmark.py                    # all sections on the CPU, about four minutes
-    python benchmark.py --section=head     # "head", "optimizer" or "step"
+    python benchmark.py                    # all sections on the CPU, about five minutes
+    python benchmark.py --section=head     # "head", "optimizer", "step" or "decode"
 
 Prints the median and range of each, after a warm-up, and its ratio to the first peer. Run nothing
 else at the same time.
@@ -10,23 +10,34 @@ else at the same time.
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from config import UserError, config_from_constants, run_script
 from cross_entropy import linear_cross_entropy
-from model import GPT, GPTConfig
+from decoding import Decoder
+from model import GPT, GPTConfig, KVCache
 from sophia_triton import SophiaG
 
 section = "all"
 rounds = 5  # timed repetitions of each, after one that is not counted
 batch_size = 2  # rows of 512 tokens of the full model in "step"
-compile = False  # also time the compiled model in "step"; it compiles for about a minute
+new_tokens = 64  # of each answer in "decode"
+onnx = ""  # also time these exports of a full model in "decode", with a comma between
+gguf = ""  # and these, by llama-cpp-python
+compile = False  # also time torch.compile in "step" and "decode"; each takes a minute or two
 
 
-def compare(title: str, contestants: dict[str, Callable[[], object]], rounds: int) -> None:
-    """Times the contestants in turn (A B A B ...) and prints a table; the first is the baseline."""
+def compare(
+    title: str, contestants: dict[str, Callable[[], object]], rounds: int
+) -> dict[str, float]:
+    """Times the contestants in turn (A B A B ...) and prints a table; the first is the baseline.
+
+    Returns each one's median, seconds.
+    """
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in range(rounds + 1):
         for name, function in contestants.items():
@@ -40,6 +51,7 @@ def compare(title: str, contestants: dict[str, Callable[[], object]], rounds: in
         median = statistics.median(seconds)
         spread = f"{min(seconds):.3f} to {max(seconds):.3f}"
         print(f"{name:34} {median:8.3f}  {spread:18} {median / baseline:7.3f}", flush=True)
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
 def head(n_embd: int, rounds: int) -> None:
@@ -127,9 +139,88 @@ def step(batch_size: int, compiled: bool, rounds: int) -> None:
     compare(title, contestants, rounds)
 
 
+def exports(onnx: str, gguf: str, prompt: list[int], n: int) -> dict[str, Callable[[], object]]:
+    """Greedy answers of n tokens by onnxruntime and llama.cpp, for each of the files."""
+    contestants: dict[str, Callable[[], object]] = {}
+    for path in filter(None, onnx.split(",")):
+        from backend_onnx import OnnxBackend
+
+        def onnx_answer(backend: OnnxBackend) -> None:
+            ids = list(prompt)
+            for _ in range(n):
+                ids.append(int(backend.logits(ids).argmax()))
+
+        contestants[f"onnxruntime, {Path(path).name}"] = partial(onnx_answer, OnnxBackend(path))
+    for path in filter(None, gguf.split(",")):
+        from llama_cpp import Llama
+
+        def gguf_answer(llama: Llama) -> None:
+            llama.reset()
+            llama.eval(prompt)
+            for _ in range(n - 1):
+                llama.eval([llama.sample(temp=0.0)])
+
+        threads = torch.get_num_threads()
+        llama = Llama(path, n_ctx=512, n_threads=threads, n_threads_batch=threads, verbose=False)
+        contestants[f"llama.cpp, {Path(path).name}"] = partial(gguf_answer, llama)
+    return contestants
+
+
+def decode(new_tokens: int, compiled: bool, rounds: int, onnx: str, gguf: str) -> None:
+    """Greedy answers of the full model to 16 tokens, batch 1, against transformers' generate.
+
+    The bound of each is the time to read its weights once per token, at the rate at which this
+    machine sums as many floats, measured in turn with the rest.
+    """
+    ours, theirs = GPT(GPTConfig()).eval(), llama_of(GPTConfig()).eval()
+    theirs.generation_config.eos_token_id = None  # all write equally many tokens
+    prompt = torch.randint(ours.config.vocab_size, (1, 16))
+    options = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
+    options["attention_mask"] = torch.ones_like(prompt)
+    n_parameters = ours.n_parameters()
+    floats = torch.ones(n_parameters)
+    decoders = {
+        "ours, float32, plain PyTorch": (Decoder(ours, mode="eager"), 4),
+        "ours, float32": (Decoder(ours), 4),
+        "ours, bfloat16 weights": (Decoder(ours, "bfloat16"), 2),
+        "ours, int8 weights": (Decoder(ours, "int8"), 1),
+    }
+    if compiled:
+        decoders["ours, float32, torch.compile"] = (Decoder(ours, mode="compile"), 4)
+    contestants: dict[str, Callable[[], object]] = {
+        "transformers LlamaForCausalLM": lambda: theirs.generate(prompt, **options),
+        "reading the float32 weights once": floats.sum,
+    }
+
+    def answer(decoder: Decoder) -> Callable[[], object]:
+        return lambda: ours.generate(prompt, new_tokens, temperature=0, decoder=decoder)
+
+    contestants |= {name: answer(decoder) for name, (decoder, _) in decoders.items()}
+    contestants |= exports(onnx, gguf, prompt[0].tolist(), new_tokens)
+    title = f"decode, {n_parameters:,} parameters, 16 tokens in, {new_tokens} out"
+    medians = compare(title, contestants, rounds)
+    reading = medians.pop("reading the float32 weights once")
+    sizes = {name: size for name, (_, size) in decoders.items()}  # bytes of a weight
+    sizes["transformers LlamaForCausalLM"] = 4
+    print(f"reads {4 * n_parameters / reading / 1e9:.1f} GB/s\n{'':34} tokens/s  of its bound")
+    for name, seconds in medians.items():
+        share = f"{reading * sizes[name] / 4 * new_tokens / seconds:6.0%}" if name in sizes else ""
+        print(f"{name:34} {new_tokens / seconds:8.1f}  {share}")
+    ids = torch.randint(ours.config.vocab_size, (1, 64))
+    with torch.inference_mode():
+        exact = ours(ids)[0]
+        for name, (decoder, _) in decoders.items():
+            cache = KVCache.empty(ours.config, 1, like=ours.lm_head.weight)
+            errors = []
+            for step, token in enumerate(ids[0]):
+                errors.append((decoder(token[None], cache)[0] - exact[step]).abs().max().item())
+                cache.lengths += 1
+            print(f"{name:34} largest logit error {max(errors):.1e} of {exact.abs().max():.1f}")
+
+
 def main(argv: list[str] | None = None) -> int:
     config = config_from_constants(globals(), argv)
-    sections = ("head", "optimizer", "step")
+    sections = ("head", "optimizer", "step", "decode")
     if config.section not in ("all", *sections):
         raise UserError(f"section={config.section!r} must be all or one of {', '.join(sections)}")
     chosen = sections if config.section == "all" else (config.section,)
@@ -142,6 +233,8 @@ def main(argv: list[str] | None = None) -> int:
         optimizer(config.rounds)
     if "step" in chosen:
         step(config.batch_size, config.compile, config.rounds)
+    if "decode" in chosen:
+        decode(config.new_tokens, config.compile, config.rounds, config.onnx, config.gguf)
     return 0
 
 

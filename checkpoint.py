@@ -20,6 +20,7 @@ import torch
 from config import UserError
 from files import atomic_file
 from model import GPT, GPTConfig
+from pretrained import VERSIONS, gpt_of_folder, model_folder
 
 BEST = "best_model.pt"
 KEY_PREFIXES = ("_orig_mod.", "module.")  # torch.compile, DistributedDataParallel
@@ -83,11 +84,21 @@ def model_of(state: dict[str, Any], name: str | Path, **changes: Any) -> GPT:
 def load_model(
     path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> GPT:
-    """The model of a `.pt` checkpoint, ours or the original's, in evaluation mode.
+    """A model in evaluation mode, from a checkpoint or from any form that it is published in.
 
-    `dtype` None keeps the checkpoint's. Raises UserError for anything that is not a checkpoint.
+    `path` is a `.pt`, ours or the original's; an exported folder; the original's published folder;
+    a hub id such as "Nikity/lille-130m-instruct"; "130m-instruct" or "130m-base". `dtype` None
+    keeps the weights'. UserError for anything else, and for a folder that contradicts itself.
     """
-    return model_of(load_checkpoint(path), path).to(device=device, dtype=dtype).eval()
+    folder = model_folder(path)
+    if folder is None and not Path(path).is_file():
+        what = "a folder without config.json" if Path(path).is_dir() else "not there"
+        raise UserError(
+            f"{path} is {what}: give the path of a .pt checkpoint or of an exported folder, a hub "
+            f"id like {VERSIONS['130m-instruct']}, or {' or '.join(VERSIONS)}"
+        )
+    model = gpt_of_folder(folder) if folder else model_of(load_checkpoint(path), path)
+    return model.to(device=device, dtype=dtype).eval()
 
 
 def snapshot(value: Any, copies: dict[tuple, torch.Tensor] | None = None) -> Any:

@@ -13,11 +13,9 @@ import sys
 import time
 from pathlib import Path
 
-from checkpoint import load_model
 from config import UserError, config_from_constants, run_script
 from demo_data import is_right
-from inference import answer
-from tokenizer import load_tokenizer
+from inference import Lille, lille
 
 data_dir = "data/demo"  # texts and shards
 out_dir = "checkpoints_demo"  # checkpoints, metrics and loss curves
@@ -99,13 +97,18 @@ def run_stage(title: str, command: list[str], out: str) -> float:
     return time.perf_counter() - started
 
 
-def held_out_share(model_path: str, conversations: Path) -> tuple[int, int]:
+def ask(model: Lille, question: str) -> str:
+    """The likeliest answer to a question by itself."""
+    model.reset_chat()
+    return model.chat(question, do_sample=False).strip()
+
+
+def held_out_share(model: Lille, conversations: Path) -> tuple[int, int]:
     """(right, all) answers to questions worded as none of the training conversations are."""
-    model, tokenizer = load_model(model_path), load_tokenizer()
     right = total = 0
     for line in conversations.read_text("utf-8").splitlines():
         row = json.loads(line)
-        said = answer(model, tokenizer, row["messages"][0]["content"], temperature=0.0)
+        said = ask(model, row["messages"][0]["content"])
         right, total = right + is_right(said, row["answer"]), total + 1
     return right, total
 
@@ -121,8 +124,9 @@ def main(argv: list[str] | None = None) -> int:
     print("\n=== Ask what was held out", flush=True)
     tuned = f"{config.out_dir}/finetune/best_model.pt"
     started = time.perf_counter()
-    said = answer(load_model(tuned), load_tokenizer(), QUESTION, temperature=0.0)
-    right, total = held_out_share(tuned, Path(config.data_dir, "conversations_heldout.jsonl"))
+    model = lille("torch", tuned, device="cpu")
+    said = ask(model, QUESTION)
+    right, total = held_out_share(model, Path(config.data_dir, "conversations_heldout.jsonl"))
     times.append(("Ask what was held out", time.perf_counter() - started))
     print(f"{right} of {total} questions in wordings it never saw are answered right")
     print(f"{QUESTION} {said}")

@@ -23,7 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from cross_entropy import linear_cross_entropy
-from sampling import sample
+from decoding import Decoder, KVCache, generate_steps
 
 
 @dataclass(frozen=True)
@@ -107,21 +107,6 @@ def document_mask(positions: torch.Tensor) -> torch.Tensor:
     return same_piece.tril()[:, None]
 
 
-@dataclass
-class KVCache:
-    """Keys and values of the tokens seen so far, with room for `block_size` of them."""
-
-    keys: torch.Tensor  # (n_layers, B, K, block_size, D)
-    values: torch.Tensor
-    lengths: torch.Tensor  # (B,) tokens cached in each row
-
-    @classmethod
-    def empty(cls, config: GPTConfig, batch: int, like: torch.Tensor) -> "KVCache":
-        shape = (config.n_layers, batch, config.n_kv_heads, config.block_size, config.head_dim)
-        lengths = torch.zeros(batch, dtype=torch.long, device=like.device)
-        return cls(like.new_zeros(shape), like.new_zeros(shape), lengths)
-
-
 def flash_varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu: torch.Tensor, longest: int):
     """Causal variable-length flash attention over q (N, H, D), k and v (N, K, D) -> (N, H, D).
 
@@ -148,7 +133,7 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, cos, sin, mask=None, cu_seqlens=None, cache=None, layer=0):
+    def forward(self, x, cos, sin, mask=None, cu_seqlens=None, cache=None, layer=0, positions=None):
         config = self.config
         B, T, C = x.shape
         heads, kv_heads, width = config.n_heads, config.n_kv_heads, config.head_dim
@@ -162,24 +147,15 @@ class Attention(nn.Module):
         else:
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, D)
             if cache is not None:
-                k, v, mask = self.extend(cache, layer, k, v)
+                k, v = cache.extend(layer, k, v, positions)
+                k, v = k[:, :, : mask.shape[3]], v[:, :, : mask.shape[3]]  # places that are used
+                if T == 1:  # the queries of a KV head beside each other: it is read once
+                    q = q.reshape(B, kv_heads, -1, width)
             y = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=heads != kv_heads
-            ).transpose(1, 2)  # (B, T, H, D)
+                q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != kv_heads
+            )
+            y = y.reshape(B, heads, T, width).transpose(1, 2)  # (B, T, H, D)
         return self.dropout(self.out_proj(y.reshape(B, T, C)))
-
-    @staticmethod
-    def extend(cache: KVCache, layer: int, k: torch.Tensor, v: torch.Tensor):
-        """Writes T keys and values after each row's cached ones; returns all of them and a mask."""
-        B, _, T, _ = k.shape
-        positions = cache.lengths[:, None] + torch.arange(T, device=k.device)  # (B, T)
-        rows = torch.arange(B, device=k.device)[:, None]
-        dtype = cache.keys.dtype  # autocast makes k and v narrower than the weights
-        cache.keys[layer][rows, :, positions] = k.transpose(1, 2).to(dtype)
-        cache.values[layer][rows, :, positions] = v.transpose(1, 2).to(dtype)
-        seen = torch.arange(cache.keys.shape[3], device=k.device)
-        mask = seen <= positions[:, None, :, None]  # (B, 1, T, block_size)
-        return cache.keys[layer], cache.values[layer], mask
 
 
 class FeedForward(nn.Module):
@@ -204,8 +180,8 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, x, cos, sin, mask=None, cu_seqlens=None, cache=None, layer=0):
-        x = x + self.attention(x, cos, sin, mask, cu_seqlens, cache, layer)
+    def forward(self, x, cos, sin, mask=None, cu_seqlens=None, cache=None, layer=0, positions=None):
+        x = x + self.attention(x, cos, sin, mask, cu_seqlens, cache, layer, positions)
         return x + self.feed_forward(x)
 
 
@@ -277,17 +253,17 @@ class GPT(nn.Module):
                 f"{T} tokens do not fit the context of {self.config.block_size}: shorten the text"
             )
         mask = None
-        if positions is not None and cu_seqlens is None:
+        if cache is not None:
+            positions, mask = cache.places(T)
+        elif positions is not None and cu_seqlens is None:
             mask = document_mask(positions)
-        elif cache is not None:
-            positions = cache.lengths[:, None] + torch.arange(T, device=ids.device)
         elif positions is None:
             positions = torch.arange(T, device=ids.device)
         x = self.dropout(self.tok_embeddings(ids))  # (B, T, C)
         cos = self.rope_cos[positions].unsqueeze(-2)  # (B, T, 1, D), or (T, 1, D) for all rows
         sin = self.rope_sin[positions].unsqueeze(-2)
         for layer, block in enumerate(self.layers):
-            x = block(x, cos, sin, mask, cu_seqlens, cache, layer)
+            x = block(x, cos, sin, mask, cu_seqlens, cache, layer, positions)
         return self.norm(x)
 
     def generate(
@@ -299,6 +275,7 @@ class GPT(nn.Module):
         top_p: float | None = 0.95,
         stop_tokens: Sequence[int] = (),
         generator: torch.Generator | None = None,
+        decoder: Decoder | None = None,
     ) -> list[list[int]]:
         """New token ids of each prompt, without the prompt and without the stop token.
 
@@ -309,8 +286,8 @@ class GPT(nn.Module):
         prompts = ids.tolist() if isinstance(ids, torch.Tensor) else [list(row) for row in ids]
         rows: list[list[int]] = [[] for _ in prompts]
         open_rows = set(range(len(rows)))
-        steps = self.generate_steps(prompts, max_new_tokens, temperature, top_k, top_p, generator)
-        for tokens in steps:
+        settings = (max_new_tokens, temperature, top_k, top_p, generator)
+        for tokens in generate_steps(self, prompts, *settings, decoder):
             for row in sorted(open_rows):
                 if tokens[row] is None or tokens[row] in stop_tokens:
                     open_rows.remove(row)
@@ -320,7 +297,6 @@ class GPT(nn.Module):
                 break
         return rows
 
-    @torch.inference_mode()
     def generate_steps(
         self,
         prompts: list[list[int]],
@@ -329,35 +305,11 @@ class GPT(nn.Module):
         top_k: int | None = None,
         top_p: float | None = 0.95,
         generator: torch.Generator | None = None,
+        decoder: Decoder | None = None,
     ) -> Iterator[list[int | None]]:
-        """Yields one new token per prompt and step; None for a row whose context is full."""
-        block_size, device = self.config.block_size, self.tok_embeddings.weight.device
-        sizes = [len(prompt) for prompt in prompts]
-        if not sizes or min(sizes) == 0:
-            raise ValueError("nothing to continue: give at least one token in every prompt")
-        if max(sizes) > block_size:
-            raise ValueError(
-                f"the prompt has {max(sizes)} tokens and the context only {block_size}: shorten it"
-            )
-        budgets = [min(max_new_tokens, block_size + 1 - size) for size in sizes]
-        was_training = self.training
-        self.eval()
-        try:
-            padded = [prompt + [0] * (max(sizes) - len(prompt)) for prompt in prompts]
-            ids = torch.tensor(padded, device=device)  # padding on the right: causality hides it
-            cache = KVCache.empty(self.config, len(prompts), like=self.tok_embeddings.weight)
-            x = self.hidden(ids, cache=cache)
-            cache.lengths = torch.tensor(sizes, device=device)
-            x = x[torch.arange(len(prompts), device=device), cache.lengths - 1]  # (B, C)
-            for step in range(max(budgets)):
-                if step > 0:
-                    cache.lengths.clamp_(max=block_size - 1)  # only rows that are done are there
-                    x = self.hidden(tokens[:, None], cache=cache)[:, 0]  # noqa: F821
-                    cache.lengths += 1
-                tokens = sample(self.lm_head(x), temperature, top_k, top_p, generator)  # (B,)
-                yield [
-                    token if step < budget else None
-                    for token, budget in zip(tokens.tolist(), budgets, strict=True)
-                ]
-        finally:
-            self.train(was_training)
+        """Yields one new token per prompt and step; None for a row whose context is full.
+
+        Several calls may share a `decoder`, such as one with int8 weights; by default it is new.
+        """
+        settings = (max_new_tokens, temperature, top_k, top_p, generator)
+        return generate_steps(self, prompts, *settings, decoder)

@@ -78,9 +78,9 @@ def load_tokenizer(path: str | Path | None = None) -> "Tokenizer":
 class Tokenizer:
     """Text to ids and back; build it with `load_tokenizer`. Safe to share between threads.
 
-    Attributes: `vocab_size`; `pad_id`, `eos_id`, `assistant_id`, `user_id`, `bos_id`; `sha256` of
-    the JSON file; `pieces`, the bytes of each id; `token_bytes` (V,) int64, how many of them are
-    text, 0 for control tokens.
+    Attributes: `vocab_size`; `pad_id`, `eos_id`, `assistant_id`, `user_id`, `bos_id`; `json_text`
+    and `sha256` of the file; `pieces`, the bytes of each id; `token_bytes` (V,) int64, how many of
+    them are text, 0 for control tokens.
     """
 
     def __init__(self, content: bytes):
@@ -94,6 +94,7 @@ class Tokenizer:
         )
         if sorted(control.values()) != list(range(self.n_text, self.vocab_size)):
             raise ValueError("the control tokens are not the last ids")
+        self.json_text = content.decode("utf-8")
         self.sha256 = hashlib.sha256(content).hexdigest()
 
         byte_of = {stand_in: byte for byte, stand_in in bytes_to_unicode().items()}
@@ -107,7 +108,6 @@ class Tokenizer:
         # Ordinary text goes through a tokenizer that does not have the control tokens at all.
         self._ordinary_json = json.dumps(settings | {"added_tokens": []})
         self._ordinary = HFTokenizer.from_str(self._ordinary_json)
-        self._json = content.decode("utf-8")
         self._encode_fast: Callable[[list[bytes]], tuple] | None = None
         self._fast_checked = False
         self._fast_text_bytes = 0  # encoded since gigatoken last started
@@ -115,7 +115,7 @@ class Tokenizer:
 
     @cached_property
     def _with_control(self) -> HFTokenizer:
-        return HFTokenizer.from_str(self._json)
+        return HFTokenizer.from_str(self.json_text)
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """The ids of `text`; control tokens are recognised in it only with `allow_special`.

@@ -1,0 +1,261 @@
+// One decode step of a Lille model on the CPU: token in, logits out, one pass over the weights.
+//
+// decoding.py compiles this file and calls decode_step; model.py is the same computation in PyTorch.
+// Weights W are float, bfloat16 or int8 with a scale per output row; the cache C is float or
+// bfloat16; all arithmetic is float. Every `omp for` ends with a barrier: five per layer.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+struct bfloat16 {
+    uint16_t bits;
+    operator float() const {
+        const uint32_t wide = uint32_t(bits) << 16;
+        float value;
+        std::memcpy(&value, &wide, sizeof value);
+        return value;
+    }
+};
+
+static void store(float* at, float value) { *at = value; }
+static void store(bfloat16* at, float value) {  // rounds to nearest, ties to even
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    at->bits = uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+extern "C" {
+struct Matrix {  // rows of weights, row-major
+    const void* data;
+    const float* scale;  // of each row; null: 1
+};
+struct Layer {
+    const float *attention_norm, *feed_forward_norm;
+    Matrix qkv, out, gate, up, down;
+};
+struct Model {
+    int64_t n_embd, n_layers, n_heads, n_kv_heads, vocab_size, block_size, ffn_dim;
+    int64_t interleaved;  // rope_style "lille"
+    int64_t weight_type;  // 0 float, 1 bfloat16, 2 int8
+    float eps;
+    const Layer* layers;
+    const float* norm;
+    Matrix embeddings;  // also the output head
+    const float *cos, *sin;  // (block_size, D)
+};
+}
+
+constexpr int64_t AHEAD = 1024;  // bytes; processors look ahead less than memory takes to answer
+
+typedef float floats __attribute__((vector_size(32)));  // eight; GCC and Clang, any processor
+typedef int32_t ints __attribute__((vector_size(32)));
+
+static floats load(const float* at) {
+    floats values;
+    std::memcpy(&values, at, sizeof values);
+    return values;
+}
+static floats load(const bfloat16* at) {
+#ifdef __AVX2__  // GCC converts vectors of unequal width one element at a time
+    const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)at));
+    return (floats)_mm256_slli_epi32(bits, 16);
+#else
+    typedef uint16_t halves __attribute__((vector_size(16)));
+    halves bits;
+    std::memcpy(&bits, at, sizeof bits);
+    return (floats)(__builtin_convertvector(bits, ints) << 16);
+#endif
+}
+static floats load(const int8_t* at) {
+#ifdef __AVX2__
+    const __m128i bytes = _mm_loadl_epi64((const __m128i*)at);
+    return (floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+#else
+    typedef int8_t bytes __attribute__((vector_size(8)));
+    bytes values;
+    std::memcpy(&values, at, sizeof values);
+    return __builtin_convertvector(__builtin_convertvector(values, ints), floats);
+#endif
+}
+
+// w . x in float. One stream of memory in order, and four sums that do not wait for each other.
+template <class W>
+static float dot(const W* w, const float* x, int64_t n) {
+    floats s0 = {}, s1 = {}, s2 = {}, s3 = {};
+    int64_t i = 0;
+    for (; i + 32 <= n; i += 32) {
+        __builtin_prefetch((const char*)(w + i) + AHEAD);
+        s0 += load(w + i) * load(x + i);
+        s1 += load(w + i + 8) * load(x + i + 8);
+        s2 += load(w + i + 16) * load(x + i + 16);
+        s3 += load(w + i + 24) * load(x + i + 24);
+    }
+    const floats s = (s0 + s1) + (s2 + s3);
+    float sum = ((s[0] + s[4]) + (s[1] + s[5])) + ((s[2] + s[6]) + (s[3] + s[7]));
+    for (; i < n; i++) sum += float(w[i]) * x[i];
+    return sum;
+}
+
+// Product of one row of a matrix (rows, n) and x (n).
+template <class W>
+static float dot_row(const Matrix& matrix, int64_t row, const float* x, int64_t n) {
+    const float product = dot(static_cast<const W*>(matrix.data) + row * n, x, n);
+    return matrix.scale ? product * matrix.scale[row] : product;
+}
+
+static void rms_norm(const float* x, const float* weight, int64_t n, float eps, float* out) {
+    float sum = 0;
+    for (int64_t i = 0; i < n; i++) sum += x[i] * x[i];
+    const float factor = 1 / std::sqrt(sum / n + eps);
+    for (int64_t i = 0; i < n; i++) out[i] = x[i] * factor * weight[i];
+}
+
+// model.apply_rope of one head; `before` is room for a copy of it.
+static void rotate(
+    float* x, const float* cos, const float* sin, int64_t width, bool interleaved, float* before) {
+    std::memcpy(before, x, width * sizeof(float));
+    const int64_t half = width / 2;
+    for (int64_t i = 0; i < half; i++) {
+        const float first = -before[interleaved ? 2 * i + 1 : half + i];
+        const float second = before[interleaved ? 2 * i : i];
+        x[i] = before[i] * cos[i] + first * sin[i];
+        x[half + i] = before[half + i] * cos[half + i] + second * sin[half + i];
+    }
+}
+
+// Attention of one query q (D) over `seen` keys and values (seen, D).
+template <class C>
+static void attend(
+    const float* q, const C* keys, const C* values, int64_t seen, int64_t width, float* scores,
+    float* out) {
+    const float factor = 1 / std::sqrt(float(width));
+    float largest = -INFINITY, total = 0;
+    for (int64_t t = 0; t < seen; t++) {
+        scores[t] = dot(keys + t * width, q, width) * factor;
+        largest = scores[t] > largest ? scores[t] : largest;
+    }
+    for (int64_t i = 0; i < width; i++) out[i] = 0;
+    for (int64_t t = 0; t < seen; t++) {
+        const float weight = std::exp(scores[t] - largest);
+        total += weight;
+        for (int64_t i = 0; i < width; i++) out[i] += weight * float(values[t * width + i]);
+    }
+    for (int64_t i = 0; i < width; i++) out[i] /= total;
+}
+
+template <class W, class C>
+static void step(
+    const Model& m, const int64_t* tokens, const int64_t* lengths, int64_t batch, C* keys,
+    C* values, float* logits, int64_t threads) {
+    const int64_t n = m.n_embd, heads = m.n_heads, kv_heads = m.n_kv_heads, width = n / heads;
+    const int64_t all_heads = heads + 2 * kv_heads, ffn = m.ffn_dim;
+    std::vector<float> x(batch * n), qkv(batch * all_heads * width), y(batch * n), h(batch * ffn);
+    for (int64_t b = 0; b < batch; b++) {
+        const W* row = static_cast<const W*>(m.embeddings.data) + tokens[b] * n;
+        const float scale = m.embeddings.scale ? m.embeddings.scale[tokens[b]] : 1.0f;
+        for (int64_t i = 0; i < n; i++) x[b * n + i] = float(row[i]) * scale;
+    }
+
+#pragma omp parallel num_threads(threads)
+    {  // each thread normalises for itself: cheaper than waiting for another
+        std::vector<float> normed(batch * n), scores(m.block_size), head_copy(width);
+        const auto norm_rows = [&](const float* weight) {
+            for (int64_t b = 0; b < batch; b++)
+                rms_norm(&x[b * n], weight, n, m.eps, &normed[b * n]);
+        };
+        // The cache is (n_layers, B, K, block_size, D).
+        const auto place = [&](int64_t layer, int64_t b, int64_t kv_head) {
+            return ((layer * batch + b) * kv_heads + kv_head) * m.block_size * width;
+        };
+        for (int64_t l = 0; l < m.n_layers; l++) {
+            const Layer& layer = m.layers[l];
+            norm_rows(layer.attention_norm);
+#pragma omp for schedule(static)
+            for (int64_t head = 0; head < all_heads; head++) {
+                float* const first = &qkv[head * width];
+                for (int64_t i = 0; i < width; i++) {
+                    for (int64_t b = 0; b < batch; b++) {
+                        first[b * all_heads * width + i] =
+                            dot_row<W>(layer.qkv, head * width + i, &normed[b * n], n);
+                    }
+                }
+                for (int64_t b = 0; b < batch; b++) {
+                    float* const part = first + b * all_heads * width;
+                    const int64_t at = lengths[b] * width;
+                    if (head < heads + kv_heads) {
+                        const float *cos = m.cos + at, *sin = m.sin + at;
+                        rotate(part, cos, sin, width, m.interleaved, head_copy.data());
+                    }
+                    if (head < heads) continue;
+                    C* const cache = (head < heads + kv_heads ? keys : values) +
+                                     place(l, b, (head - heads) % kv_heads) + at;
+                    for (int64_t i = 0; i < width; i++) store(cache + i, part[i]);
+                }
+            }
+#pragma omp for schedule(static)
+            for (int64_t item = 0; item < batch * heads; item++) {
+                const int64_t b = item / heads, head = item % heads;
+                const int64_t start = place(l, b, head / (heads / kv_heads));
+                attend(
+                    &qkv[(b * all_heads + head) * width], keys + start, values + start,
+                    lengths[b] + 1, width, scores.data(), &y[b * n + head * width]);
+            }
+#pragma omp for schedule(static)
+            for (int64_t row = 0; row < n; row++) {
+                for (int64_t b = 0; b < batch; b++)
+                    x[b * n + row] += dot_row<W>(layer.out, row, &y[b * n], n);
+            }
+            norm_rows(layer.feed_forward_norm);
+#pragma omp for schedule(static)
+            for (int64_t row = 0; row < ffn; row++) {
+                for (int64_t b = 0; b < batch; b++) {
+                    const float gate = dot_row<W>(layer.gate, row, &normed[b * n], n);
+                    const float up = dot_row<W>(layer.up, row, &normed[b * n], n);
+                    h[b * ffn + row] = gate / (1 + std::exp(-gate)) * up;
+                }
+            }
+#pragma omp for schedule(static)
+            for (int64_t row = 0; row < n; row++) {
+                for (int64_t b = 0; b < batch; b++)
+                    x[b * n + row] += dot_row<W>(layer.down, row, &h[b * ffn], ffn);
+            }
+        }
+        norm_rows(m.norm);
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < m.vocab_size; row++) {
+            for (int64_t b = 0; b < batch; b++)
+                logits[b * m.vocab_size + row] = dot_row<W>(m.embeddings, row, &normed[b * n], n);
+        }
+    }
+}
+
+// Logits (batch, vocab_size) after `tokens`, whose keys and values go to place `lengths` of the
+// cache. Returns 0, or 1 + the first batch row whose token or length is out of range.
+extern "C" int64_t decode_step(
+    const Model* m, const int64_t* tokens, const int64_t* lengths, int64_t batch, void* keys,
+    void* values, float* logits, int64_t cache_type, int64_t threads) {
+    for (int64_t b = 0; b < batch; b++) {
+        const bool known = tokens[b] >= 0 && tokens[b] < m->vocab_size;
+        if (!known || lengths[b] < 0 || lengths[b] >= m->block_size) return b + 1;
+    }
+    const auto run = [&](auto weight, auto cache) {
+        using C = decltype(cache);
+        step<decltype(weight), C>(
+            *m, tokens, lengths, batch, static_cast<C*>(keys), static_cast<C*>(values), logits,
+            threads);
+    };
+    const auto run_with_weights = [&](auto weight) {
+        cache_type == 0 ? run(weight, float()) : run(weight, bfloat16());
+    };
+    switch (m->weight_type) {
+        case 0: run_with_weights(float()); break;
+        case 1: run_with_weights(bfloat16()); break;
+        default: run_with_weights(int8_t());
+    }
+    return 0;
+}

@@ -1,0 +1,340 @@
+"""Token by token: the KV cache, one decode step made fast, and the loop that generates.
+
+    decoder = Decoder(model)                          # or weights="bfloat16", "int8"
+    cache = KVCache.empty(model.config, batch, like=model.tok_embeddings.weight)
+    ...                                               # a prompt: model(ids, cache=cache)
+    logits = decoder(tokens, cache)                   # (B,) -> (B, V)
+    cache.lengths += 1
+
+A step at batch 1 reads every weight once and is bound by that, if nothing else costs time. On the
+CPU it is therefore one call of decode_step.cpp, compiled when first needed (some seconds, kept in
+~/.cache/lille), and on a GPU one CUDA graph. Without a C++ compiler it is plain PyTorch.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from sampling import sample
+
+if TYPE_CHECKING:
+    from model import GPT, GPTConfig
+
+SOURCE = Path(__file__).with_name("decode_step.cpp")
+WEIGHT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # as in decode_step.cpp
+MODES = ("auto", "eager", "compile")
+LARGEST_NATIVE_BATCH = 8  # rows; above, PyTorch's matrix products are faster
+
+
+@dataclass
+class KVCache:
+    """Keys and values of the tokens seen so far, with room for `block_size` of them.
+
+    All memory is taken at once. Setting a row's length shortens it: what lies beyond is not read.
+    """
+
+    keys: torch.Tensor  # (n_layers, B, K, block_size, D)
+    values: torch.Tensor
+    lengths: torch.Tensor  # (B,) tokens cached in each row
+
+    @classmethod
+    def empty(cls, config: "GPTConfig", batch: int, like: torch.Tensor) -> "KVCache":
+        shape = (config.n_layers, batch, config.n_kv_heads, config.block_size, config.head_dim)
+        lengths = torch.zeros(batch, dtype=torch.long, device=like.device)
+        return cls(like.new_zeros(shape), like.new_zeros(shape), lengths)
+
+    def places(self, T: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions (B, T) of T more tokens, and which places they see, (B, 1, T, places)."""
+        positions = self.lengths[:, None] + torch.arange(T, device=self.lengths.device)
+        seen = self.keys.shape[3]
+        if self.lengths.is_cpu and not torch.compiler.is_compiling():
+            seen = min(seen, int(self.lengths.max()) + T)  # a GPU would have to be waited for
+        places = torch.arange(seen, device=self.lengths.device)
+        return positions, (places <= positions[:, :, None])[:, None]
+
+    def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor):
+        """Writes keys and values (B, K, T, D) at positions (B, T); returns the layer's, all places.
+
+        Under autocast they are narrower than the cache, which has the type of the weights.
+        """
+        rows = torch.arange(len(positions), device=positions.device)[:, None]
+        self.keys[layer][rows, :, positions] = k.transpose(1, 2).to(self.keys.dtype)
+        self.values[layer][rows, :, positions] = v.transpose(1, 2).to(self.values.dtype)
+        return self.keys[layer], self.values[layer]
+
+
+class Matrix(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("scale", ctypes.c_void_p)]
+
+
+class Layer(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("attention_norm", "feed_forward_norm")]
+    _fields_ += [(name, Matrix) for name in ("qkv", "out", "gate", "up", "down")]
+
+
+class Model(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("n_embd", "n_layers", "n_heads", "n_kv_heads")]
+    _fields_ += [(name, ctypes.c_int64) for name in ("vocab_size", "block_size", "ffn_dim")]
+    _fields_ += [("interleaved", ctypes.c_int64), ("weight_type", ctypes.c_int64)]
+    _fields_ += [("eps", ctypes.c_float), ("layers", ctypes.POINTER(Layer))]
+    _fields_ += [("norm", ctypes.c_void_p), ("embeddings", Matrix)]
+    _fields_ += [("cos", ctypes.c_void_p), ("sin", ctypes.c_void_p)]
+
+
+@functools.cache
+def native_library() -> ctypes.CDLL | None:
+    """decode_step.cpp compiled for this processor, or None where nothing here can compile it.
+
+    The result is kept under a name made of all it depends on, so only the first use waits.
+    """
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    if not compiler or not SOURCE.exists():
+        return None
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").split("\n\n")[0].splitlines()
+        names = ("model name", "flags", "Features", "CPU part")  # the last two: ARM
+        processor = "\n".join(line for line in lines if line.startswith(names))
+    except OSError:
+        processor = platform.processor() + platform.machine()
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    common = ["-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=fast", "-fno-math-errno"]
+    common += ["-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math"]
+    for extra in (["-march=native", "-fopenmp"], ["-march=native"], []):
+        command = [compiler, *common, *extra]
+        depends = [SOURCE.read_text("utf-8"), *command, processor]
+        key = hashlib.sha256("\0".join(depends).encode()).hexdigest()[:16]
+        library = Path(home) / "lille" / f"decode_step-{key}.so"
+        try:
+            if not library.exists():
+                library.parent.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+                    built = Path(folder) / library.name
+                    command += [str(SOURCE), "-o", str(built)]
+                    subprocess.run(command, check=True, capture_output=True, timeout=120)
+                    os.replace(built, library)
+            native = ctypes.CDLL(str(library))
+        except (OSError, subprocess.SubprocessError):
+            continue
+        native.decode_step.restype = ctypes.c_int64
+        return native
+    return None
+
+
+class NativeStep:
+    """The step as one call of decode_step.cpp; `weights` are copied in that type if they differ."""
+
+    def __init__(self, gpt: "GPT", native: ctypes.CDLL, weights: torch.dtype):
+        from model import rope_tables
+
+        self.config, self.native, self.weights = gpt.config, native, weights
+        self.tensors: list[torch.Tensor] = []  # what the pointers below point to
+        layers = (Layer * gpt.config.n_layers)()
+        for layer, block in zip(layers, gpt.layers, strict=True):
+            attention, feed_forward = block.attention, block.feed_forward
+            layer.attention_norm = self.pointer(attention.norm.weight.float())
+            layer.feed_forward_norm = self.pointer(feed_forward.norm.weight.float())
+            layer.qkv = self.matrix(attention.qkv_proj.weight)
+            layer.out = self.matrix(attention.out_proj.weight)
+            layer.gate = self.matrix(feed_forward.gate_proj.weight)
+            layer.up = self.matrix(feed_forward.up_proj.weight)
+            layer.down = self.matrix(feed_forward.down_proj.weight)
+        config, (cos, sin) = gpt.config, rope_tables(gpt.config)
+        self.model = Model(
+            **{name: getattr(config, name) for name in ("n_embd", "n_layers", "n_heads")},
+            **{name: getattr(config, name) for name in ("n_kv_heads", "vocab_size", "block_size")},
+            ffn_dim=config.ffn_dim,
+            interleaved=config.rope_style == "lille",
+            weight_type=WEIGHT_TYPES[weights],
+            eps=config.layer_norm_eps,
+            layers=layers,
+            norm=self.pointer(gpt.norm.weight.float()),
+            embeddings=self.matrix(gpt.lm_head.weight),
+            cos=self.pointer(cos),
+            sin=self.pointer(sin),
+        )
+
+    def pointer(self, tensor: torch.Tensor) -> int:
+        self.tensors.append(tensor.detach().contiguous())
+        return self.tensors[-1].data_ptr()
+
+    def matrix(self, weight: torch.Tensor) -> Matrix:
+        """Int8 has one scale per output row, such that the row's largest weight is ±127."""
+        weight = weight.detach()
+        if self.weights is not torch.int8:
+            return Matrix(self.pointer(weight.to(self.weights)), None)
+        scale = weight.float().abs().amax(dim=1, keepdim=True).clamp(min=1e-30) / 127
+        rounded = (weight.float() / scale).round().to(torch.int8)
+        return Matrix(self.pointer(rounded), self.pointer(scale))
+
+    def __call__(self, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        config, batch = self.config, len(tokens)
+        shape = (config.n_layers, batch, config.n_kv_heads, config.block_size, config.head_dim)
+        lengths, tokens = cache.lengths.contiguous(), tokens.contiguous()
+        for part in (cache.keys, cache.values):
+            assert part.shape == shape and part.is_contiguous()
+        assert tokens.dtype == lengths.dtype == torch.long and len(lengths) == batch
+        logits = torch.empty(batch, config.vocab_size)
+        wrong = self.native.decode_step(
+            ctypes.byref(self.model),
+            *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (tokens, lengths)),
+            ctypes.c_int64(batch),
+            *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (cache.keys, cache.values, logits)),
+            ctypes.c_int64(WEIGHT_TYPES[cache.keys.dtype]),
+            ctypes.c_int64(torch.get_num_threads()),
+        )
+        if wrong:
+            token, length = int(tokens[wrong - 1]), int(lengths[wrong - 1])
+            raise ValueError(
+                f"token {token} after {length} others: a token is below {config.vocab_size}, "
+                f"and the context holds {config.block_size}"
+            )
+        return logits
+
+
+class GraphStep:
+    """The step as a CUDA graph, captured again when it is given another cache."""
+
+    def __init__(self, step: Callable[[torch.Tensor, KVCache], torch.Tensor]):
+        self.step = step
+        self.cache: KVCache | None = None  # the one captured, with lengths of its own
+
+    def capture(self, cache: KVCache) -> None:
+        self.cache = KVCache(cache.keys, cache.values, cache.lengths.clone())
+        self.tokens = torch.zeros_like(cache.lengths)  # (B,)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # what compiles or allocates at first use does so here
+            for _ in range(3):  # writes the place that the first step will write
+                self.step(self.tokens, self.cache)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = self.step(self.tokens, self.cache)
+
+    def __call__(self, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        if self.cache is None or self.cache.keys is not cache.keys:
+            self.capture(cache)
+        self.tokens.copy_(tokens)
+        self.cache.lengths.copy_(cache.lengths)
+        self.graph.replay()
+        return self.logits.clone()  # the graph writes the same memory again at the next step
+
+
+class Decoder:
+    """Logits (B, V) after one more token of each row, by the fastest means at hand.
+
+    `mode` "auto" is decode_step.cpp on the CPU where it can be compiled and a CUDA graph on a GPU;
+    "eager" is plain PyTorch; "compile" is torch.compile, inside the CUDA graph on a GPU (it takes a
+    minute or two, and on the CPU it gains nothing).
+    `weights` "bfloat16" or "int8" (CPU only) decode with rounded copies of the weights; all
+    arithmetic stays float32, and prompts still run through the model as it is.
+    The parameters are those at this moment: make a new one after moving or casting the model.
+    Raises ValueError where `weights` cannot be had.
+    """
+
+    def __init__(self, gpt: "GPT", weights: str | None = None, mode: str = "auto"):
+        if mode not in MODES:
+            raise ValueError(f"mode={mode!r} must be one of {', '.join(MODES)}")
+        if weights not in (None, "float32", "bfloat16", "int8"):
+            raise ValueError(f"weights={weights!r} must be 'float32', 'bfloat16', 'int8' or None")
+        self.gpt, weight = gpt, gpt.lm_head.weight
+        dtype = getattr(torch, weights) if weights else weight.dtype
+        native = None
+        if mode == "auto" and weight.is_cpu and dtype in WEIGHT_TYPES:
+            native = native_library()
+        self.native = NativeStep(gpt, native, dtype) if native else None
+        if self.native is None and dtype != weight.dtype:
+            raise ValueError(
+                f"weights={weights!r} needs the CPU and a C++ compiler (c++ or g++): install one, "
+                "or leave the weights as they are"
+            )
+        self.step = self.eager
+        if mode == "compile":
+            self.step = torch.compile(self.eager, dynamic=False, fullgraph=True)
+        if weight.is_cuda and mode != "eager":
+            self.step = GraphStep(self.step)
+
+    def eager(self, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        return self.gpt(tokens[:, None], cache=cache)[:, 0]
+
+    @torch.inference_mode()
+    def __call__(self, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """Logits (B, V) after `tokens` (B,), whose keys and values the cache takes.
+
+        The caller advances the cache's lengths, all of which must be below block_size.
+        """
+        fits = len(tokens) <= LARGEST_NATIVE_BATCH and cache.keys.dtype in WEIGHT_TYPES
+        if self.native is not None and fits:
+            return self.native(tokens, cache)
+        return self.step(tokens, cache)
+
+
+@torch.inference_mode()
+def generate_steps(
+    gpt: "GPT",
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    generator: torch.Generator | None,
+    decoder: Decoder | None,
+) -> Iterator[list[int | None]]:
+    """See GPT.generate_steps."""
+    block_size, weight = gpt.config.block_size, gpt.tok_embeddings.weight
+    sizes = [len(prompt) for prompt in prompts]
+    if not sizes or min(sizes) == 0:
+        raise ValueError("nothing to continue: give at least one token in every prompt")
+    if max(sizes) > block_size:
+        raise ValueError(
+            f"the prompt has {max(sizes)} tokens and the context only {block_size}: shorten it"
+        )
+    budgets = [min(max_new_tokens, block_size + 1 - size) for size in sizes]
+    was_training = gpt.training
+    gpt.eval()
+    try:
+        padded = [prompt + [0] * (max(sizes) - len(prompt)) for prompt in prompts]
+        ids = torch.tensor(padded, device=weight.device)  # padded on the right: causality hides it
+        cache = KVCache.empty(gpt.config, len(prompts), like=weight)
+        x = gpt.hidden(ids, cache=cache)
+        cache.lengths += torch.tensor(sizes, device=weight.device)
+        x = x[torch.arange(len(prompts), device=weight.device), cache.lengths - 1]  # (B, C)
+        logits = gpt.lm_head(x)
+        if decoder is None:  # a CUDA graph is worth its capture only to those who keep it
+            decoder = Decoder(gpt, mode="eager" if weight.is_cuda else "auto")
+
+        def after(tokens: torch.Tensor) -> torch.Tensor:
+            cache.lengths.clamp_(max=block_size - 1)  # only rows that are done are there
+            logits = decoder(tokens, cache)
+            cache.lengths += 1
+            return logits
+
+        for step in range(max(budgets)):
+            tokens = sample(logits, temperature, top_k, top_p, generator)  # (B,)
+            found = tokens.to("cpu", non_blocking=weight.is_cuda)
+            more = step + 1 < max(budgets)
+            if weight.is_cuda:  # the next step is queued before this one's tokens are waited for
+                copied = torch.cuda.Event()
+                copied.record()
+                if more:
+                    logits = after(tokens)
+                copied.synchronize()
+            yield [
+                token if step < budget else None
+                for token, budget in zip(found.tolist(), budgets, strict=True)
+            ]
+            if more and not weight.is_cuda:
+                logits = after(tokens)
+    finally:
+        gpt.train(was_training)

@@ -1,0 +1,282 @@
+"""Fast decoding against the plain forward pass: C++, CUDA graphs, rounded weights, batches."""
+
+import contextlib
+import copy
+import functools
+import subprocess
+from unittest import mock
+
+import pytest
+import torch
+from test_model import greedy_without_cache, random_ids, tiny_model
+
+import decoding
+from decoding import LARGEST_NATIVE_BATCH, Decoder, native_library
+from model import GPT, KVCache
+from sampling import nucleus, sample
+
+needs_compiler = pytest.mark.skipif(native_library() is None, reason="needs a C++ compiler")
+
+
+def decoded(model: GPT, decoder: Decoder, ids: torch.Tensor, cache: KVCache, start: int = 0):
+    """Logits (B, T, V) of ids (B, T), given one by one to a cache that holds `start` tokens."""
+    cache.lengths.fill_(start)
+    logits = []
+    for tokens in ids.T:
+        logits.append(decoder(tokens, cache))
+        cache.lengths += 1
+    return torch.stack(logits, dim=1)
+
+
+def empty_cache(model: GPT, batch: int) -> KVCache:
+    return KVCache.empty(model.config, batch, like=model.lm_head.weight.detach())
+
+
+def rounded(model: GPT, weights: str) -> GPT:
+    """The model with float32 matrices that hold what `weights` makes of them."""
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2 and weights == "bfloat16":
+                parameter.copy_(parameter.bfloat16())
+            elif parameter.dim() == 2:
+                scale = parameter.abs().amax(dim=1, keepdim=True) / 127
+                parameter.copy_((parameter / scale).round() * scale)
+    return model
+
+
+SHAPES = {
+    "llama": {},
+    "lille": {"rope_style": "lille"},
+    "one KV head": {"n_kv_heads": 1},
+    "as many KV heads as heads": {"n_kv_heads": 4},
+    "no multiple of a vector": {"n_embd": 60, "n_heads": 6, "n_kv_heads": 3, "vocab_size": 515},
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_native_decode_equals_the_full_forward_at_every_position(shape, batch):
+    model, ids = tiny_model(**SHAPES[shape]), random_ids(batch, 64)  # up to a full context
+    decoder = Decoder(model)
+    assert decoder.native is not None
+    with torch.inference_mode():
+        found = decoded(model, decoder, ids, empty_cache(model, batch))
+        torch.testing.assert_close(found, model(ids), atol=5e-5, rtol=1e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+def test_rounded_weights_equal_a_model_that_holds_them(weights):
+    model, ids = tiny_model(), random_ids(2, 40)
+    with torch.inference_mode():
+        found = decoded(model, Decoder(model, weights), ids, empty_cache(model, 2))
+        exact = model(ids)
+        torch.testing.assert_close(found, rounded(model, weights)(ids), atol=5e-5, rtol=1e-5)
+    error = (found - exact).norm() / exact.norm()
+    assert 1e-4 < error < {"bfloat16": 0.02, "int8": 0.05}[weights]
+
+
+@needs_compiler
+def test_a_bfloat16_model_decodes_with_its_own_weights_and_a_bfloat16_cache():
+    model, ids = tiny_model(), random_ids(2, 40)
+    narrow = copy.deepcopy(model).bfloat16()
+    decoder = Decoder(narrow)
+    assert decoder.native.matrix(narrow.lm_head.weight).data == narrow.lm_head.weight.data_ptr()
+    with torch.inference_mode():
+        cache = empty_cache(narrow, 2)
+        found = decoded(narrow, decoder, ids, cache)
+        exact, eager = rounded(model, "bfloat16")(ids), narrow(ids).float()
+    assert cache.keys.dtype is torch.bfloat16 and found.dtype is torch.float32
+    error, eager_error = ((x - exact).norm() / exact.norm() for x in (found, eager))
+    assert 1e-4 < error < 0.02 and error < eager_error  # only norms and the cache are rounded
+
+
+@needs_compiler
+def test_the_number_of_threads_changes_no_bit():
+    model, ids, results = tiny_model(), random_ids(1, 20), []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(decoded(model, Decoder(model), ids, empty_cache(model, 1)))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+MODES = ["eager", pytest.param("auto", marks=needs_compiler), "compile"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_greedy_tokens_of_unequal_prompts_equal_the_full_forward(mode, monkeypatch):
+    # One graph without a break is what "compile" must be; generating code for it takes long.
+    traced = functools.partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", traced)
+    model = tiny_model()
+    prompts = [random_ids(1, n, seed=n)[0].tolist() for n in (1, 7, 60, 23)]
+    rows = model.generate(prompts, 12, temperature=0, decoder=Decoder(model, mode=mode))
+    counts = [12, 12, 5, 12]  # the third fills its context
+    expected = [
+        greedy_without_cache(model, prompt, count)
+        for prompt, count in zip(prompts, counts, strict=True)
+    ]
+    assert rows == expected and len({tuple(row) for row in rows}) == 4
+
+
+def test_large_batches_equal_each_row_alone():
+    model = tiny_model()
+    prompts = random_ids(LARGEST_NATIVE_BATCH + 1, 5).tolist()
+    rows = model.generate(prompts, 10, temperature=0)
+    assert rows == [model.generate([prompt], 10, temperature=0)[0] for prompt in prompts]
+
+
+@pytest.mark.parametrize("mode", MODES[:2])
+def test_a_cut_cache_continues_as_a_new_one_and_takes_no_memory(mode):
+    model, ids = tiny_model(), random_ids(1, 60)
+    decoder, cache = Decoder(model, mode=mode), empty_cache(model, 1)
+    with torch.inference_mode():
+        addresses = cache.keys.data_ptr(), cache.values.data_ptr(), cache.keys.nbytes
+        first = decoded(model, decoder, ids, cache)
+        other = random_ids(1, 20, seed=5)
+        second = decoded(model, decoder, other, cache, start=30)
+        expected = model(torch.cat((ids[:, :30], other), dim=1))[:, 30:]
+    torch.testing.assert_close(second, expected, atol=5e-5, rtol=1e-5)
+    assert (second - first[:, 30:50]).abs().max() > 0.1
+    assert addresses == (cache.keys.data_ptr(), cache.values.data_ptr(), cache.keys.nbytes)
+
+
+@needs_compiler
+def test_native_decode_refuses_what_is_out_of_range():
+    model = tiny_model()
+    decoder, cache = Decoder(model), empty_cache(model, 2)
+    for token in (-1, 512):
+        with pytest.raises(ValueError, match=f"token {token} after 0"):
+            decoder(torch.tensor([3, token]), cache)
+    cache.lengths[1] = 64
+    with pytest.raises(ValueError, match="token 3 after 64 others"):
+        decoder(torch.tensor([3, 3]), cache)
+    cache.lengths[1] = 63
+    assert decoder(torch.tensor([3, 3]), cache).isfinite().all()
+
+
+def test_settings_that_cannot_be_had_are_refused_and_nothing_else_needs_a_compiler(monkeypatch):
+    model = tiny_model()
+    with pytest.raises(ValueError, match="mode='fast'"):
+        Decoder(model, mode="fast")
+    with pytest.raises(ValueError, match="weights='int4'"):
+        Decoder(model, "int4")
+    with pytest.raises(ValueError, match="weights='int8' needs"):
+        Decoder(model, "int8", mode="eager")
+    before = model.generate([[1, 2, 3]], 10, temperature=0)
+    monkeypatch.setattr(decoding, "native_library", lambda: None)
+    with pytest.raises(ValueError, match="weights='int8' needs"):
+        Decoder(model, "int8")
+    assert Decoder(model).native is None
+    assert model.generate([[1, 2, 3]], 10, temperature=0) == before
+    half = copy.deepcopy(model).half()  # not one of the types of decode_step.cpp
+    assert len(half.generate([[1, 2, 3]], 10, temperature=0)[0]) == 10
+
+
+@needs_compiler
+def test_the_library_is_compiled_once_and_a_broken_compiler_is_no_error(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    build, ran = native_library.__wrapped__, []
+
+    def run(command, **options):
+        ran.append(command)
+        return subprocess_run(command, **options)
+
+    subprocess_run = subprocess.run
+    monkeypatch.setattr(decoding.subprocess, "run", run)
+    assert build() is not None and build() is not None
+    assert len(ran) == 1 and len(list((tmp_path / "lille").iterdir())) == 1
+    monkeypatch.setenv("CXX", "/bin/false")
+    assert build() is None and len(ran) == 4  # each of the three sets of options
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    assert build() is None and len(ran) == 4
+
+
+@needs_compiler
+def test_a_decoder_follows_training_in_place_but_rounded_copies_do_not():
+    model, ids = tiny_model(), random_ids(1, 5)
+    own, copied = Decoder(model), Decoder(model, "int8")
+    before = [decoded(model, decoder, ids, empty_cache(model, 1)) for decoder in (own, copied)]
+    with torch.no_grad():
+        model.layers[0].feed_forward.up_proj.weight.mul_(2)
+    after = [decoded(model, decoder, ids, empty_cache(model, 1)) for decoder in (own, copied)]
+    assert not torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
+    torch.testing.assert_close(after[0], model(ids).detach(), atol=5e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("spread", [8.0, 0.01])  # a partial sort is enough; it is not
+def test_nucleus_equals_a_full_sort(spread):
+    torch.manual_seed(0)
+    probabilities = torch.softmax(torch.randn(3, 5000) * spread, dim=-1)
+    found = nucleus(probabilities, 0.9)
+    for row, kept in zip(probabilities.tolist(), found, strict=True):
+        expected, mass = torch.zeros(5000), 0.0
+        for index in sorted(range(5000), key=lambda i: -row[i]):
+            if mass >= 0.9 * sum(row):
+                break
+            expected[index], mass = row[index], mass + row[index]
+        assert (kept != expected).sum() <= 1  # float32 sums may differ by the token at the border
+    assert ((found > 0).sum(dim=-1) < 1024).all() == (spread > 1)
+
+
+def test_sampling_draws_the_same_tokens_from_every_decoder():
+    model, rows = tiny_model(), []
+    for mode in ("eager", "auto"):
+        generator = torch.Generator().manual_seed(3)
+        decoder = Decoder(model, mode=mode)
+        rows.append(model.generate([[1, 2]], 30, 0.8, generator=generator, decoder=decoder))
+    assert rows[0] == rows[1] and len(rows[0][0]) == 30
+    assert sample(torch.tensor([[0.0, 9.0]]), temperature=0).tolist() == [1]
+
+
+def test_a_graph_reads_and_writes_the_memory_it_was_captured_with(monkeypatch):
+    """The buffers of GraphStep, with a graph that replays by running the same Python again."""
+    captured = []
+
+    @contextlib.contextmanager
+    def capturing(graph):
+        captured.append(graph)
+        yield
+        tokens, cache, logits = graph_step.tokens, graph_step.cache, graph_step.logits
+        graph.replay = lambda: logits.copy_(graph_step.step(tokens, cache))
+
+    for name in ("Stream", "current_stream", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, mock.MagicMock)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "graph", capturing)
+    model, ids = tiny_model(), random_ids(2, 20)
+    decoder = Decoder(model, mode="eager")
+    graph_step = decoder.step = decoding.GraphStep(decoder.step)
+    with torch.inference_mode():
+        expected = model(ids)
+        for _ in range(2):  # the second cache is captured anew
+            cache = empty_cache(model, 2)
+            for start in (0, 0):  # its lengths may be other tensors from time to time
+                cache.lengths = torch.zeros(2, dtype=torch.long)
+                found = decoded(model, decoder, ids, cache, start)
+                torch.testing.assert_close(found, expected, atol=5e-5, rtol=1e-5)
+    assert len(captured) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["auto", "compile"])
+def test_cuda_graph_equals_the_full_forward_on_the_gpu(mode):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    model = tiny_model().cuda()
+    ids = random_ids(2, 40).cuda()
+    decoder, cache = Decoder(model, mode=mode), empty_cache(model, 2)
+    with torch.inference_mode():
+        found = decoded(model, decoder, ids, cache)
+        again = decoded(model, decoder, ids, empty_cache(model, 2))  # captured anew
+        torch.testing.assert_close(found, model(ids), atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(again, found, atol=1e-4, rtol=1e-4)
+    prompts = [random_ids(1, n, seed=n)[0].tolist() for n in (1, 7, 23)]
+    rows = model.generate(prompts, 12, temperature=0, decoder=decoder)
+    assert rows == model.generate(prompts, 12, temperature=0)
