@@ -33,18 +33,20 @@ PROMPTS = (
 
 
 @contextmanager
-def written_beside(target: Path, names: Sequence[str] = ()) -> Iterator[Path]:
+def written_beside(target: Path, names: Sequence[str] = (), magic: bytes = b"") -> Iterator[Path]:
     """A path to write that becomes `target` when the block is done, or is removed if it fails.
 
-    `names` are the files that an export which is a folder may have; without them it is one file.
-    An earlier export is replaced at the end. UserError when `target` holds anything else. Only a
-    killed process leaves `target`.tmp behind, which the next export removes.
+    `names` are the files that an export which is a folder may have; without them it is one file,
+    which begins with `magic`. An earlier export is replaced at the end. UserError when `target`
+    holds anything else. Only a killed process leaves a hidden `.NAME.exporting` behind, which the
+    next export removes.
     """
     target = Path(os.path.abspath(target))
-    temporary, old = (target.with_name(target.name + end) for end in (".tmp", ".old"))
-    if old.exists() and not target.exists():  # killed between the two renames below
+    temporary = target.with_name(f".{target.name}.exporting")
+    old = target.with_name(f".{target.name}.replaced")
+    if names and old.exists() and not target.exists():  # killed between the two renames below
         os.replace(old, target)
-    check_target(target, names)
+    check_target(target, names, magic)
     target.parent.mkdir(parents=True, exist_ok=True)
     remove(temporary)
     try:
@@ -69,11 +71,13 @@ def written_beside(target: Path, names: Sequence[str] = ()) -> Iterator[Path]:
         raise
 
 
-def check_target(target: Path, names: Sequence[str]) -> None:
+def check_target(target: Path, names: Sequence[str], magic: bytes) -> None:
     """UserError when an export to `target` would destroy something else."""
     if not names:
         if target.is_dir():
             raise UserError(f"{target} is a folder: give the path of a file to write")
+        if target.exists() and first_bytes(target, len(magic)) != magic:
+            raise UserError(f"{target} is there and is no earlier export: give another file")
         return
     if target.exists() and not target.is_dir():
         raise UserError(f"{target} is a file: give the path of a folder to write")
@@ -83,6 +87,11 @@ def check_target(target: Path, names: Sequence[str]) -> None:
         raise UserError(
             f"{target} holds {others[0]}, which is not of an earlier export: give another folder"
         )
+
+
+def first_bytes(path: Path, n: int) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(n)
 
 
 def remove(path: Path) -> None:

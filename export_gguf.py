@@ -61,7 +61,7 @@ def export_gguf(gpt: GPT, tokenizer: Tokenizer, output_file: Path, dtype: str = 
     check_vocabulary(gpt, tokenizer)
     gpt = float32_copy(gpt)
     expected = references(gpt, tokenizer)
-    with written_beside(Path(output_file)) as path:
+    with written_beside(Path(output_file), magic=b"GGUF") as path:
         write_file(gpt, tokenizer, path, dtype)
         print(check(path, expected).verdict(f"GGUF {dtype}", TOLERANCES[dtype]))
         check_tokenizer(path, tokenizer)

@@ -181,12 +181,12 @@ def test_neighbouring_pairs():
 def test_a_wrong_file_is_refused(gpt, tmp_path, monkeypatch):
     """q and k in the wrong order: nothing is left, and an earlier file is as it was."""
     path = tmp_path / "model.gguf"
-    path.write_text("earlier")
+    path.write_text("GGUF of earlier")
     monkeypatch.setattr(export_gguf, "neighbouring_pairs", lambda weight, head_dim: weight)
     with pytest.raises(UserError, match="not the checkpoint, nothing was written"):
         export_gguf.export_gguf(gpt, TOKENIZER, path, "q8_0")
     assert [entry.name for entry in tmp_path.iterdir()] == ["model.gguf"]
-    assert path.read_text() == "earlier"
+    assert path.read_text() == "GGUF of earlier"
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
@@ -217,6 +217,12 @@ def test_refusals(gpt, tmp_path, monkeypatch):
         return str(error.value)
 
     assert "f32, f16, q8_0" in refusal(gpt, "fp16")
+    checkpoint = tmp_path / "best_model.pt"
+    checkpoint.write_bytes(b"PK weights")
+    with pytest.raises(UserError, match="no earlier export"):
+        export_gguf.export_gguf(gpt, TOKENIZER, checkpoint, "f32")
+    assert checkpoint.read_bytes() == b"PK weights"
+    checkpoint.unlink()
     lille = refusal(small_gpt("lille", n_layers=1), "f32")
     assert "rope_style='lille'" in lille and "not a rotation" in lille and "--format=onnx" in lille
     odd = small_gpt(n_embd=48, n_layers=1)

@@ -244,16 +244,21 @@ def test_an_earlier_export_survives_a_failure_and_is_replaced_by_success(tmp_pat
         assert [path.name for path in tmp_path.iterdir()] == ["model"]
         assert (target / "a").read_text() == "first"
     (target / "b").write_text("of the first")
-    (tmp_path / "model.tmp").mkdir()  # of a killed export
-    (tmp_path / "model.tmp" / "half").write_text("x")
+    (tmp_path / ".model.exporting").mkdir()  # of a killed export
+    (tmp_path / ".model.exporting" / "half").write_text("x")
     export("third")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert {path.name: path.read_text() for path in target.iterdir()} == {"a": "third"}
 
-    target.rename(tmp_path / "model.old")  # killed between the two renames
+    target.rename(tmp_path / ".model.replaced")  # killed between the two renames
     with pytest.raises(UserError):
         export("fourth", UserError)
     assert (target / "a").read_text() == "third" and len(list(tmp_path.iterdir())) == 1
+
+    for name in ("model.old", "model.tmp"):  # a user's own
+        (tmp_path / name).mkdir()
+    export("fourth")
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "model.old", "model.tmp"}
 
     (target / "thesis.txt").write_text("precious")
     with pytest.raises(UserError, match="thesis.txt"):
@@ -289,7 +294,7 @@ export_onnx.export_onnx(t.small_gpt(n_layers=1), t.TOKENIZER, Path("target"), "f
         text=True,
     )
     assert "model.onnx" in process.stdout.readline(), process.stderr.read()
-    assert [path.name for path in tmp_path.iterdir()] == ["target.tmp"]
+    assert [path.name for path in tmp_path.iterdir()] == [".target.exporting"]
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=50)
     assert process.returncode != 0 and "KeyboardInterrupt" in stderr
