@@ -45,7 +45,7 @@ def test_readme_links_lead_somewhere():
 
 
 def test_requirements_are_pinned():
-    for name in ("requirements.txt", "requirements-dev.txt"):
-        for line in (ROOT / name).read_text().splitlines():
+    for path in ROOT.glob("requirements*.txt"):
+        for line in path.read_text().splitlines():
             if line and not line.startswith(("#", "-r")):
                 assert re.match(r"[\w-]+==[\w.]+($|[; ])", line), line
