@@ -247,9 +247,7 @@ def run_training(config: Any, pretrain_data_dir: str) -> dict[str, Any]:
     torch.manual_seed(config.seed)
     model = build_model(config, tokenizer, path, found)
     block_size = model.config.block_size
-    rows = open_rows(
-        config.data_dir, "train", tokenizer, block_size, config.seed, config.finetune
-    )
+    rows = open_rows(config.data_dir, "train", tokenizer, block_size, config.seed, config.finetune)
     validation = open_validation(config, pretrain_data_dir, tokenizer, block_size)
     every = [rows, *validation.values()]
     most = max(packed.max_pieces for packed in every)

@@ -29,9 +29,7 @@ def make_optimizer(model: GPT, config: Any, device: torch.device) -> torch.optim
         return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=fused)
     betas = (config.beta1, config.beta2)
     hessian_tokens = config.batch_size * model.config.block_size  # one micro-batch
-    return SophiaG(
-        groups, lr=config.learning_rate, betas=betas, rho=config.rho, bs=hessian_tokens
-    )
+    return SophiaG(groups, lr=config.learning_rate, betas=betas, rho=config.rho, bs=hessian_tokens)
 
 
 def gradient_scale(model: GPT, loss: torch.Tensor, grad_clip: float) -> tuple[torch.Tensor, ...]:

@@ -349,9 +349,7 @@ def test_a_split_too_large_to_hash_opens_without_being_read(tmp_path, monkeypatc
         name = f"train-{i:05d}-of-00060.npz"
         os.link(tmp_path / "train.npz", tmp_path / name)
         files[name] = files["train-00000-of-00060.npz"]
-    write_manifest(
-        tmp_path / "manifest.json", make_manifest("text", TOKENIZER, [], {}, {}, files)
-    )
+    write_manifest(tmp_path / "manifest.json", make_manifest("text", TOKENIZER, [], {}, {}, files))
     monkeypatch.setattr(manifest_module, "HASHED_SPLIT_BYTES", 10)
     monkeypatch.setattr(manifest_module, "file_sha256", lambda path: 1 / 0)
     monkeypatch.setattr(NpzDataset, "max_id", lambda self: 1 / 0)

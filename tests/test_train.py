@@ -73,8 +73,11 @@ def test_a_finished_run_has_what_it_promises(finished):
     losses = [row["loss"] for row in rows if "loss" in row]
     assert result["step"] == len(losses) > 10
     assert losses[-1] < losses[0] - 1.0
-    assert all({"lr", "win_rate", "grad_norm", "tokens_per_second"} <= row.keys()
-               for row in rows if "loss" in row)
+    assert all(
+        {"lr", "win_rate", "grad_norm", "tokens_per_second"} <= row.keys()
+        for row in rows
+        if "loss" in row
+    )
     validation = [row for row in rows if "val_loss" in row]
     assert [row["step"] for row in validation][:3] == [4, 8, 12]
     assert result["best_val_loss"] == min(row["val_loss"] for row in validation)
