@@ -1,7 +1,7 @@
 """Speed, measured side by side: each section times ours and its peers in turn in one process.
 
-    python benchmark.py                    # all sections on the CPU, about five minutes
-    python benchmark.py --section=head     # "head", "optimizer", "step" or "decode"
+    python benchmark.py                    # all sections on the CPU, about seven minutes
+    python benchmark.py --section=head     # "head", "optimizer", "step", "decode", "data"
 
 Prints the median and range of each, after a warm-up, and its ratio to the first peer. Run nothing
 else at the same time.
@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+import benchmark_data
 from config import UserError, config_from_constants, run_script
 from cross_entropy import linear_cross_entropy
 from decoding import Decoder
@@ -220,7 +221,7 @@ def decode(new_tokens: int, compiled: bool, rounds: int, onnx: str, gguf: str) -
 
 def main(argv: list[str] | None = None) -> int:
     config = config_from_constants(globals(), argv)
-    sections = ("head", "optimizer", "step", "decode")
+    sections = ("head", "optimizer", "step", "decode", "data")
     if config.section not in ("all", *sections):
         raise UserError(f"section={config.section!r} must be all or one of {', '.join(sections)}")
     chosen = sections if config.section == "all" else (config.section,)
@@ -235,6 +236,8 @@ def main(argv: list[str] | None = None) -> int:
         step(config.batch_size, config.compile, config.rounds)
     if "decode" in chosen:
         decode(config.new_tokens, config.compile, config.rounds, config.onnx, config.gguf)
+    if "data" in chosen:
+        benchmark_data.main([])
     return 0
 
 
