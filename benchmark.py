@@ -27,7 +27,7 @@ section = "all"
 rounds = 5  # timed repetitions of each, after one that is not counted
 batch_size = 2  # rows of 512 tokens of the full model in "step"
 new_tokens = 64  # of each answer in "decode"
-onnx = ""  # also time these exports of a full model in "decode", with a comma between
+onnx = ""  # also time these model.onnx of a full model in "decode", with a comma between
 gguf = ""  # and these, by llama-cpp-python
 compile = False  # also time torch.compile in "step" and "decode"; each takes a minute or two
 
@@ -140,9 +140,11 @@ def step(batch_size: int, compiled: bool, rounds: int) -> None:
     compare(title, contestants, rounds)
 
 
-def exports(onnx: str, gguf: str, prompt: list[int], n: int) -> dict[str, Callable[[], object]]:
-    """Greedy answers of n tokens by onnxruntime and llama.cpp, for each of the files."""
-    contestants: dict[str, Callable[[], object]] = {}
+def exports(
+    onnx: str, gguf: str, prompt: list[int], n: int
+) -> dict[str, tuple[Callable[[], object], int]]:
+    """Greedy answers of n tokens by onnxruntime and llama.cpp, and the bytes of each file."""
+    contestants: dict[str, tuple[Callable[[], object], int]] = {}
     for path in filter(None, onnx.split(",")):
         from backend_onnx import OnnxBackend
 
@@ -151,7 +153,9 @@ def exports(onnx: str, gguf: str, prompt: list[int], n: int) -> dict[str, Callab
             for _ in range(n):
                 ids.append(int(backend.logits(ids).argmax()))
 
-        contestants[f"onnxruntime, {Path(path).name}"] = partial(onnx_answer, OnnxBackend(path))
+        size = sum(file.stat().st_size for file in Path(path).parent.glob("model.onnx*"))
+        name = f"onnxruntime, {Path(path).parent.name}"
+        contestants[name] = partial(onnx_answer, OnnxBackend(path)), size
     for path in filter(None, gguf.split(",")):
         from llama_cpp import Llama
 
@@ -163,7 +167,8 @@ def exports(onnx: str, gguf: str, prompt: list[int], n: int) -> dict[str, Callab
 
         threads = torch.get_num_threads()
         llama = Llama(path, n_ctx=512, n_threads=threads, n_threads_batch=threads, verbose=False)
-        contestants[f"llama.cpp, {Path(path).name}"] = partial(gguf_answer, llama)
+        size = Path(path).stat().st_size
+        contestants[f"llama.cpp, {Path(path).name}"] = partial(gguf_answer, llama), size
     return contestants
 
 
@@ -197,16 +202,18 @@ def decode(new_tokens: int, compiled: bool, rounds: int, onnx: str, gguf: str) -
         return lambda: ours.generate(prompt, new_tokens, temperature=0, decoder=decoder)
 
     contestants |= {name: answer(decoder) for name, (decoder, _) in decoders.items()}
-    contestants |= exports(onnx, gguf, prompt[0].tolist(), new_tokens)
+    others = exports(onnx, gguf, prompt[0].tolist(), new_tokens)
+    contestants |= {name: answer for name, (answer, _) in others.items()}
     title = f"decode, {n_parameters:,} parameters, 16 tokens in, {new_tokens} out"
     medians = compare(title, contestants, rounds)
     reading = medians.pop("reading the float32 weights once")
     sizes = {name: size for name, (_, size) in decoders.items()}  # bytes of a weight
     sizes["transformers LlamaForCausalLM"] = 4
+    sizes |= {name: n_bytes / n_parameters for name, (_, n_bytes) in others.items()}
     print(f"reads {4 * n_parameters / reading / 1e9:.1f} GB/s\n{'':34} tokens/s  of its bound")
     for name, seconds in medians.items():
-        share = f"{reading * sizes[name] / 4 * new_tokens / seconds:6.0%}" if name in sizes else ""
-        print(f"{name:34} {new_tokens / seconds:8.1f}  {share}")
+        share = reading * sizes[name] / 4 * new_tokens / seconds
+        print(f"{name:34} {new_tokens / seconds:8.1f}  {share:6.0%}")
     ids = torch.randint(ours.config.vocab_size, (1, 64))
     with torch.inference_mode():
         exact = ours(ids)[0]
