@@ -125,7 +125,7 @@ def open_backend(
         folder = transformers_folder(model)
         if folder is not None:
             return open_transformers(folder, device, known_dtype(dtype))
-    if str(dtype) == "int8":
+    if str(dtype).removeprefix("torch.") == "int8":
         try:
             return TorchBackend(load_model(model, device), weights="int8")
         except ValueError as error:

@@ -23,7 +23,8 @@ UNPRINTABLE = {code: "\ufffd" for code in [*range(32), *range(127, 160)] if chr(
 
 
 def show(text: str, end: str = "") -> None:
-    print(text.translate(UNPRINTABLE) if sys.stdout.isatty() else text, end=end, flush=True)
+    shown = sys.stdout and sys.stdout.isatty()
+    print(text.translate(UNPRINTABLE) if shown else text, end=end, flush=True)
 
 
 def speed_of(model: Any) -> str:

@@ -142,7 +142,7 @@ def serve(model: Any, options: dict[str, Any], port: int) -> None:
             prevent_thread_lock=True,
             **LAUNCH,
         )
-    except OSError as error:
-        raise UserError(f"the chat page cannot start ({error}): try another --port") from None
+    except (OSError, OverflowError):
+        raise UserError(f"the chat page cannot use port {port}: try another --port") from None
     print(f"Chat at {page.local_url} (on this machine only; Ctrl-C ends it)", flush=True)
     page.block_thread()

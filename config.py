@@ -112,7 +112,8 @@ def run_script(main: Callable[[], int | None]) -> None:
             where = f" while writing {error.filename}" if error.filename else ""
             line = f"{NO_ROOM[error.errno]}{where}: free some space or use another disk, run again"
         elif error.filename:
-            line = f"{error.filename}: {error.strerror}: check this path and its permissions"
+            reason = error.strerror or error.args[0]  # NumPy's, of a full disk, has no number
+            line = f"{error.filename}: {reason}: check this path, its permissions and space"
         else:
             raise
         print(f"error: {line}", file=sys.stderr)

@@ -11,11 +11,14 @@ CPU it is therefore one call of decode_step.cpp, compiled when first needed (som
 ~/.cache/lille), and on a GPU one CUDA graph. Without a C++ compiler it is plain PyTorch.
 """
 
+import atexit
+import contextlib
 import ctypes
 import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -92,13 +95,29 @@ class Model(ctypes.Structure):
     _fields_ += [("cos", ctypes.c_void_p), ("sin", ctypes.c_void_p)]
 
 
+def cache_folder() -> Path:
+    """Where the compiled step is kept: ~/.cache/lille, or a new folder where that cannot be."""
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lille"
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK) or any(folder.glob("*.so")):
+            return folder
+    except (OSError, RuntimeError):  # RuntimeError: a user without a home
+        pass
+    folder = tempfile.mkdtemp(prefix="lille-")  # every process compiles its own
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
 @functools.cache
 def native_library() -> ctypes.CDLL | None:
     """decode_step.cpp compiled for this processor, or None where nothing here can compile it.
 
     The result is kept under a name made of all it depends on, so only the first use waits.
     """
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    compiler = shlex.split(
+        os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or ""
+    )
     if not compiler or not SOURCE.exists():
         return None
     try:
@@ -107,17 +126,16 @@ def native_library() -> ctypes.CDLL | None:
         processor = "\n".join(line for line in lines if line.startswith(names))
     except OSError:
         processor = platform.processor() + platform.machine()
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    cache = cache_folder()
     common = ["-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=fast", "-fno-math-errno"]
     common += ["-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math"]
     for extra in (["-march=native", "-fopenmp"], ["-march=native"], []):
-        command = [compiler, *common, *extra]
+        command = [*compiler, *common, *extra]
         depends = [SOURCE.read_text("utf-8"), *command, processor]
         key = hashlib.sha256("\0".join(depends).encode()).hexdigest()[:16]
-        library = Path(home) / "lille" / f"decode_step-{key}.so"
+        library = cache / f"decode_step-{key}.so"
         try:
             if not library.exists():
-                library.parent.mkdir(parents=True, exist_ok=True)
                 with tempfile.TemporaryDirectory(dir=library.parent) as folder:
                     built = Path(folder) / library.name
                     command += [str(SOURCE), "-o", str(built)]
@@ -125,6 +143,8 @@ def native_library() -> ctypes.CDLL | None:
                     os.replace(built, library)
             native = ctypes.CDLL(str(library))
         except (OSError, subprocess.SubprocessError):
+            with contextlib.suppress(OSError):
+                library.unlink()  # a damaged one is compiled again next time
             continue
         native.decode_step.restype = ctypes.c_int64
         return native
@@ -254,7 +274,8 @@ class Decoder:
         if mode == "auto" and weight.is_cpu and dtype in WEIGHT_TYPES:
             native = native_library()
         self.native = NativeStep(gpt, native, dtype) if native else None
-        if self.native is None and dtype != weight.dtype:
+        self.rounded = dtype != weight.dtype
+        if self.native is None and self.rounded:
             raise ValueError(
                 f"weights={weights!r} needs the CPU and a C++ compiler (c++ or g++): install one, "
                 "or leave the weights as they are"
@@ -274,8 +295,8 @@ class Decoder:
 
         The caller advances the cache's lengths, all of which must be below block_size.
         """
-        fits = len(tokens) <= LARGEST_NATIVE_BATCH and cache.keys.dtype in WEIGHT_TYPES
-        if self.native is not None and fits:
+        few = len(tokens) <= LARGEST_NATIVE_BATCH or self.rounded  # only C++ has those weights
+        if self.native and few and cache.keys.is_cpu and cache.keys.dtype in WEIGHT_TYPES:
             return self.native(tokens, cache)
         return self.step(tokens, cache)
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from checkpoint import load_checkpoint, load_model, model_of
 from config import UserError, config_from_constants, run_script
-from export_hf import DTYPES, export_hf
+from export_hf import export_hf
 from model import GPT
 from tokenizer import load_tokenizer
 
@@ -28,7 +28,11 @@ format = "hf"  # "hf", "onnx" or "gguf"
 output = ""  # folder to write ("gguf": file); "": named after the model, beside it
 dtype = ""  # hf: float32, float16, bfloat16; onnx: fp32, fp16, int8; gguf: f32, f16, q8_0
 
-FORMATS = ("hf", "onnx", "gguf")
+DTYPES_OF = {
+    "hf": ("float32", "float16", "bfloat16"),
+    "onnx": ("fp32", "fp16", "int8"),
+    "gguf": ("f32", "f16", "q8_0"),
+}
 # Settings of a training run that a model card may tell: no paths and no names.
 TOLD = (
     "optimizer learning_rate min_lr_ratio warmup_iters weight_decay beta1 beta2 rho hess_interval "
@@ -62,11 +66,17 @@ def training_facts(state: dict[str, Any]) -> dict[str, str]:
     return facts
 
 
-def check_settings(config: Any) -> None:
-    if config.format not in FORMATS:
-        raise UserError(f"--format={config.format}: expected {', '.join(FORMATS)}")
-    if config.format == "hf" and config.dtype not in ("", *DTYPES):
-        raise UserError(f"--dtype={config.dtype}: expected {', '.join(DTYPES)} for --format=hf")
+def check_settings(config: Any, target: Path) -> None:
+    """UserError for what is wrong before a model is even read."""
+    if config.format not in DTYPES_OF:
+        raise UserError(f"--format={config.format}: expected {', '.join(DTYPES_OF)}")
+    dtypes = DTYPES_OF[config.format]
+    if config.dtype not in ("", *dtypes):
+        raise UserError(
+            f"--dtype={config.dtype}: expected {', '.join(dtypes)} for --format={config.format}"
+        )
+    if target.exists() and target.resolve() == Path(config.model).resolve():
+        raise UserError(f"--output={target} is the model itself: choose another --output")
 
 
 @contextmanager
@@ -88,12 +98,12 @@ def terminated_as_interrupted() -> Iterator[None]:
 
 def main(argv: list[str] | None = None) -> int:
     config = config_from_constants(globals(), argv)
-    check_settings(config)
+    target = Path(config.output) if config.output else output_path(config.model, config.format)
+    check_settings(config, target)
     tokenizer = load_tokenizer()
     state = load_checkpoint(config.model) if Path(config.model).is_file() else {}
     gpt = model_of(state, config.model).eval() if state else load_model(config.model)
     check_vocabulary(config.model, gpt, state, tokenizer)
-    target = Path(config.output) if config.output else output_path(config.model, config.format)
     with terminated_as_interrupted():
         if config.format == "hf":
             name = config.dtype or str(gpt.tok_embeddings.weight.dtype).removeprefix("torch.")

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from config import UserError
-from files import interrupts_deferred, named_errors, sync_directory
+from files import interrupts_deferred, locked, named_errors, sync_directory
 from model import GPT
 from tokenizer import Tokenizer
 
@@ -33,45 +33,49 @@ PROMPTS = (
 
 
 @contextmanager
-def written_beside(target: Path, names: Sequence[str] = (), magic: bytes = b"") -> Iterator[Path]:
+def written_beside(
+    target: Path, names: Sequence[str] = (), optional: Sequence[str] = (), magic: bytes = b""
+) -> Iterator[Path]:
     """A path to write that becomes `target` when the block is done, or is removed if it fails.
 
-    `names` are the files that an export which is a folder may have; without them it is one file,
-    which begins with `magic`. An earlier export is replaced at the end. UserError when `target`
-    holds anything else. Only a killed process leaves a hidden `.NAME.exporting` behind, which the
-    next export removes.
+    An export that is a folder has the files `names` and may have those of `optional`; without
+    `names` it is one file, which begins with `magic`. An earlier export is replaced at the end.
+    UserError when `target` holds anything else, and while another process exports to it. Only a
+    killed process leaves a hidden `.NAME.exporting` behind, which the next export removes.
     """
-    target = Path(os.path.abspath(target))
+    target = Path(os.path.realpath(target))
     temporary = target.with_name(f".{target.name}.exporting")
     old = target.with_name(f".{target.name}.replaced")
-    if names and old.exists() and not target.exists():  # killed between the two renames below
-        os.replace(old, target)
-    check_target(target, names, magic)
+    check_target(target, names, optional, magic)
     target.parent.mkdir(parents=True, exist_ok=True)
-    remove(temporary)
-    try:
-        with named_errors(target):
-            if names:
-                temporary.mkdir()
-            yield temporary
-            for path in temporary.iterdir() if names else (temporary,):
-                with open(path, "rb+") as file:
-                    os.fsync(file.fileno())
-        with interrupts_deferred():
-            if names and target.exists():  # no folder can be renamed onto one that has files
-                remove(old)
-                os.replace(target, old)
-            os.replace(temporary, target)
-            sync_directory(target.parent)
-            if names:
-                remove(old)
-    except BaseException:
-        with interrupts_deferred():
-            remove(temporary)
-        raise
+    temporary.mkdir(exist_ok=True)
+    with locked(temporary, "export", place=target):
+        try:
+            for path in temporary.iterdir():  # of a killed export
+                remove(path)
+            if names and old.exists() and not target.exists():  # killed between the two renames
+                os.replace(old, target)
+            written = temporary if names else temporary / target.name
+            with named_errors(target):
+                yield written
+                for path in temporary.iterdir():
+                    with open(path, "rb+") as file:
+                        os.fsync(file.fileno())
+            check_target(target, names, optional, magic)  # the export has taken some time
+            with interrupts_deferred():
+                if names and target.exists():  # no folder can be renamed onto one that has files
+                    remove(old)
+                    os.replace(target, old)
+                os.replace(written, target)
+                sync_directory(target.parent)
+                remove(old if names else temporary)
+        except BaseException:
+            with interrupts_deferred():
+                remove(temporary)
+            raise
 
 
-def check_target(target: Path, names: Sequence[str], magic: bytes) -> None:
+def check_target(target: Path, names: Sequence[str], optional: Sequence[str], magic: bytes) -> None:
     """UserError when an export to `target` would destroy something else."""
     if not names:
         if target.is_dir():
@@ -81,12 +85,14 @@ def check_target(target: Path, names: Sequence[str], magic: bytes) -> None:
         return
     if target.exists() and not target.is_dir():
         raise UserError(f"{target} is a file: give the path of a folder to write")
-    entries = sorted(path.name for path in target.iterdir()) if target.exists() else []
-    others = [name for name in entries if name not in names]
-    if others:
+    found = {path.name for path in target.iterdir()} if target.exists() else set()
+    for name in sorted(found.difference(names, optional)):
         raise UserError(
-            f"{target} holds {others[0]}, which is not of an earlier export: give another folder"
+            f"{target} holds {name}, which is not of an earlier export: give another folder"
         )
+    if found and not found.issuperset(names):
+        missing = next(name for name in names if name not in found)
+        raise UserError(f"{target} is no earlier export (it has no {missing}): give another folder")
 
 
 def first_bytes(path: Path, n: int) -> bytes:
@@ -103,10 +109,18 @@ def remove(path: Path) -> None:
 
 def float32_copy(gpt: GPT) -> GPT:
     """A copy of the model on the CPU in fp32 and evaluation mode, the reference of every check."""
-    copied = copy.deepcopy(gpt).to("cpu", torch.float32).eval()
-    if not all(bool(parameter.isfinite().all()) for parameter in copied.parameters()):
-        raise UserError("the checkpoint has weights that are not finite: export an earlier one")
-    return copied
+    check_finite(gpt)
+    return copy.deepcopy(gpt).to("cpu", torch.float32).eval()
+
+
+def check_finite(gpt: GPT, dtype: torch.dtype = torch.float32) -> None:
+    """UserError if a weight is not finite, or would not be in `dtype`."""
+    for parameter in gpt.parameters():
+        if not parameter.isfinite().all():
+            raise UserError("the checkpoint has weights that are not finite: export an earlier one")
+        if not parameter.to(dtype).isfinite().all():
+            name = str(dtype).removeprefix("torch.")
+            raise UserError(f"the checkpoint has weights too large for {name}: use another --dtype")
 
 
 def check_packages(names: Sequence[str], what: str) -> None:

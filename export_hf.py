@@ -13,23 +13,30 @@ tokenizer's normalizer takes them out again: the ids are those of `Tokenizer.enc
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from config import UserError
-from files import interrupts_deferred, locked, sync_directory
+from export_check import check_finite, written_beside
 from hf_check import check_folder
 from hf_format import llama_config, llama_state_dict
 from model import GPT
 from tokenizer import ASSISTANT, CONTROL_TOKENS, END_OF_TEXT, START_OF_TEXT, USER, Tokenizer
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-MODELING = "modeling_lille.py"
+WEIGHTS, MODELING = "model.safetensors", "modeling_lille.py"
+NAMES = (  # of every export
+    "README.md",
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    WEIGHTS,
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
 
 # In rendered text MARK is written MARK + "0", and "<" + MARK + "1|" stands for "<|".
 MARK = "\ufdd0"  # a code point that Unicode keeps free of characters
@@ -194,7 +201,8 @@ def export_hf(
     `facts` go into the model card. Raises UserError, with `output_dir` as it was, when the folder
     that was written does not compute what `gpt` computes.
     """
-    with new_folder(output_dir) as folder:
+    check_finite(gpt, DTYPES[dtype])
+    with written_beside(output_dir, NAMES, (MODELING,)) as folder:
         write_folder(gpt, tokenizer, folder, dtype, facts)
         check_folder(gpt, tokenizer, folder, DTYPES[dtype])
 
@@ -202,13 +210,11 @@ def export_hf(
 def write_folder(
     gpt: GPT, tokenizer: Tokenizer, folder: Path, dtype: str, facts: dict[str, str]
 ) -> None:
-    from safetensors.torch import save_file
-
     tensors = {
         name: tensor.detach().to("cpu", DTYPES[dtype]).contiguous()
         for name, tensor in llama_state_dict(gpt).items()
     }
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(tensors, folder / WEIGHTS)
     for name, value in {
         "config.json": llama_config(gpt.config, tokenizer, dtype),
         "generation_config.json": generation_config(tokenizer),
@@ -217,68 +223,26 @@ def write_folder(
     }.items():
         write_text(folder / name, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
     # safetensors makes its file readable for its owner alone
-    shutil.copymode(folder / "config.json", folder / "model.safetensors")
+    shutil.copymode(folder / "config.json", folder / WEIGHTS)
     write_text(folder / "chat_template.jinja", chat_template())
     write_text(folder / "README.md", model_card(gpt, tokenizer, dtype, facts))
     if gpt.config.rope_style == "lille":
         shutil.copy(Path(__file__).with_name(MODELING), folder)
 
 
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Writes a safetensors file; OSError, such as that of a full disk, when it cannot."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if not number:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+
+
 def write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8", newline="\n")
-
-
-@contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `target` at the end, in place of an earlier export.
-
-    After an error or an interrupt nothing of it is left and `target` is as it was. UserError if
-    `target` is something else than an earlier export, which must not be lost.
-    """
-    target = Path(os.path.realpath(target))
-    if target.exists() and not is_export(target):
-        raise UserError(f"{target} is there and is no earlier export: choose another --output")
-    temporary = target.with_name(target.name + ".tmp")
-    old = target.with_name(target.name + ".old")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary.mkdir(exist_ok=True)
-    with locked(temporary, "export"):
-        try:
-            empty(temporary)  # of what a killed export left
-            if old.exists() and not target.exists():  # killed between the two renames
-                os.replace(old, target)
-            yield temporary
-            for path in temporary.rglob("*"):
-                sync(path)
-            with interrupts_deferred():
-                shutil.rmtree(old, ignore_errors=True)
-                if target.exists():
-                    os.replace(target, old)
-                os.replace(temporary, target)
-                sync_directory(target.parent)
-                shutil.rmtree(old, ignore_errors=True)
-        except BaseException:
-            with interrupts_deferred():
-                shutil.rmtree(temporary, ignore_errors=True)
-            raise
-
-
-def is_export(path: Path) -> bool:
-    """Whether a folder is empty or what this file writes."""
-    if not path.is_dir():
-        return False
-    names = {entry.name for entry in path.iterdir()}
-    return not names or {"config.json", "model.safetensors", "chat_template.jinja"} <= names
-
-
-def empty(folder: Path) -> None:
-    for path in folder.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def sync(path: Path) -> None:
-    if path.is_dir():
-        sync_directory(path)
-        return
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())

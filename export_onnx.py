@@ -41,7 +41,7 @@ from tokenizer import Tokenizer
 TOLERANCES = {"fp32": 1e-5, "fp16": 2e-2, "int8": 0.1}
 EXTERNAL = MODEL + ".data"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-NAMES = (MODEL, EXTERNAL, CONFIG, *TOKENIZER_FILES)
+NAMES = (MODEL, CONFIG, *TOKENIZER_FILES)
 LARGE = 1 << 30  # bytes; weights beyond this go beside the graph, whose file may have 2 GiB at most
 OPSET = 23  # the first with RMSNormalization
 ACCURACY_LEVEL = 4  # int8 arithmetic; 0 is as exact as the weights and 25 times slower on a CPU
@@ -131,7 +131,7 @@ def export_onnx(gpt: GPT, tokenizer: Tokenizer, output_dir: Path, dtype: str = "
     gpt = float32_copy(gpt)
     config = gpt.config
     expected = references(gpt, tokenizer)
-    with written_beside(Path(output_dir), NAMES) as folder:
+    with written_beside(Path(output_dir), NAMES, (EXTERNAL,)) as folder:
         write_graph(gpt, folder / MODEL, dtype)
         described = {
             "model_type": "lille-onnx",

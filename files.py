@@ -63,8 +63,12 @@ def sync_directory(directory: Path) -> None:
 
 
 @contextmanager
-def locked(directory: Path, what: str, wait: bool = False) -> Iterator[None]:
+def locked(
+    directory: Path, what: str, wait: bool = False, place: Path | None = None
+) -> Iterator[None]:
     """Holds `directory` for one `what` at a time; waits, or UserError, if another process has it.
+
+    The error names `place`, or else `directory`.
 
     The lock is on the directory itself, or on a file `.lock` in it where that cannot be (on NFS),
     and ends with the process. A file system without any locks has none.
@@ -81,8 +85,8 @@ def locked(directory: Path, what: str, wait: bool = False) -> Iterator[None]:
                 break
             except BlockingIOError:
                 raise UserError(
-                    f"another {what} is writing to {directory}: wait for it or choose another "
-                    "folder"
+                    f"another {what} is writing to {place or directory}: wait for it or choose "
+                    "another place"
                 ) from None
             except OSError:
                 continue

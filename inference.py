@@ -23,6 +23,7 @@ import codecs
 import os
 import random
 import sys
+import threading
 import time
 import warnings
 import weakref
@@ -115,6 +116,7 @@ class Lille:
         self.backend, self.tokenizer = backend, tokenizer
         self.seeds = random.Random(seed)  # of the calls that do not bring one
         self.history: list[dict[str, str]] = []
+        self.one_at_a_time = threading.Lock()  # the backend has one cache
         self.report: Report | None = None
         self.notify: Callable[[str], None] = lambda text: warnings.warn(text, stacklevel=2)
         self.unfinished: weakref.ref[Iterator[str]] | None = None
@@ -161,6 +163,7 @@ class Lille:
         """An empty conversation of its own with the same model, as for each user of a page."""
         session = Lille(self.backend, self.tokenizer)
         session.seeds, session.notify = self.seeds, self.notify
+        session.one_at_a_time = self.one_at_a_time
         return session
 
     def reset_chat(self) -> None:
@@ -186,7 +189,8 @@ class Lille:
         An answer that is interrupted, by Ctrl-C or by `close()`, stays in the history as far as
         it got; if that is nowhere, its question leaves the history too.
         """
-        self.finish()
+        if chat:
+            self.finish()
         if max_new_tokens < 1:
             raise UserError(f"max_new_tokens={max_new_tokens} must be at least 1")
         if not prompt.strip():
@@ -205,9 +209,12 @@ class Lille:
         report = Report(len(ids), (len(self.history) - len(kept)) // 2)
         temperature = temperature if do_sample else 0.0
         seed = self.seeds.getrandbits(63) if seed is None else seed
+        if not 0 <= seed < 1 << 63:
+            raise UserError(f"seed={seed} must be from 0 to 2**63 - 1")
         tokens = self.tokens(ids, max_new_tokens, temperature, top_p, top_k, seed, report)
         pieces = self.pieces(tokens, report, [*kept, message] if chat else None)
-        self.unfinished = weakref.ref(pieces)
+        if chat:
+            self.unfinished = weakref.ref(pieces)
         return pieces
 
     def finish(self) -> None:
@@ -250,7 +257,7 @@ class Lille:
         """
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         said: list[str] = []
-        self.report = report
+        before, self.report = self.history, report
         if report.dropped_turns:
             self.notify(
                 f"the conversation no longer fits {self.backend.block_size} tokens; oldest turns "
@@ -268,7 +275,8 @@ class Lille:
                     yield said[-1]
         finally:
             answer = "".join(said)
-            if messages is not None and (answer or report.stopped != "interrupted"):
+            replaced = self.history is not before  # by the caller, meanwhile
+            if messages and not replaced and (answer or report.stopped != "interrupted"):
                 self.history = [*messages, {"role": "assistant", "content": answer}]
 
     def tokens(
@@ -287,7 +295,8 @@ class Lille:
         budget = self.backend.block_size + 1 - len(ids)
         generator = None
         for _ in range(min(max_new_tokens, budget)):
-            logits = self.backend.logits(ids)  # (V,)
+            with self.one_at_a_time:
+                logits = self.backend.logits(ids)  # (V,)
             generator = generator or torch.Generator(logits.device).manual_seed(seed)
             token = int(sample(logits[None], temperature, top_k, top_p, generator))
             report.last_token = time.perf_counter() - started
@@ -312,6 +321,18 @@ def piped_text() -> str:
     return text.removesuffix("\n")
 
 
+def check_settings(
+    max_new_tokens: int, temperature: float, top_p: float | None, top_k: int | None
+) -> None:
+    """UserError, before anything is loaded, for settings that no answer could be made with."""
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    try:
+        sample(torch.zeros(1, 1), temperature, top_k, top_p)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     argv = [f"{argument}=True" if argument in SWITCHES else argument for argument in argv]
@@ -330,6 +351,7 @@ def main(argv: list[str] | None = None) -> int:
         "top_k": config.top_k or None,
     }
     seed = None if config.seed == -1 else config.seed
+    check_settings(**options)
     model = lille(config.backend, config.model, config.device or None, config.dtype or None, seed)
     try:
         if config.web:

@@ -16,7 +16,7 @@ def sample(
     `top_k` keeps the k most likely tokens, `top_p` the fewest whose probabilities reach p.
     Raises ValueError for a negative temperature, top_k below 1 and top_p outside (0, 1].
     """
-    if temperature < 0:
+    if not temperature >= 0:  # NaN too
         raise ValueError(f"temperature={temperature} must be 0 (greedy) or more")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k={top_k} must be at least 1; None keeps every token")
@@ -24,7 +24,9 @@ def sample(
         raise ValueError(f"top_p={top_p} must be above 0 and at most 1")
     if temperature == 0:
         return logits.argmax(dim=-1)
-    probabilities = F.softmax(logits.float() / temperature, dim=-1)
+    logits = logits.float()
+    relative = logits - logits.amax(dim=-1, keepdim=True)  # so that no division overflows
+    probabilities = F.softmax(relative / temperature, dim=-1)
     if top_k is not None and top_k < probabilities.shape[-1]:
         least = probabilities.topk(top_k).values[:, -1:]
         probabilities = probabilities.masked_fill(probabilities < least, 0.0)

@@ -3,6 +3,8 @@
 import json
 import random
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import export
+import export_gguf
 import export_hf
+import export_onnx
 import hf_check
 from checkpoint import load_model
 from config import UserError
@@ -329,18 +333,18 @@ def test_an_export_that_is_wrong_is_not_kept(tmp_path, monkeypatch):
 
     assert export.main(arguments) == 0
     before = {path.name: path.read_bytes() for path in target.iterdir()}
-    (tmp_path / "out.tmp").mkdir()  # what a killed export leaves
-    (tmp_path / "out.tmp" / "half.safetensors").write_bytes(b"half")
     monkeypatch.setattr(hf_check, "check_greedy", interrupt)
     with pytest.raises(KeyboardInterrupt):
         export.main(arguments)
     assert {path.name: path.read_bytes() for path in target.iterdir()} == before
     monkeypatch.undo()
-    target.rename(tmp_path / "out.old")  # killed between the two renames
-    (tmp_path / "out.tmp").mkdir()
-    (tmp_path / "out.tmp" / "half.safetensors").write_bytes(b"half")
+    mine = {"out.old", "out.tmp"}  # a user's own
+    for name in mine:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").write_text("precious")
     assert export.main([*arguments, "--dtype=float16"]) == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.pt", "out"]
+    assert {path.name for path in tmp_path.iterdir()} == {"m.pt", "out"} | mine
+    assert all((tmp_path / name / "thesis.txt").read_text() == "precious" for name in mine)
     after = {path.name: path.read_bytes() for path in target.iterdir()}
     assert after.keys() == before.keys()
     assert after["model.safetensors"] != before["model.safetensors"]
@@ -368,17 +372,21 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep")
     (tmp_path / "file").write_text("keep")
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "README.md").write_text("keep")
     monkeypatch.chdir(tmp_path)
     cases = {
         "--format=tflite": "--format=tflite: expected hf, onnx, gguf",
-        "--dtype=int4": "--dtype=int4: expected float32, float16, bfloat16",
+        "--dtype=int4": "--dtype=int4: expected float32, float16, bfloat16 for --format=hf",
         "--model=none.pt": "none.pt is not there: give the path of a .pt",
         "--model=mine": "mine is a folder without config.json: give the path of a .pt",
         "--model=m.pt": "m.pt was trained with another tokenizer",
         "--model=small.pt": "small.pt has vocab_size 96 and the tokenizer 32768",
-        "--output=mine": "mine is there and is no earlier export: choose another --output",
-        "--output=file": "file is there and is no earlier export",
-        "--output=.": "is there and is no earlier export",
+        "--output=mine": "mine holds notes.txt, which is not of an earlier export: give another",
+        "--output=project": "project is no earlier export (it has no chat_template.jinja): give",
+        "--output=file": "file is a file: give the path of a folder to write",
+        "--output=.": "holds file, which is not of an earlier export",
+        "--output=good.pt": "--output=good.pt is the model itself: choose another",
         "--typo=1": "unknown setting --typo",
     }
     for argument, message in cases.items():
@@ -386,8 +394,49 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch):
         with pytest.raises(UserError) as caught:
             export.main([*arguments, argument])
         assert message in str(caught.value) and "\n" not in str(caught.value)
+    monkeypatch.setattr(export, "load_checkpoint", lambda path: 1 / 0)  # refused before any work
+    for format, dtypes in {
+        "onnx": export_onnx.TOLERANCES,
+        "gguf": export_gguf.TOLERANCES,
+        "hf": export_hf.DTYPES,
+    }.items():
+        assert list(export.DTYPES_OF[format]) == list(dtypes)
+        with pytest.raises(UserError, match=f"int4: expected {', '.join(dtypes)} for .*={format}"):
+            export.main(["--model=good.pt", f"--format={format}", "--dtype=int4"])
     assert (tmp_path / "mine" / "notes.txt").read_text() == "keep"
-    assert not list(tmp_path.glob("*.tmp"))
+    assert (tmp_path / "project" / "README.md").read_text() == "keep"
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_weights_that_cannot_be_exported(tmp_path):
+    write_checkpoint(tmp_path / "m.pt", "llama")
+    state = torch.load(tmp_path / "m.pt", weights_only=True)
+    for value, message in ((1e5, "too large for float16"), (float("nan"), "not finite")):
+        state["model_state_dict"]["norm.weight"][3] = value
+        torch.save(state, tmp_path / "bad.pt")
+        with pytest.raises(UserError, match=message):
+            export.main([f"--model={tmp_path / 'bad.pt'}", "--dtype=float16"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.pt", "m.pt"]
+
+
+@pytest.mark.parametrize("format", ["hf", "onnx", "gguf"])
+def test_full_disk_is_one_line(format, tmp_path):
+    """`ulimit -f` stops the write as a full disk does: one line, and nothing is left."""
+    pytest.importorskip("resource")
+    write_checkpoint(tmp_path / "m.pt", "llama")
+    code = (
+        "import resource, signal, sys; sys.path.insert(0, sys.argv.pop(1));"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (3 << 20, 3 << 20));"
+        "import config, export; config.run_script(export.main)"
+    )
+    root = str(Path(export.__file__).parent)
+    command = [sys.executable, "-c", code, root, "--model=m.pt", f"--format={format}"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    lines = result.stderr.splitlines()
+    assert result.returncode == 1 and lines[-1].startswith("error: "), result.stderr
+    assert "space" in lines[-1] and "Traceback" not in result.stderr and "None" not in lines[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["m.pt"]
 
 
 def test_default_places(tmp_path):

@@ -229,10 +229,10 @@ def test_a_wrong_graph_is_refused(tmp_path, monkeypatch):
 
 def test_an_earlier_export_survives_a_failure_and_is_replaced_by_success(tmp_path, monkeypatch):
     target = tmp_path / "model"
-    names = ("a", "b")
+    names, optional = ("a",), ("b",)
 
     def export(content: str, fail: type | None = None):
-        with export_check.written_beside(target, names) as folder:
+        with export_check.written_beside(target, names, optional) as folder:
             (folder / "a").write_text(content)
             if fail:
                 raise fail
@@ -259,6 +259,24 @@ def test_an_earlier_export_survives_a_failure_and_is_replaced_by_success(tmp_pat
         (tmp_path / name).mkdir()
     export("fourth")
     assert {path.name for path in tmp_path.iterdir()} == {"model", "model.old", "model.tmp"}
+
+    with export_check.written_beside(target, names) as folder:
+        (folder / "a").write_text("sixth")
+        with pytest.raises(UserError, match=f"another export is writing to {target}: wait"):
+            export("seventh")
+        assert folder.exists() and (target / "a").read_text() == "fourth"
+    assert (target / "a").read_text() == "sixth"
+    link = tmp_path / "link"
+    link.symlink_to(target)
+    with export_check.written_beside(link, names) as folder:
+        (folder / "a").write_text("eighth")
+    assert link.is_symlink() and (target / "a").read_text() == "eighth"
+    with pytest.raises(UserError, match="holds late.txt"):  # it came while the export ran
+        with export_check.written_beside(target, names) as folder:
+            (folder / "a").write_text("ninth")
+            (target / "late.txt").write_text("precious")
+    assert (target / "late.txt").exists() and (target / "a").read_text() == "eighth"
+    (target / "late.txt").unlink()
 
     (target / "thesis.txt").write_text("precious")
     with pytest.raises(UserError, match="thesis.txt"):
