@@ -74,7 +74,12 @@ def model_of(state: dict[str, Any], name: str | Path, **changes: Any) -> GPT:
     """The model of a loaded checkpoint, its `model_args` with `changes`, in training mode."""
     try:
         model = GPT(model_config(state["model_args"] | changes))
-        model.load_state_dict(clean_state_dict(state["model_state_dict"]))
+        weights = clean_state_dict(state["model_state_dict"])
+        head, embedding = weights.get("lm_head.weight"), weights.get("tok_embeddings.weight")
+        both = head is not None and embedding is not None
+        if both and not torch.equal(head, embedding):
+            raise ValueError("lm_head.weight is not tok_embeddings.weight")
+        model.load_state_dict(weights)
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{name}: its weights do not fit its model_args: {reason}") from None
@@ -88,7 +93,8 @@ def load_model(
 
     `path` is a `.pt`, ours or the original's; an exported folder; the original's published folder;
     a hub id such as "Nikity/lille-130m-instruct"; "130m-instruct" or "130m-base". `dtype` None
-    keeps the weights'. UserError for anything else, and for a folder that contradicts itself.
+    keeps that of a folder's weights; those of a `.pt` are float32 then. UserError for anything
+    else, and for a folder or checkpoint that contradicts itself.
     """
     folder = model_folder(path)
     if folder is None and not Path(path).is_file():

@@ -34,6 +34,7 @@ from export_check import (
     written_beside,
 )
 from export_hf import chat_template, tokenizer_config, tokenizer_json, write_text
+from hf_check import check_tokenizer, quiet_transformers
 from model import GPT, apply_rope, rope_tables
 from tokenizer import Tokenizer
 
@@ -123,6 +124,8 @@ def export_onnx(gpt: GPT, tokenizer: Tokenizer, output_dir: Path, dtype: str = "
     `dtype` is "fp32" (also ""), "fp16" or "int8". Raises UserError for another one, for missing
     packages, and when the check fails; then an earlier `output_dir` is as it was.
     """
+    from transformers import AutoTokenizer
+
     dtype = dtype or "fp32"
     if dtype not in TOLERANCES:
         raise UserError(f"dtype={dtype!r}: ONNX is written as one of {', '.join(TOLERANCES)}")
@@ -145,6 +148,8 @@ def export_onnx(gpt: GPT, tokenizer: Tokenizer, output_dir: Path, dtype: str = "
         }
         write_json(folder / CONFIG, described)
         write_tokenizer(folder, tokenizer, config.block_size)
+        with quiet_transformers():
+            check_tokenizer(AutoTokenizer.from_pretrained(folder), tokenizer)
         print(check(folder, expected).verdict(f"ONNX {dtype}", TOLERANCES[dtype]))
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from config import UserError
-from model import GPT
+from model import GPT, rope_tables
 from tokenizer import CONTROL_TOKENS, HARD_STRINGS, Tokenizer
 
 PROMPTS = ("The capital of France is", "Once upon a time", "1, 2, 3, 4,", "def add(a, b):")
@@ -39,7 +39,7 @@ def check_folder(gpt: GPT, tokenizer: Tokenizer, folder: Path, dtype: torch.dtyp
             folder, dtype=torch.float32, trust_remote_code=custom
         ).eval()
         rounded = copy.deepcopy(gpt).to("cpu", dtype).float().eval()
-        rounded.rope_cos, rounded.rope_sin = GPT(gpt.config).rope_cos, GPT(gpt.config).rope_sin
+        rounded.rope_cos, rounded.rope_sin = rope_tables(gpt.config)
         check_tokenizer(theirs, tokenizer)
         difference, limit = largest_difference(rounded, loaded), TOLERANCE
         if difference > limit:

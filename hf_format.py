@@ -9,6 +9,7 @@ the same tensors under the model type "lille" (modeling_lille.py computes it). T
 published folders, model type "lille-130m", keep our own names behind `transformer.`.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -107,11 +108,21 @@ def gpt_from_llama(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> 
     Raises UserError naming the first thing that a GPT cannot be, or where the two disagree.
     """
     gpt_config = gpt_config_of(config)
+    if gpt_config.n_layers > len(tensors):  # a shape of so many layers would take long to make
+        raise UserError(
+            f"config.json and the tensors disagree: {gpt_config.n_layers} layers, and only "
+            f"{len(tensors)} tensors"
+        )
     original = config["model_type"] == ORIGINAL_TYPE
     names = original_shapes(gpt_config) if original else llama_shapes(gpt_config)
     embedding = "transformer.tok_embeddings.weight" if original else "model.embed_tokens.weight"
     tensors = {name: tensor for name, tensor in tensors.items() if not is_rope_table(name)}
     heads = {name: names[embedding] for name in HEADS if name in tensors}
+    if config.get("tie_word_embeddings") is False and not heads:
+        raise UserError(
+            "config.json and the tensors disagree: lm_head.weight is missing, and "
+            "tie_word_embeddings is false"
+        )
     check_tensors(names | heads, tensors)
     for head in heads:
         if not torch.equal(tensors[head], tensors[embedding]):
@@ -130,7 +141,10 @@ def gpt_from_llama(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> 
             for name, theirs in LAYER_NAMES.items():
                 state[f"{old}{name}.weight"] = tensors[f"{new}{theirs}.weight"]
     state["lm_head.weight"] = state["tok_embeddings.weight"]
-    gpt = GPT(gpt_config)
+    try:
+        gpt = GPT(gpt_config)
+    except RuntimeError as error:  # tables for more positions than there is memory
+        raise UserError(f"a model of this config.json cannot be made: {error}"[:200]) from None
     gpt.load_state_dict(state)
     dtypes = {tensor.dtype for tensor in state.values()}
     return gpt.to(dtypes.pop() if len(dtypes) == 1 else torch.float32)
@@ -155,6 +169,9 @@ def gpt_config_of(config: dict[str, Any]) -> GPTConfig:
         }
     else:
         rope = config.get("rope_parameters") or {}
+        if not isinstance(rope, dict):
+            raise UserError(f"config.json has rope_parameters {rope!r}, not an object")
+        kind_of_rope = rope.get("rope_type", rope.get("type", "default"))
         shape = {
             "n_embd": needed(config, "hidden_size", int),
             "n_layers": needed(config, "num_hidden_layers", int),
@@ -166,8 +183,8 @@ def gpt_config_of(config: dict[str, Any]) -> GPTConfig:
             "rope_theta": needed(rope if "rope_theta" in rope else config, "rope_theta", float),
             "rope_style": kind,
         }
-        if rope.get("rope_type", "default") != "default":
-            raise UserError(f"rope_type {rope['rope_type']!r}: Lille has only the default RoPE")
+        if kind_of_rope != "default":
+            raise UserError(f"rope_type {kind_of_rope!r}: Lille has only the default RoPE")
     for name, allowed in FIXED.items():
         if name in config and config[name] not in allowed:
             raise UserError(f"{name} is {config[name]!r}: Lille has only {allowed[0]!r}")
@@ -188,6 +205,8 @@ def needed(config: dict[str, Any], name: str, kind: type) -> Any:
     if isinstance(value, bool) or not isinstance(value, (int, kind)):
         found = f"has {name} {value!r}, not a number" if name in config else f"has no {name}"
         raise UserError(f"config.json {found}")
+    if not 0 < value < math.inf:  # not NaN either
+        raise UserError(f"config.json has {name} {value!r}: it must be above 0")
     return kind(value)
 
 

@@ -56,7 +56,7 @@ def read_json(path: Path) -> dict[str, Any]:
         if isinstance(value, dict):
             return value
         reason = "it is not an object"
-    except ValueError as error:
+    except (RecursionError, ValueError) as error:
         reason = str(error)
     raise UserError(f"{path.name} cannot be read as JSON: {reason}") from None
 

@@ -217,6 +217,15 @@ def test_tensors_that_disagree_are_named(broken, change, message):
     assert "\n" not in str(caught.value) and str(broken) in str(caught.value)
 
 
+def test_a_checkpoint_with_two_heads_is_refused(tmp_path):
+    gpt = GPT(CONFIG)
+    weights = gpt.state_dict() | {"lm_head.weight": torch.zeros(96, 32)}
+    path = tmp_path / "m.pt"
+    torch.save({"model_state_dict": weights, "model_args": CONFIG.to_dict()}, path)
+    with pytest.raises(UserError, match="lm_head.weight is not tok_embeddings.weight"):
+        load_model(path)
+
+
 def test_a_repeated_embedding_is_fine(broken):
     def repeat(tensors):
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
@@ -244,6 +253,13 @@ def test_a_repeated_embedding_is_fine(broken):
         ({"quantization_config": {"bits": 4}}, "quantization_config is"),
         ({"intermediate_size": 128}, "intermediate_size is 128: Lille of this shape has 256"),
         ({"head_dim": 16}, "head_dim is 16"),
+        ({"tie_word_embeddings": False}, "lm_head.weight is missing, and tie_word_embeddings"),
+        ({"rope_parameters": "x"}, "rope_parameters 'x', not an object"),
+        ({"rope_parameters": {"type": "linear", "rope_theta": 1e4}}, "rope_type 'linear'"),
+        ({"rope_parameters": {"rope_theta": 0}}, "has rope_theta 0: it must be above 0"),
+        ({"rms_norm_eps": float("nan")}, "has rms_norm_eps nan: it must be above 0"),
+        ({"max_position_embeddings": 10**13}, "cannot be made: .*memory"),
+        ({"num_hidden_layers": 10**9}, "1000000000 layers, and only 29 tensors"),
     ],
 )
 def test_configurations_that_are_no_lille(broken, changes, message):
