@@ -513,7 +513,7 @@ def test_two_runs_do_not_share_an_output_directory(tokenizer):
     with locked(out, "run"), pytest.raises(UserError) as caught:
         prepare("new 1<|endoftext|>new 2")
     assert str(caught.value) == (
-        "another prepare_dataset.py is writing to out: wait for it or choose another folder"
+        "another prepare_dataset.py is writing to out: wait for it or choose another place"
     )
     assert (out / ".preparing" / "train.npz").read_text() == "of the other run"
     prepare("new 1<|endoftext|>new 2")
