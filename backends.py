@@ -7,8 +7,7 @@ A backend knows ids and logits only: prompts, sampling, stopping and text live i
 """
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +16,7 @@ import torch
 from checkpoint import load_model
 from config import UserError
 from decoding import Decoder, KVCache
+from hf_check import quiet_transformers
 from model import GPT
 from pretrained import CONFIG, model_folder, read_json
 
@@ -179,7 +179,7 @@ def open_transformers(
     from transformers import AutoModelForCausalLM
 
     try:
-        with transformers_quiet():
+        with quiet_transformers():
             model, report = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
             )
@@ -191,22 +191,6 @@ def open_transformers(
             first = sorted(map(str, report[kind]))[0]
             raise UserError(f"{folder}: its tensors are not its config's, {kind}: {first}")
     return HuggingFaceBackend(model.to(device))
-
-
-@contextmanager
-def transformers_quiet() -> Iterator[None]:
-    """Without its progress bars and warnings: what is wrong is said in one line instead."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    try:
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def open_onnx(model: str | os.PathLike, device: str | torch.device | None) -> Backend:

@@ -1,29 +1,121 @@
 """A dataset that is prepared in parts, one for each input file, by any number of processes.
 
 Part i lies in `output`/.preparing/part-0000i: its shards, and part.json as soon as they are
-complete. Once all parts are there, `finish` names the shards, moves them and writes manifest.json.
-Whatever is there is complete and on disk, so that a run may end anywhere and another one go on.
+complete; `Part` makes one. Once all parts are there, `finish` names the shards, moves them and
+writes manifest.json. Whatever is there is complete and on disk, so that a run may end anywhere and
+another one go on.
 """
 
 import json
 import os
 import shutil
+from array import array
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from config import UserError
 from dataset import NpzDataset, ShardWriter
 from files import atomic_file
+from filters import EMPTY, Counts, read_documents
 from manifest import make_manifest, write_manifest
+from prefetch import Prefetcher
+from sources import InputFile, modified
 
 STAGING = ".preparing"
+DOWNLOAD = "input.parquet"  # in a part's folder
 DUPLICATE = "duplicate text"
 SOURCE = ("name", "bytes", "sha256")
 DUPLICATES_AT_A_TIME = 4 << 20  # documents compared at a time
+
+
+@dataclass
+class Part:
+    """The part of one input file while it is made: first encoded, then stored."""
+
+    folder: Path
+    file: InputFile
+    sha256: str
+    held: ExitStack  # the lock and the writer
+    writer: ShardWriter
+    counts: Counts = field(default_factory=Counts)
+    keys: array = field(default_factory=lambda: array("Q"))
+    text_hashes: bytearray = field(default_factory=bytearray)
+    text_bytes: int = 0
+
+    def encode(self, path: Path, config: Any, tokenizer: Any, on_batch: Callable) -> None:
+        """Encodes the documents of the file at `path` that pass the filters into the writer.
+
+        Calls `on_batch(batch, tokens, bytes of the file)` after each batch.
+        """
+        batches = Prefetcher(read_documents(path, config, self.counts))
+        try:
+            for batch in batches:
+                ids, ends = tokenizer.encode_documents(batch.texts)
+                self.writer.add_flat(ids, ends)
+                self.keys.frombytes(batch.keys.tobytes())
+                self.text_hashes += batch.text_hashes.tobytes()
+                self.text_bytes += batch.text_bytes
+                on_batch(batch, len(ids), self.file.bytes)
+        finally:
+            batches.close()
+
+    def store(self, config: Any, identity: dict[str, Any]) -> dict[str, Any]:
+        """Writes the shards in the order of the keys, then part.json; returns what that says."""
+        keys = np.frombuffer(self.keys, dtype=np.uint64)
+        order = np.argsort(keys, kind="stable")
+        n_val = int(np.searchsorted(keys[order], np.uint64(config.val_split * 2.0**64)))
+        val, train = np.split(order, [n_val])
+        with self.held:
+            writer = self.writer
+            shards = [
+                writer.write(self.folder / f"train-{i:05d}.npz", documents)
+                for i, documents in enumerate(cut(train, writer.lengths(train), config.shard_size))
+            ]
+            val_entry = writer.write(self.folder / "val.npz", val)
+            if config.remove_duplicates:
+                hashes = np.frombuffer(self.text_hashes, dtype="<u8").reshape(-1, 2)
+                with atomic_file(self.folder / "text_hashes.npy") as file:
+                    np.save(file, hashes[np.concatenate([train, val])])
+            record = {
+                "identity": identity,
+                "source": {
+                    "name": self.file.name,
+                    "bytes": self.file.bytes,
+                    "sha256": self.sha256,
+                    "modified": modified(self.file),
+                },
+                "documents": self.counts.documents,
+                "text_bytes": self.text_bytes,
+                "dropped": self.counts.dropped,
+                "shards": shards,
+                "val": val_entry,
+            }
+            write_record(self.folder / "part.json", record)
+        (self.folder / DOWNLOAD).unlink(missing_ok=True)
+        kept = sum(entry["documents"] for entry in [*shards, val_entry])
+        tokens = sum(entry["tokens"] for entry in [*shards, val_entry])
+        empty = self.counts.dropped[EMPTY]["documents"]
+        note = f"; {empty:,} without text, from row group {self.counts.first_empty} on"
+        tqdm.write(
+            f"{self.file.name}: {kept:,} of {self.counts.documents:,} documents kept, "
+            f"{tokens:,} tokens{note if empty else ''}"
+        )
+        return record
+
+
+def cut(order: np.ndarray, lengths: np.ndarray, shard_size: int) -> list[np.ndarray]:
+    """Splits documents into runs of about `shard_size` tokens, none of them empty."""
+    if not len(order):
+        return []
+    shard = (np.cumsum(lengths) - 1) // shard_size
+    return np.split(order, np.flatnonzero(np.diff(shard)) + 1)
 
 
 def part_of(output: Path, index: int) -> Path:

@@ -17,24 +17,21 @@ import os
 import shutil
 import sys
 import time
-from array import array
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 import hub
 from config import UserError, config_from_constants, run_script
 from dataset import ShardWriter
-from files import atomic_file, file_sha256, locked
-from filters import EMPTY, Counts, Documents, read_documents
+from files import file_sha256, locked
+from filters import Documents
 from manifest import read_manifest
-from parts import STAGING, finish, part_of, read_record, refuse_if_different, write_record
+from parts import DOWNLOAD, STAGING, Part, finish, part_of, read_record, refuse_if_different
 from prefetch import Prefetcher
 from sources import (
     InputFile,
@@ -43,7 +40,6 @@ from sources import (
     input_files,
     is_local,
     local_files,
-    modified,
     note_little_room,
     refuse_if_changed,
 )
@@ -72,7 +68,6 @@ rank = -1  # of this process among `world_size`; -1: as torchrun says, or the on
 world_size = 0
 
 SCRIPT = "prepare_dataset_fineweb.py"
-DOWNLOAD = "input.parquet"  # in a part's folder
 COUNTED = ("documents", "tokens")
 SETTINGS = (
     "language_filter",
@@ -85,86 +80,6 @@ SETTINGS = (
 
 
 # The parts --------------------------------------------------------------------------------------
-
-
-@dataclass
-class Part:
-    """The part of one input file while it is made: first encoded, then stored."""
-
-    folder: Path
-    file: InputFile
-    sha256: str
-    held: ExitStack  # the lock and the writer
-    writer: ShardWriter
-    counts: Counts = field(default_factory=Counts)
-    keys: array = field(default_factory=lambda: array("Q"))
-    text_hashes: bytearray = field(default_factory=bytearray)
-    text_bytes: int = 0
-
-    def encode(self, path: Path, config: Any, tokenizer: Any, progress: "Progress") -> None:
-        """Encodes the documents of the file at `path` that pass the filters into the writer."""
-        batches = Prefetcher(read_documents(path, config, self.counts))
-        try:
-            for batch in batches:
-                ids, ends = tokenizer.encode_documents(batch.texts)
-                self.writer.add_flat(ids, ends)
-                self.keys.frombytes(batch.keys.tobytes())
-                self.text_hashes += batch.text_hashes.tobytes()
-                self.text_bytes += batch.text_bytes
-                progress.advance(batch, len(ids), self.file.bytes)
-        finally:
-            batches.close()
-
-    def store(self, config: Any, identity: dict[str, Any]) -> dict[str, Any]:
-        """Writes the shards in the order of the keys, then part.json; returns what that says."""
-        keys = np.frombuffer(self.keys, dtype=np.uint64)
-        order = np.argsort(keys, kind="stable")
-        n_val = int(np.searchsorted(keys[order], np.uint64(config.val_split * 2.0**64)))
-        val, train = np.split(order, [n_val])
-        with self.held:
-            writer = self.writer
-            shards = [
-                writer.write(self.folder / f"train-{i:05d}.npz", documents)
-                for i, documents in enumerate(cut(train, writer.lengths(train), config.shard_size))
-            ]
-            val_entry = writer.write(self.folder / "val.npz", val)
-            if config.remove_duplicates:
-                hashes = np.frombuffer(self.text_hashes, dtype="<u8").reshape(-1, 2)
-                with atomic_file(self.folder / "text_hashes.npy") as file:
-                    np.save(file, hashes[np.concatenate([train, val])])
-            record = {
-                "identity": identity,
-                "source": {
-                    "name": self.file.name,
-                    "bytes": self.file.bytes,
-                    "sha256": self.sha256,
-                    "modified": modified(self.file),
-                },
-                "documents": self.counts.documents,
-                "text_bytes": self.text_bytes,
-                "dropped": self.counts.dropped,
-                "shards": shards,
-                "val": val_entry,
-            }
-            write_record(self.folder / "part.json", record)
-        (self.folder / DOWNLOAD).unlink(missing_ok=True)
-        kept = sum(entry["documents"] for entry in [*shards, val_entry])
-        tokens = sum(entry["tokens"] for entry in [*shards, val_entry])
-        empty = self.counts.dropped[EMPTY]["documents"]
-        note = f"; {empty:,} without text, from row group {self.counts.first_empty} on"
-        tqdm.write(
-            f"{self.file.name}: {kept:,} of {self.counts.documents:,} documents kept, "
-            f"{tokens:,} tokens{note if empty else ''}"
-        )
-        return record
-
-
-def cut(order: np.ndarray, lengths: np.ndarray, shard_size: int) -> list[np.ndarray]:
-    """Splits documents into runs of about `shard_size` tokens, none of them empty."""
-    if not len(order):
-        return []
-    shard = (np.cumsum(lengths) - 1) // shard_size
-    return np.split(order, np.flatnonzero(np.diff(shard)) + 1)
 
 
 class Progress:
@@ -245,7 +160,7 @@ def prepare_parts(
     try:
         with held, ThreadPoolExecutor(1) as pool:
             for path, part in inputs:
-                part.encode(path, config, tokenizer, progress)
+                part.encode(path, config, tokenizer, progress.advance)
                 if stored:
                     stored.result()
                 stored = pool.submit(part.store, config, identity)
