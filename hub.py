@@ -7,6 +7,7 @@ the function below it that does the transfer.
 """
 
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers, filter_repo_objects, get_session
+from tqdm import tqdm
 
 from config import UserError
 from files import file_sha256, named_errors
@@ -143,10 +145,11 @@ def retried(
 ) -> Result:
     """The result of `action`, tried again after errors of the network or the server.
 
-    The waits grow until `progress`, of a transfer, has grown in between. UserError when they are
-    used up, and at once for what another try would not change.
+    The waits grow until `progress`, of a transfer, has grown in between; a question without a
+    transfer is given up sooner. Says on stderr what it waits for. UserError when the waits are used
+    up, and at once for what another try would not change.
     """
-    waits, seen = iter(WAITS), 0
+    waits, seen = iter(WAITS if progress else WAITS[:4]), 0
     while True:
         try:
             get_session().timeout = TIMEOUT  # of the calls that do not bring one
@@ -170,12 +173,13 @@ def retried(
             if progress and progress() > seen:
                 waits, seen = iter(WAITS), progress()
             wait = next(waits, None)
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
             if wait is None:
-                reason = " ".join(str(error).split())[:200] or type(error).__name__
                 raise UserError(
                     f"cannot fetch {what} from {constants.ENDPOINT} ({reason}): check the network "
                     "and run again, what has arrived is kept"
                 ) from None
+            tqdm.write(f"{what}: {reason}; trying again in {wait} s", file=sys.stderr)
             time.sleep(wait)
 
 
