@@ -27,6 +27,6 @@ $(VENV)/.installed: requirements.txt
 	$(PIP) -r requirements.txt
 	touch $@
 
-$(VENV)/.installed-dev: requirements-dev.txt requirements-export.txt requirements-bench.txt $(VENV)/.installed
+$(VENV)/.installed-dev: requirements-dev.txt requirements-export.txt $(VENV)/.installed
 	$(PIP) -r requirements-dev.txt
 	touch $@

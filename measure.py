@@ -7,10 +7,9 @@ table that is printed is kept in `tables`, from which benchmark_results.py write
 import gc
 import importlib
 import math
-import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -44,11 +43,15 @@ class Limits:
     matmul_rate: dict[str, float]  # FLOP/s by dtype: "float32" on a CPU, "bfloat16" on CUDA
 
 
-@cache
 def limits(device: torch.device = CPU) -> Limits:
-    """Measures the device the first time it is asked about; half a gigabyte, about two seconds."""
+    """Measures the device the first time it is asked about; half a gigabyte, some seconds."""
+    return measured_limits(device)
+
+
+@cache
+def measured_limits(device: torch.device) -> Limits:
     gpu = device.type == "cuda"
-    n, width, dtype = (1 << 28, 8192, torch.bfloat16) if gpu else (1 << 26, 2048, torch.float32)
+    n, width, dtype = (1 << 28, 8192, torch.bfloat16) if gpu else (1 << 26, 1536, torch.float32)
     source = torch.ones(n, device=device)
     target = torch.empty_like(source)
     a, b = (torch.randn(width, width, device=device, dtype=dtype) for _ in range(2))
@@ -88,6 +91,27 @@ def seconds_of(function: Callable[[], object], calls: int, device: torch.device 
     end.record()
     torch.cuda.synchronize(device)
     return start.elapsed_time(end) / 1e3 / calls
+
+
+def waits(
+    items: Iterator, use: Callable[[Any], object], device: torch.device = CPU, skipped: int = 0
+) -> tuple[list[float], list[float]]:
+    """Seconds until each item was there, and until it was used too, without the first `skipped`.
+
+    The device has finished each use before the next item is asked for.
+    """
+    waited, whole = [], []
+    while True:
+        started = time.perf_counter()
+        try:
+            item = next(items)
+        except StopIteration:
+            return waited[skipped:], whole[skipped:]
+        waited.append(time.perf_counter() - started)
+        use(item)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        whole.append(time.perf_counter() - started)
 
 
 def reason_of(error: BaseException) -> str:
@@ -213,6 +237,12 @@ def table_text(table: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def cell_text(value: float | str | None) -> str:
+    if value is None or value != value:
+        return "-"
+    return value if isinstance(value, str) else f"{value:,.4g}" if value < 1e4 else f"{value:,.0f}"
+
+
 def facts(section: str, title: str, rows: dict[str, dict[str, float | str]]) -> None:
     """Prints and keeps what is not a time: name -> {column: value}."""
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
@@ -220,8 +250,7 @@ def facts(section: str, title: str, rows: dict[str, dict[str, float | str]]) -> 
     print(f"\n{section}: {title}\n{'':{width}} " + " ".join(f"{c:>16}" for c in columns))
     for name, row in rows.items():
         cells = (row.get(column, "") for column in columns)
-        texts = (cell if isinstance(cell, str) else f"{cell:,.5g}" for cell in cells)
-        print(f"{name:{width}} " + " ".join(f"{text:>16}" for text in texts), flush=True)
+        print(f"{name:{width}} " + " ".join(f"{cell_text(cell):>16}" for cell in cells))
     tables.append({"section": section, "title": title, "facts": rows})
 
 
@@ -239,7 +268,3 @@ def peer(name: str) -> ModuleType | None:
             skipped[name.partition(".")[0]] = why
             print(f"skipped: {name} {why} (see requirements-bench.txt)", flush=True)
         return None
-
-
-def threads() -> str:
-    return f"{torch.get_num_threads()} of {os.cpu_count()} cores"

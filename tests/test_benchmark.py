@@ -1,15 +1,262 @@
-"""The benchmark of data preparation runs, and finds the documents of both contestants equal."""
+"""benchmark.py: the clock and its table, the sections at tiny sizes, the record, the README."""
 
-import re
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
 
+import numpy as np
+import pytest
+import torch
+
+import benchmark
 import benchmark_data
+import benchmark_results
+import measure
+from benchmark_packing import use_of_slots
+from config import UserError
+from packing import PackedRows
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = "--n_layers=2 --n_embd=64 --n_heads=2 --n_kv_heads=1 --block_size=64 --new_tokens=6".split()
+TINY += "--rounds=1 --repeats=1 --n_documents=300 --n_planned=3000 --device=cpu".split()
 
 
-def test_data_on_a_small_source(tmp_path, capsys):
-    paths = benchmark_data.make_source(tmp_path)
-    for path in paths[1:]:
-        path.unlink()
-    assert benchmark_data.main([f"--source={paths[0]}", "--rounds=1", "--repeats=1"]) == 0
+@pytest.fixture(autouse=True)
+def fresh():
+    measure.begin()
+
+
+def sleeper(seconds: float, calls: list[str], name: str):
+    def run() -> None:
+        calls.append(name)
+        time.sleep(seconds)
+
+    return run
+
+
+def broken() -> None:
+    raise RuntimeError("no compiler\nand more")
+
+
+def test_contestants_run_in_turn_and_ratios_say_how_many_times_as_fast(capsys):
+    calls: list[str] = []
+    contestants = {
+        "slow": sleeper(0.06, calls, "slow"),
+        "broken": broken,
+        "ours": sleeper(0.03, calls, "ours"),
+    }
+    medians = measure.compare(
+        "decode",
+        "sleeping",
+        contestants,
+        3,
+        work=("naps/s", {"slow": 6, "ours": 3}),
+        bound={"ours": 0.015},
+    )
+    assert calls == ["slow", "ours"] * 4  # with one round that is not counted
+    (table,) = measure.tables
+    slow, ours = table["rows"]["slow"], table["rows"]["ours"]
+    assert medians == {"slow": slow["median_s"], "ours": ours["median_s"]}
+    assert 0.06 <= slow["min_s"] <= slow["median_s"] <= slow["max_s"] and slow["n"] == 3
+    assert slow["ratio"] == 1 and ours["ratio"] == medians["slow"] / medians["ours"] > 1
+    assert ours["min_ratio"] <= ours["max_ratio"] and 0 < ours["share"] <= 0.5
+    assert (slow["rate"], ours["rate"]) == (6 / medians["slow"], 3 / medians["ours"])
+    assert table["baseline"] == "slow"
+    assert table["left_out"] == {"broken": "RuntimeError: no compiler"}
     printed = capsys.readouterr().out
-    assert re.search(r"1 files, [\d.]+ MB of text all kept, equal ids", printed)
-    assert re.search(r"ours +[\d.]+ +[\d.]+ to [\d.]+ +[\d.]+ +[\d.]+ +\d+\n", printed)
+    assert "broken: left out, RuntimeError: no compiler\n" in printed
+    assert f"{ours['ratio']:.2f} [" in printed and f"{ours['share']:7.0%}" in printed
+
+
+def test_a_short_call_is_repeated_and_a_late_failure_ends_one_contestant():
+    calls: list[str] = []
+
+    def fails_later() -> None:
+        if len(calls) > 50:
+            raise MemoryError
+        time.sleep(0.001)
+
+    contestants = {"short": sleeper(0.001, calls, "short"), "late": fails_later}
+    medians = measure.compare("decode", "short", contestants, 4, baseline="late")
+    assert 0.001 <= medians["short"] < measure.SHORTEST_SAMPLE and len(calls) >= 60
+    (table,) = measure.tables
+    assert table["left_out"] == {"late": "MemoryError"} and table["baseline"] == "short"
+
+
+def test_limits_are_this_machines():
+    limits = measure.limits()
+    assert limits is measure.limits(torch.device("cpu"))
+    assert 5e8 < limits.read_bandwidth < 5e12 and 5e8 < limits.copy_bandwidth < 5e12
+    assert 1e9 < limits.matmul_rate["float32"] < 1e15
+
+
+def test_an_absent_peer_is_noted_once(capsys):
+    for _ in range(2):
+        assert measure.peer("no_such_package.model") is None
+    assert measure.peer("json") is json
+    note = "skipped: no_such_package.model is not installed (see requirements-bench.txt)\n"
+    assert capsys.readouterr().out == note
+    assert measure.skipped == {"no_such_package": "is not installed"}
+
+
+def test_the_wait_is_the_time_until_an_item_is_there():
+    def slow_items():
+        for _ in range(4):
+            time.sleep(0.03)
+            yield None
+
+    waited, whole = measure.waits(slow_items(), lambda item: time.sleep(0.05), skipped=1)
+    assert len(waited) == len(whole) == 3 and min(waited) >= 0.03
+    assert all(both >= wait + 0.05 for wait, both in zip(waited, whole, strict=True))
+
+
+# Sections
+
+
+def test_sections_are_measured_printed_and_recorded(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(benchmark_data, "CHUNK_BYTES", 100_000)
+    results = tmp_path / "kept" / "results.jsonl"
+    benchmark_data.make_source(tmp_path, Path(json.__file__).parents[1] / "asyncio")
+    arguments = [*TINY, "--section=packing,decode,data", f"--source={tmp_path}/*.parquet"]
+    for _ in range(2):
+        assert benchmark.main([*arguments, f"--results={results}"]) == 0
+        arguments[-2] = "--section=decode"
+    assert benchmark.main([*arguments, "--save=False", f"--results={results}"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count(f"added to {results}") == 2
+
+    first, second = benchmark_results.read(results)
+    assert list(first["seconds"]) == ["data", "decode", "packing"]
+    assert [*second["seconds"]] == ["decode"] and "--section=decode --source" in second["command"]
+    assert first["versions"]["torch"] == torch.__version__ and first["hardware"]["threads"] >= 1
+    assert first["limits"]["copy_bandwidth"] > 0 and isinstance(first["changed"], bool)
+    assert len(first["commit"]) == 40
+    tables = {table["title"].partition(",")[0]: table for table in first["tables"]}
+    for title, table in tables.items():
+        assert title in printed and not table.get("left_out")
+
+    decode = next(table for table in first["tables"] if table["section"] == "decode")
+    assert decode["baseline"] == "transformers generate"
+    assert {"ours, plain PyTorch"} < decode["rows"].keys()
+    for row in decode["rows"].values():
+        assert row["rate"] == pytest.approx(6 / row["median_s"], rel=1e-3) and row["share"] > 0
+    logits = next(t for title, t in tables.items() if title.startswith("logits"))["facts"]
+    assert logits["ours, plain PyTorch"]["largest error"] < 1e-5
+    for row in logits.values():
+        assert row["largest error"] < 0.1 * row["largest logit"]
+
+    prepared = next(t for title, t in tables.items() if title.startswith("prepare 4 files"))
+    assert list(prepared["rows"]) == ["tiktoken, one thread, lists", "ours"]
+    tokenized = next(t for title, t in tables.items() if title.startswith("tokenize"))
+    assert len(tokenized["rows"]) == 4
+    wait = next(t for title, t in tables.items() if title.startswith("wait"))["facts"]["ours"]
+    assert 0 <= wait["share"] < 1 and wait["wait ms"] <= wait["longest wait ms"] < wait["step ms"]
+
+    benchmark.main(["--plot=True", f"--results={results}"])
+    assert results.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+class Shard:
+    """Documents of these lengths."""
+
+    def __init__(self, *lengths: int):
+        self.offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.uint64)
+        self.tokens = np.zeros(int(self.offsets[-1]), dtype=np.uint16)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+
+def test_use_of_slots_against_sums_by_hand():
+    shards = [Shard(1), Shard(*[10] * 3)]  # rows of 4: 1; three times 4 + 4 + 2: packed in 8 rows
+    rows = PackedRows(shards, 4, pad_id=9)
+    assert rows.rows_per_epoch == 8
+    found = use_of_slots(shards, rows, 4)
+    ours, theirs = found["ours"], found["first tokens, padded, drawn"]
+    assert (ours["filled"], ours["labels"]) == (31 / 32, (31 - 10) / 32)
+    assert ours["lost"] == ours["unseen"] == 0
+    assert theirs["lost"] == pytest.approx(1 - 13 / 31)
+    drawn = np.random.default_rng(1).integers(4, size=8)
+    ones = int((drawn == 0).sum())
+    assert 0 < ones < 8 and theirs["filled"] == (ones + 4 * (8 - ones)) / 32
+    assert theirs["labels"] == 3 * (8 - ones) / 32 and theirs["unseen"] >= theirs["lost"] - 1e-9
+
+
+def test_mistakes_are_one_line():
+    with pytest.raises(UserError, match="section='speed': expected all, or some of train,"):
+        benchmark.main(["--section=speed"])
+    with pytest.raises(UserError, match="new_tokens=60 after a prompt of 16 do not fit"):
+        benchmark.main(["--block_size=64", "--new_tokens=60"])
+    with pytest.raises(UserError, match="rounds=0 must be at least 1"):
+        benchmark.main(["--rounds=0"])
+    with pytest.raises(UserError, match="n_embd=63 must be n_heads=10 times"):
+        benchmark.main(["--n_embd=63"])
+    with pytest.raises(UserError, match="none.jsonl does not exist: run python benchmark.py first"):
+        benchmark.main(["--results=none.jsonl", "--plot=True"])
+    command = [sys.executable, ROOT / "benchmark_prepare.py"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2 and "run python benchmark.py --section=data" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+# The record and what is made of it
+
+
+def saved(path: Path, **changes) -> dict:
+    environment = benchmark_results.environment(["--section=decode"], torch.device("cpu"))
+    benchmark_results.record(path, environment | changes, {"decode": 1.0}, torch.device("cpu"))
+    return benchmark_results.read(path)[-1]
+
+
+def test_the_table_has_the_newest_of_each_on_each_machine(tmp_path):
+    path = tmp_path / "r.jsonl"
+    for seconds, gpu in ((0.5, None), (0.25, None), (0.125, "H|100")):
+        measure.begin()
+        times = {"theirs": [1.0, 1.0], "ours": [seconds] * 2, "ours, int8": [0.1, 0.1]}
+        work, bound = ("tokens/s", 100.0), {"ours": 0.2 * seconds}
+        measure.report("decode", "answers", times, work=work, bound=bound)
+        measure.facts("packing", "rows", {"ours": {"filled": 0.5, "none": float("nan")}})
+        hardware = {"cpu": "a CPU", "cores": 4, "threads": 2, "gpu": gpu}
+        saved(path, hardware=hardware, commit="0123456789", changed=True, load=None)
+    measure.begin()
+    saved(path)  # without tables
+    table = benchmark_results.readme_table(benchmark_results.read(path))
+    date = benchmark_results.read(path)[0]["date"][:10]
+    assert table.count("decode: answers") == 2 and "2.00 ×" not in table
+    assert (
+        "| decode: answers | 4.00 × (400 tokens/s)<br>int8 10.00 × (1000 tokens/s) | "
+        "theirs 1.00 × (100 tokens/s) | 20%<br>– | "
+        f"`python benchmark.py --section=decode`, {date}, 0123456, changed |"
+    ) in table
+    assert "**a CPU, 2 of 4 cores**" in table and "**H|100**" in table and "8.00 ×" in table
+    assert "| packing: rows | filled 0.5; none - |  |  |" in table
+
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{benchmark_results.START}\nold\n{benchmark_results.END}\nafter\n")
+    benchmark_results.write_readme(path, readme)
+    text = readme.read_text()
+    assert table in text and "old" not in text
+    assert text.startswith("before\n") and text.endswith("-->\nafter\n")
+    benchmark_results.write_readme(path, readme)
+    assert readme.read_text() == text
+    readme.write_text("no place")
+    with pytest.raises(UserError, match="README.md has no place for the table"):
+        benchmark_results.write_readme(path, readme)
+
+
+def test_a_damaged_record_is_named(tmp_path):
+    path = tmp_path / "r.jsonl"
+    saved(path)
+    path.write_bytes(path.read_bytes() + b'{"date": ')
+    with pytest.raises(UserError, match="r.jsonl, line 2 is no record: delete that line"):
+        benchmark_results.read(path)
+
+
+def test_the_readmes_table_is_what_the_command_writes():
+    readme = (ROOT / "README.md").read_text("utf-8")
+    table = benchmark_results.readme_table(benchmark_results.read(benchmark_results.RESULTS))
+    assert table and benchmark_results.with_table(readme, table) == readme, (
+        "run python benchmark.py --readme=True"
+    )
