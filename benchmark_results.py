@@ -70,13 +70,14 @@ def environment(argv: list[str], device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         hardware["gpu"] = torch.cuda.get_device_name(device)
         versions["cuda"] = torch.version.cuda
+    told = [argument for argument in argv if not argument.startswith(("--results=", "--save="))]
     # What a run or its write-up itself changes is no change of the code.
     changes = git("status", "--porcelain", "-uno", "--", ".", ":!benchmarks", ":!README.md")
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": git("rev-parse", "HEAD"),
         "changed": None if changes is None else bool(changes),
-        "command": " ".join(["python benchmark.py", *argv]),
+        "command": " ".join(["python benchmark.py", *told]),
         "system": f"{platform.system()} {platform.machine()}",
         "hardware": hardware,
         "versions": versions,
@@ -174,30 +175,35 @@ def cells(table: dict[str, Any]) -> tuple[str, str, str]:
 
     ours = [told(name, row) for name, row in rows.items() if is_ours(name)]
     peers = [told(name, row) for name, row in rows.items() if not is_ours(name)]
-    shares = [
-        f"{row['share']:.0%}" if "share" in row else "–"
-        for name, row in rows.items()
-        if is_ours(name)
-    ]
-    shares = shares if any(share != "–" for share in shares) else []
+    shares = []
+    if any("share" in row for row in table.get("rows", {}).values()):
+        mine = [row for name, row in rows.items() if is_ours(name)]
+        shares = [f"{row['share']:.0%}" if "share" in row else "–" for row in mine]
     return "<br>".join(ours), "<br>".join(peers), "<br>".join(shares)
 
 
 def readme_table(records: list[dict[str, Any]]) -> str:
-    """Markdown of the newest tables, by hardware."""
+    """Markdown of the newest tables: a table for each run on each hardware."""
     parts = []
     for where, tables in newest(records).items():
-        parts += [f"**{where}**\n", "| measured | ours | peers | of limit | run |"]
-        parts.append("|---|---|---|---|---|")
-        for line, table in tables:
-            ours, peers, shares = cells(table)
-            commit = (line["commit"] or "no commit")[:7] + (", changed" if line["changed"] else "")
-            run = f"`{line['command']}`, {line['date'][:10]}, {commit}"
+        lines = [line for line, _ in tables]
+        for line in sorted(records, key=lambda line: line["date"], reverse=True):
+            if line not in lines:
+                continue
+            commit = (line["commit"] or "none")[:7] + (" with changes" if line["changed"] else "")
+            run = f"**{where}**: `{line['command']}`, {line['date'][:10]}, commit {commit}"
             if line["load"] is not None:
-                run += f", load {line['load']}"
-            row = (f"{table['section']}: {table['title']}", ours, peers, shares, run)
-            parts.append("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
-        parts.append("")
+                run += f", load of the machine before it {line['load']}"
+            parts += [
+                run,
+                "",
+                "| measured | ours | peers | ours, of the limit |",
+                "|---|---|---|---|",
+            ]
+            for measured in (table for its, table in tables if its is line):
+                row = (f"{measured['section']}: {measured['title']}", *cells(measured))
+                parts.append("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
+            parts.append("")
     return "\n".join(parts).rstrip()
 
 

@@ -280,11 +280,21 @@ class Decoder:
                 f"weights={weights!r} needs the CPU and a C++ compiler (c++ or g++): install one, "
                 "or leave the weights as they are"
             )
+        self.spare: list[KVCache] = []  # of answers that are done: a CUDA graph knows their memory
         self.step = self.eager
         if mode == "compile":
             self.step = torch.compile(self.eager, dynamic=False, fullgraph=True)
         if weight.is_cuda and mode != "eager":
             self.step = GraphStep(self.step)
+
+    def empty_cache(self, batch: int) -> KVCache:
+        """A cache for `batch` new answers; put into `spare`, it serves the next ones."""
+        cache = self.spare.pop() if self.spare else None
+        weight = self.gpt.tok_embeddings.weight
+        if cache is None or cache.keys.shape[1] != batch or cache.keys.dtype != weight.dtype:
+            return KVCache.empty(self.gpt.config, batch, like=weight)
+        cache.lengths = torch.zeros_like(cache.lengths)
+        return cache
 
     def eager(self, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
         return self.gpt(tokens[:, None], cache=cache)[:, 0]
@@ -324,16 +334,16 @@ def generate_steps(
     budgets = [min(max_new_tokens, block_size + 1 - size) for size in sizes]
     was_training = gpt.training
     gpt.eval()
+    if decoder is None:  # a CUDA graph is worth its capture only to those who keep it
+        decoder = Decoder(gpt, mode="eager" if weight.is_cuda else "auto")
+    cache = decoder.empty_cache(len(prompts))
     try:
         padded = [prompt + [0] * (max(sizes) - len(prompt)) for prompt in prompts]
         ids = torch.tensor(padded, device=weight.device)  # padded on the right: causality hides it
-        cache = KVCache.empty(gpt.config, len(prompts), like=weight)
         x = gpt.hidden(ids, cache=cache)
         cache.lengths += torch.tensor(sizes, device=weight.device)
         x = x[torch.arange(len(prompts), device=weight.device), cache.lengths - 1]  # (B, C)
         logits = gpt.lm_head(x)
-        if decoder is None:  # a CUDA graph is worth its capture only to those who keep it
-            decoder = Decoder(gpt, mode="eager" if weight.is_cuda else "auto")
 
         def after(tokens: torch.Tensor) -> torch.Tensor:
             cache.lengths.clamp_(max=block_size - 1)  # only rows that are done are there
@@ -358,4 +368,5 @@ def generate_steps(
             if more and not weight.is_cuda:
                 logits = after(tokens)
     finally:
+        decoder.spare[:] = [cache]
         gpt.train(was_training)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmark import llama_of
+from benchmark_peers import llama_of
 from cross_entropy import IGNORE_INDEX, linear_cross_entropy
 from model import GPT, GPTConfig, KVCache, apply_rope, document_mask, rope_tables
 from sampling import sample
