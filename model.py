@@ -121,6 +121,27 @@ def flash_varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu: torch.Te
     return varlen_attn(q, k, v, cu, cu, longest, longest, **causal)
 
 
+def attend_by_piece(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu: torch.Tensor):
+    """What flash_varlen computes, on a CPU: causal attention in each piece by itself.
+
+    There is no mask to read, and nothing is computed that a mask would hide. Pieces of one length
+    that follow each other, such as full rows, are taken together.
+    """
+    groups: list[list[int]] = []  # [pieces, length]
+    for length in cu.diff().tolist():
+        if groups and groups[-1][1] == length:
+            groups[-1][0] += 1
+        elif length:
+            groups.append([1, length])
+    parts = (x.split([n * length for n, length in groups]) for x in (q, k, v))
+    outputs = []
+    for (n, length), *qkv in zip(groups, *parts, strict=True):
+        qkv = [x.unflatten(0, (n, length)).transpose(1, 2) for x in qkv]  # (pieces, heads, T, D)
+        y = F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True)
+        outputs.append(y.transpose(1, 2).flatten(0, 1))  # (N, H, D)
+    return torch.cat(outputs)
+
+
 class Attention(nn.Module):
     """Causal grouped-query attention with its pre-norm; the residual is added by Block."""
 
@@ -143,7 +164,10 @@ class Attention(nn.Module):
 
         if cu_seqlens is not None:
             q, k, v = (part.reshape(B * T, -1, width) for part in (q, k, v))  # (N, heads, D)
-            y = flash_varlen(q, k, v, cu_seqlens, longest=T)
+            if x.device.type == "cpu":
+                y = attend_by_piece(q, k, v, cu_seqlens)
+            else:
+                y = flash_varlen(q, k, v, cu_seqlens, longest=T)
         else:
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, D)
             if cache is not None:
@@ -226,8 +250,8 @@ class GPT(nn.Module):
 
         `targets` are already shifted by the caller; -100 marks positions without a label.
         `positions` (B, T) marks packed rows: it counts from 0 in each piece, and pieces do not see
-        each other. `cu_seqlens` int32 says the same for flash attention (CUDA, 16-bit): where the
-        pieces of the flattened batch begin, its end repeated to any fixed length.
+        each other. `cu_seqlens` int32 says the same for flash attention (CUDA, 16-bit) and on a
+        CPU: where the pieces of the flattened batch begin, its end repeated to any fixed length.
         `cache` holds the tokens before `ids` and takes theirs; the caller advances its lengths.
         `sample_targets` draws the labels from the model instead (see cross_entropy.py).
         Raises ValueError when the sequence is longer than `block_size`.
@@ -253,6 +277,8 @@ class GPT(nn.Module):
                 f"{T} tokens do not fit the context of {self.config.block_size}: shorten the text"
             )
         mask = None
+        if ids.device.type == "cpu" and torch.compiler.is_compiling():
+            cu_seqlens = None  # the pieces' lengths decide a loop, which would be compiled again
         if cache is not None:
             positions, mask = cache.places(T)
         elif positions is not None and cu_seqlens is None:

@@ -257,6 +257,28 @@ def test_sample_follows_the_distribution_and_its_filters():
     assert sample(logits[:2], temperature=0).tolist() == [0, 0]
 
 
+def test_attention_by_piece_equals_the_document_mask():
+    """On a CPU: logits, loss and gradients of packed rows with cu_seqlens and with positions only.
+
+    Two full rows, which are taken together, pieces of several lengths, and padding.
+    """
+    ids, targets = random_ids(4, 64), random_ids(4, 64, seed=2)
+    lengths = [64, 64, 1, 40, 23, 30, 30, 4]
+    positions = torch.cat([torch.arange(length) for length in lengths]).view(4, 64)
+    cu_seqlens = torch.tensor([0, *lengths, 0, 0], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    results = []
+    for cu in (None, cu_seqlens):
+        model = tiny_model()
+        loss = model(ids, targets, positions, cu)
+        loss.backward()
+        gradients = [p.grad for p in model.parameters()]
+        results.append([loss, model(ids, None, positions, cu), *gradients])
+    for masked, by_piece in zip(*results, strict=True):  # the same sums in another order
+        assert (masked - by_piece).norm() <= 1e-5 * masked.norm()
+    causal = tiny_model()(ids)
+    assert (causal - results[1][1]).abs().max() > 0.1  # that there are pieces matters
+
+
 @pytest.mark.parametrize("compiling", [False, True])
 def test_linear_cross_entropy_equals_the_plain_formula(compiling, monkeypatch):
     monkeypatch.setattr("cross_entropy.MIN_CHUNK", 1)  # so that there are three, of 32 tokens
@@ -272,6 +294,11 @@ def test_linear_cross_entropy_equals_the_plain_formula(compiling, monkeypatch):
     torch.testing.assert_close(ours, plain, rtol=1e-6, atol=0)
     for found, wanted in zip(torch.autograd.grad(3 * ours, (x, weight)), expected, strict=True):
         torch.testing.assert_close(found, 3 * wanted, rtol=1e-4, atol=1e-4)
+    if not compiling:  # its gradients are scaled in place
+        ours = linear_cross_entropy(x, weight, targets)
+        ours.backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="only once"):
+            ours.backward()
     with torch.no_grad():
         torch.testing.assert_close(linear_cross_entropy(x, weight, targets), plain.detach())
     nothing = linear_cross_entropy(x, weight, torch.full_like(targets, IGNORE_INDEX))

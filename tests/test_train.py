@@ -427,7 +427,9 @@ def test_accumulation_is_normalised_by_the_labels_of_the_whole_step(tiny_run):
             fields = zip(*(batch.tensors()[:3] for batch in batches), strict=True)
             tensors = [torch.cat(tensors) for tensors in fields]
             n_labels = sum(batch.n_labels for batch in batches)
-            batches = [Batch(*tensors, cu_seqlens=batches[0].cu_seqlens, n_labels=n_labels)]
+            size = batches[0].ids.numel()
+            cu_seqlens = torch.cat([b.cu_seqlens + i * size for i, b in enumerate(batches)])
+            batches = [Batch(*tensors, cu_seqlens=cu_seqlens, n_labels=n_labels)]
         loss, norm = run.step(batches, lr=1e-2)
         results.append([loss, norm, *weights_of(run)])
     for ours, theirs in zip(*results, strict=True):
