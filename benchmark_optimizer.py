@@ -230,7 +230,7 @@ def run(config: Any, device: torch.device) -> None:
     # Muon's products take half a minute on a CPU for the full model: there it is timed on the small
     model = GPT(GPTConfig(**shape, vocab_size=vocab_size))
     list_table("full model", model, device, 3 * config.rounds, muon=gpu)
-    authors_table("full model", model, device, config.rounds)
+    authors_table("full model", model, device, max(2, config.rounds // 2))
     del model
     model = GPT(GPTConfig(**demo_shape, vocab_size=vocab_size))
     list_table("the demo's model", model, device, 3 * config.rounds, muon=True)

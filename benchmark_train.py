@@ -134,6 +134,7 @@ def steps_table(
     rows: PackedRows,
     documents: NpzDataset,
     device: torch.device,
+    dtype: torch.dtype,
     rounds: int,
     compile: bool,
     peers: tuple[str, ...],
@@ -142,7 +143,6 @@ def steps_table(
     shape = {name: getattr(config, name) for name in SHAPE}
     shape = GPTConfig(**shape, vocab_size=load_tokenizer().vocab_size)
     gpu = device.type == "cuda"
-    dtype = torch.bfloat16 if gpu else torch.float32
     batches = Batches(rows, documents, config, steps=2, pin=gpu)
     contestants: dict[str, Callable[[], object]] = {}
     useful: dict[str, float] = {}
@@ -198,7 +198,7 @@ def steps_table(
         causal = variant(ours, wrap(ours.model), CausalRun)
         add("ours, no document masks", causal, batches.packed)
         slots = config.batch_size * config.gradient_accumulation_steps
-        for batch_size in (8, 32, 64):
+        for batch_size in (16, 32, 64):
             if batch_size != config.batch_size and slots % batch_size == 0:
                 changes = dict(batch_size=batch_size)
                 changes["gradient_accumulation_steps"] = slots // batch_size
@@ -228,7 +228,13 @@ def steps_table(
 
 
 def shares(
-    config: Any, rows: PackedRows, device: torch.device, compile: bool, steps: int, folder: Path
+    config: Any,
+    rows: PackedRows,
+    device: torch.device,
+    dtype: torch.dtype,
+    compile: bool,
+    steps: int,
+    folder: Path,
 ) -> None:
     """What a run of train.py spends beside its steps, as shares of its time at its own intervals.
 
@@ -240,7 +246,7 @@ def shares(
     shape = {name: getattr(config, name) for name in SHAPE}
     model = GPT(GPTConfig(**shape, vocab_size=tokenizer.vocab_size)).to(device)
     gpu = device.type == "cuda"
-    run = Run(model, config, device, torch.bfloat16 if gpu else torch.float32)
+    run = Run(model, config, device, dtype)
     per_step = config.batch_size * config.gradient_accumulation_steps
     if compile:
         run.try_compile(rows.batch(range(config.batch_size)))
@@ -263,6 +269,9 @@ def shares(
         batches.close()
     hessian = seconds_of(partial(run.update_hessian, first[0]), 10 if gpu else 1, device)
     token_bytes = torch.from_numpy(tokenizer.token_bytes)
+    run.sample_text(tokenizer)  # the first one may compile the decoding step
+    if gpu:
+        run.evaluate(rows, token_bytes)
     evaluation = seconds_of(partial(run.evaluate, rows, token_bytes), 1, device)
     sample = seconds_of(partial(run.sample_text, tokenizer), 1, device)
     save, write = checkpoint_seconds(run, tokenizer, folder)
@@ -314,7 +323,13 @@ def checkpoint_seconds(run: Run, tokenizer: Tokenizer, folder: Path) -> tuple[fl
 
 
 def head_table(
-    n_embd: int, vocab_size: int, n: int, device: torch.device, rounds: int, compile: bool
+    n_embd: int,
+    vocab_size: int,
+    n: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    rounds: int,
+    compile: bool,
 ) -> None:
     """Output head and cross-entropy of `n` tokens, forward and backward."""
     gpu = device.type == "cuda"
@@ -345,7 +360,7 @@ def head_table(
     def contestant(loss_of: Callable[[], torch.Tensor]) -> Callable[[], None]:
         def run() -> None:
             x.grad = weight.grad = None
-            with torch.autocast(device.type, torch.bfloat16, enabled=gpu):
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 loss = loss_of()
             loss.backward()
 
@@ -362,9 +377,9 @@ def run(config: Any, device: torch.device) -> None:
     """The section: the head, steps of the full and of the demo's model, the rest of a run.
 
     `config` has the shape (n_layers, n_embd, ...), batch_size (0: 2 rows on a CPU, 16 on a GPU),
-    gradient_accumulation_steps (0: 1 and 16), rounds, compile.
+    gradient_accumulation_steps (0: 1 and 16), dtype, rounds, compile.
     """
-    gpu = device.type == "cuda"
+    gpu, dtype = device.type == "cuda", getattr(torch, config.dtype)
     tokenizer = load_tokenizer()
     batch = dict(
         batch_size=config.batch_size or (16 if gpu else 2),
@@ -375,8 +390,8 @@ def run(config: Any, device: torch.device) -> None:
     small = demo_config()
     compile = config.compile or gpu
     for n_embd in (small.n_embd, full.n_embd):
-        n = 16384 if gpu else 2048
-        head_table(n_embd, tokenizer.vocab_size, n, device, config.rounds, compile)
+        n = 16384 if gpu else 1024
+        head_table(n_embd, tokenizer.vocab_size, n, device, dtype, config.rounds, compile)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         documents = make_documents(folder / "train.npz", 4000, tokenizer.n_text)
@@ -385,11 +400,11 @@ def run(config: Any, device: torch.device) -> None:
             ("the demo's model", small, ("litgpt", "transformers")),
         ):
             rows = PackedRows([documents], chosen.block_size, tokenizer.pad_id)
-            rounds = config.rounds if chosen is full else 3 * config.rounds
+            rounds = config.rounds if chosen is full else 2 * config.rounds
             wanted = compile if chosen is full else False  # as the demo trains
-            steps_table(title, chosen, rows, documents, device, rounds, wanted, peers)
+            steps_table(title, chosen, rows, documents, device, dtype, rounds, wanted, peers)
         rows = PackedRows([documents], full.block_size, tokenizer.pad_id)
         changes = dict(optimizer="sophiag", eval_rows=2 * batch["batch_size"])
         sophia = dataclasses.replace(full, **changes)
-        shares(sophia, rows, device, compile, 20 if gpu else 2, folder)
+        shares(sophia, rows, device, dtype, compile, 20 if gpu else 2, folder)
         del rows, documents  # the mapped file, before its folder

@@ -129,6 +129,7 @@ def test_the_original_on_its_padded_rows_has_our_loss():
     assert not missing and all("rotary_emb" in name for name in unexpected)
     for batch in steps[0]:  # padding comes last, so causal attention never sees it
         batch.positions = torch.arange(T).expand(batch.ids.shape).contiguous()
+        batch.cu_seqlens = torch.arange(0, batch.ids.numel() + 1, T, dtype=torch.int32)
     ours = losses_of(our_run(twin), steps)
     trainer = PlainTrainer(model, original_loss(PAD), CONFIG, CPU, torch.float32)
     assert losses_of(trainer, steps) == pytest.approx(ours, rel=2e-5)
@@ -179,10 +180,10 @@ def test_tables_of_a_tiny_model(tmp_path, capsys):
     documents = make_documents(tmp_path / "train.npz", 40, vocab_size=32000)
     rows = PackedRows([documents], T, load_tokenizer().pad_id)
     names = ("transformers", "litgpt", "original", "liger")
-    steps_table("tiny", CONFIG, rows, documents, CPU, 1, False, names)
+    steps_table("tiny", CONFIG, rows, documents, CPU, torch.float32, 1, False, names)
     sophia = train_config([*TINY, "--batch_size=2", "--eval_rows=3", "--sample_tokens=2"])
-    shares(sophia, rows, CPU, compile=False, steps=2, folder=tmp_path)
-    head_table(16, 300, 64, CPU, 1, compile=False)
+    shares(sophia, rows, CPU, torch.float32, compile=False, steps=2, folder=tmp_path)
+    head_table(16, 300, 64, CPU, torch.float32, 1, compile=False)
     list_table("tiny", GPT(shape()), CPU, 1, muon=True)
 
     steps, rest, head, optimizers = measure.tables
