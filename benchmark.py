@@ -128,16 +128,18 @@ def main(argv: list[str] | None = None) -> int:
     busy = environment["load"]
     if busy is not None and busy > 0.3 * (os.cpu_count() or 1):
         print(f"note: other programs run here (load {busy}): ratios may hold, times do not")
-    seconds = {}
-    for name in chosen:
-        started = time.perf_counter()
-        SECTIONS[name](config, where)
-        seconds[name] = time.perf_counter() - started
-        print(f"\n{name} took {seconds[name]:.0f} s", flush=True)
-    if len(chosen) > 1:
-        print(f"all together {sum(seconds.values()):.0f} s")
-    if config.save:
-        benchmark_results.record(path, environment, seconds, where)
+    seconds: dict[str, float] = {}
+    try:
+        for name in chosen:
+            started = time.perf_counter()
+            SECTIONS[name](config, where)
+            seconds[name] = time.perf_counter() - started
+            print(f"\n{name} took {seconds[name]:.0f} s", flush=True)
+        if len(chosen) > 1:
+            print(f"all together {sum(seconds.values()):.0f} s")
+    finally:  # what is measured is kept, whatever ends the run
+        if config.save and measure.tables:
+            benchmark_results.record(path, environment, seconds, where)
     return 0
 
 

@@ -332,11 +332,11 @@ def generate_steps(
             f"the prompt has {max(sizes)} tokens and the context only {block_size}: shorten it"
         )
     budgets = [min(max_new_tokens, block_size + 1 - size) for size in sizes]
-    was_training = gpt.training
-    gpt.eval()
     if decoder is None:  # a CUDA graph is worth its capture only to those who keep it
         decoder = Decoder(gpt, mode="eager" if weight.is_cuda else "auto")
     cache = decoder.empty_cache(len(prompts))
+    was_training = gpt.training
+    gpt.eval()
     try:
         padded = [prompt + [0] * (max(sizes) - len(prompt)) for prompt in prompts]
         ids = torch.tensor(padded, device=weight.device)  # padded on the right: causality hides it

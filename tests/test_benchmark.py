@@ -158,6 +158,19 @@ def test_sections_are_measured_printed_and_recorded(tmp_path, capsys, monkeypatc
     assert results.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_an_interrupted_run_keeps_what_it_has_measured(tmp_path, monkeypatch):
+    def interrupted(config, device) -> None:
+        measure.report("decode", "answers", {"ours": [1.0]})
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(benchmark.SECTIONS, "decode", interrupted)
+    path = tmp_path / "r.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        benchmark.main([*TINY, "--section=decode", f"--results={path}"])
+    (line,) = benchmark_results.read(path)
+    assert line["tables"][0]["title"] == "answers" and line["seconds"] == {}
+
+
 class Shard:
     """Documents of these lengths."""
 
