@@ -28,6 +28,7 @@ import benchmark_packing
 import benchmark_results
 import benchmark_train
 import measure
+from benchmark_decode import PROMPT
 from benchmark_train import SHAPE
 from config import UserError, config_from_constants, run_script
 from model import GPTConfig
@@ -90,9 +91,9 @@ def check(config: Any) -> list[str]:
     for name in ("rounds", "new_tokens", "n_documents", "n_planned"):
         if getattr(config, name) < 1:
             raise UserError(f"{name}={getattr(config, name)} must be at least 1")
-    if 16 + config.new_tokens > config.block_size:
+    if "decode" in chosen and PROMPT + config.new_tokens > config.block_size:
         raise UserError(
-            f"new_tokens={config.new_tokens} after a prompt of 16 do not fit into "
+            f"new_tokens={config.new_tokens} after a prompt of {PROMPT} do not fit into "
             f"block_size={config.block_size}: lower it"
         )
     try:
