@@ -204,7 +204,7 @@ def readme_table(records: list[dict[str, Any]]) -> str:
                 row = (f"{measured['section']}: {measured['title']}", *cells(measured))
                 parts.append("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
             parts.append("")
-    return "\n".join(parts).rstrip()
+    return "\n".join(parts).rstrip() or "No run has been recorded yet."
 
 
 def with_table(readme: str, table: str) -> str:
