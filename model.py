@@ -180,7 +180,7 @@ class Attention(nn.Module):
 
         if cu_seqlens is not None:
             q, k, v = (part.reshape(B * T, -1, width) for part in (q, k, v))  # (N, heads, D)
-            if x.device.type == "cpu":
+            if x.device.type == "cpu" and not torch.compiler.is_compiling():
                 y = attend_by_piece(q, k, v, cu_seqlens)
             else:
                 y = flash_varlen(q, k, v, cu_seqlens, longest=T)
@@ -266,8 +266,9 @@ class GPT(nn.Module):
 
         `targets` are already shifted by the caller; -100 marks positions without a label.
         `positions` (B, T) marks packed rows: it counts from 0 in each piece, and pieces do not see
-        each other. `cu_seqlens` int32 says the same for flash attention (CUDA, 16-bit) and on a
-        CPU: where the pieces of the flattened batch begin, its end repeated to any fixed length.
+        each other. `cu_seqlens` int32 says the same for flash attention (CUDA, 16-bit), and on a
+        CPU for a forward pass that is not compiled: where the pieces of the flattened batch begin,
+        its end repeated to any fixed length.
         `cache` holds the tokens before `ids` and takes theirs; the caller advances its lengths.
         `sample_targets` draws the labels from the model instead (see cross_entropy.py).
         Raises ValueError when the sequence is longer than `block_size`.
@@ -293,8 +294,6 @@ class GPT(nn.Module):
                 f"{T} tokens do not fit the context of {self.config.block_size}: shorten the text"
             )
         mask = None
-        if ids.device.type == "cpu" and torch.compiler.is_compiling():
-            cu_seqlens = None  # the pieces' lengths decide a loop, which would be compiled again
         if cache is not None:
             positions, mask = cache.places(T)
         elif positions is not None and cu_seqlens is None:
