@@ -1,13 +1,14 @@
 # make demo    a small Lille is pretrained, fine-tuned and asked a question (some minutes, no GPU)
 # make test    every check, in an environment of its own
 # make lint    ruff
+# make gpu     what only a GPU can show: tests, loss curves, benchmarks (ten minutes)
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint
+.PHONY: demo test lint gpu
 
 demo: $(VENV)/.installed
 	$(BIN)/python demo.py
@@ -18,6 +19,9 @@ test: $(VENV)/.installed-dev
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
+
+gpu: $(VENV)/.installed-dev
+	sh tests/on_gpu.sh checkpoints/on_gpu data/demo/pretrain $(BIN)/python
 
 $(VENV)/.installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \

@@ -138,8 +138,12 @@ def steps_table(
     rounds: int,
     compile: bool,
     peers: tuple[str, ...],
+    autotune: bool = False,
 ) -> None:
-    """Times steps of ours and of `peers`; prints useful tokens/s, ratios and MFU."""
+    """Times steps of ours and of `peers`; prints useful tokens/s, ratios and MFU.
+
+    `autotune`, on a GPU, adds the modes of torch.compile that try kernels out, which takes minutes.
+    """
     shape = {name: getattr(config, name) for name in SHAPE}
     shape = GPTConfig(**shape, vocab_size=load_tokenizer().vocab_size)
     gpu = device.type == "cuda"
@@ -173,10 +177,11 @@ def steps_table(
             add_peer("original Lille, padded", model, loss_of, batches.padded)
             if gpu:
                 own = LaunchPerParameter(model.parameters())
-                mode = "max-autotune" if compile else None
-                forward = compiled(model, mode) if mode else None
+                mode = "max-autotune" if autotune else "default"
+                forward = compiled(model, mode) if compile else None
                 trainer = PlainTrainer(model, loss_of, config, device, dtype, forward, own)
-                add("original Lille, as it ships", trainer, batches.padded)
+                name = "original Lille, its optimizer" + (", max-autotune" if autotune else "")
+                add(name, trainer, batches.padded)
     if "liger" in peers and gpu:
         llama = llama_of(shape)
         if (loss_of := liger_loss(llama)) is not None:
@@ -205,7 +210,7 @@ def steps_table(
                 other = Batches(rows, documents, dataclasses.replace(config, **changes), 2, gpu)
                 larger = variant(ours, wrap(ours.model))
                 add(f"ours, micro-batches of {batch_size}", larger, other.packed)
-        if compile:
+        if autotune:
             forward = compiled(ours.model, "max-autotune-no-cudagraphs")
             add("ours, max-autotune", variant(ours, forward), batches.packed)
 
@@ -249,6 +254,7 @@ def shares(
     run = Run(model, config, device, dtype)
     per_step = config.batch_size * config.gradient_accumulation_steps
     if compile:
+        torch.compiler.reset()  # what it has seen of other batch sizes would make them dynamic
         run.try_compile(rows.batch(range(config.batch_size)))
     batches = train.batches_of(rows, 0, (steps + 1) * per_step, config, pin=gpu)
     waited, turn = 0.0, iter(batches)
@@ -402,7 +408,10 @@ def run(config: Any, device: torch.device) -> None:
             rows = PackedRows([documents], chosen.block_size, tokenizer.pad_id)
             rounds = config.rounds if chosen is full else 2 * config.rounds
             wanted = compile if chosen is full else False  # as the demo trains
-            steps_table(title, chosen, rows, documents, device, dtype, rounds, wanted, peers)
+            autotune = config.compile and chosen is full
+            steps_table(
+                title, chosen, rows, documents, device, dtype, rounds, wanted, peers, autotune
+            )
         rows = PackedRows([documents], full.block_size, tokenizer.pad_id)
         changes = dict(optimizer="sophiag", eval_rows=2 * batch["batch_size"])
         sophia = dataclasses.replace(full, **changes)

@@ -97,6 +97,12 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, style: str
     return (x * cos + turned * sin).to(x.dtype)
 
 
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The type of matrix products where autocast is on, else None."""
+    enabled = torch.is_autocast_enabled(device_type)
+    return torch.get_autocast_dtype(device_type) if enabled else None
+
+
 def document_mask(positions: torch.Tensor) -> torch.Tensor:
     """Which tokens of packed rows may see which, (B, 1, T, T): causal, within their own piece.
 
@@ -142,6 +148,16 @@ def attend_by_piece(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu: torch
     return torch.cat(outputs)
 
 
+class RMSNorm(nn.RMSNorm):
+    """Root mean square normalisation; statistics and scale are float32 in a bfloat16 stream too."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype == self.weight.dtype:
+            return super().forward(x)
+        y = F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps)
+        return y.to(x.dtype)
+
+
 class Attention(nn.Module):
     """Causal grouped-query attention with its pre-norm; the residual is added by Block."""
 
@@ -149,7 +165,7 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         kv_dim = config.n_kv_heads * config.head_dim
-        self.norm = nn.RMSNorm(config.n_embd, eps=config.layer_norm_eps)
+        self.norm = RMSNorm(config.n_embd, eps=config.layer_norm_eps)
         self.qkv_proj = nn.Linear(config.n_embd, config.n_embd + 2 * kv_dim, bias=False)
         self.out_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.dropout = nn.Dropout(config.dropout)
@@ -164,7 +180,7 @@ class Attention(nn.Module):
 
         if cu_seqlens is not None:
             q, k, v = (part.reshape(B * T, -1, width) for part in (q, k, v))  # (N, heads, D)
-            if x.device.type == "cpu":
+            if x.device.type == "cpu" and not torch.compiler.is_compiling():
                 y = attend_by_piece(q, k, v, cu_seqlens)
             else:
                 y = flash_varlen(q, k, v, cu_seqlens, longest=T)
@@ -187,7 +203,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.norm = nn.RMSNorm(config.n_embd, eps=config.layer_norm_eps)
+        self.norm = RMSNorm(config.n_embd, eps=config.layer_norm_eps)
         self.gate_proj = nn.Linear(config.n_embd, config.ffn_dim, bias=False)
         self.up_proj = nn.Linear(config.n_embd, config.ffn_dim, bias=False)
         self.down_proj = nn.Linear(config.ffn_dim, config.n_embd, bias=False)
@@ -216,7 +232,7 @@ class GPT(nn.Module):
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        self.norm = nn.RMSNorm(config.n_embd, eps=config.layer_norm_eps)
+        self.norm = RMSNorm(config.n_embd, eps=config.layer_norm_eps)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.tok_embeddings.weight
         cos, sin = rope_tables(config)
@@ -250,8 +266,9 @@ class GPT(nn.Module):
 
         `targets` are already shifted by the caller; -100 marks positions without a label.
         `positions` (B, T) marks packed rows: it counts from 0 in each piece, and pieces do not see
-        each other. `cu_seqlens` int32 says the same for flash attention (CUDA, 16-bit) and on a
-        CPU: where the pieces of the flattened batch begin, its end repeated to any fixed length.
+        each other. `cu_seqlens` int32 says the same for flash attention (CUDA, 16-bit), and on a
+        CPU for a forward pass that is not compiled: where the pieces of the flattened batch begin,
+        its end repeated to any fixed length.
         `cache` holds the tokens before `ids` and takes theirs; the caller advances its lengths.
         `sample_targets` draws the labels from the model instead (see cross_entropy.py).
         Raises ValueError when the sequence is longer than `block_size`.
@@ -277,8 +294,6 @@ class GPT(nn.Module):
                 f"{T} tokens do not fit the context of {self.config.block_size}: shorten the text"
             )
         mask = None
-        if ids.device.type == "cpu" and torch.compiler.is_compiling():
-            cu_seqlens = None  # the pieces' lengths decide a loop, which would be compiled again
         if cache is not None:
             positions, mask = cache.places(T)
         elif positions is not None and cu_seqlens is None:
@@ -286,6 +301,8 @@ class GPT(nn.Module):
         elif positions is None:
             positions = torch.arange(T, device=ids.device)
         x = self.dropout(self.tok_embeddings(ids))  # (B, T, C)
+        if autocast_dtype(x.device.type) == torch.bfloat16:
+            x = x.bfloat16()  # the residual stream: half the bytes of what compiled steps wait for
         cos = self.rope_cos[positions].unsqueeze(-2)  # (B, T, 1, D), or (T, 1, D) for all rows
         sin = self.rope_sin[positions].unsqueeze(-2)
         for layer, block in enumerate(self.layers):

@@ -76,17 +76,18 @@ class Run:
         self.device, self.dtype = device, dtype
         self.optimizer = make_optimizer(model, config, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        # On CUDA attention by pieces needs 16 bits, Ampere or newer, and heads that fit it.
+        # Flash attention over packed rows needs 16 bits, Ampere or newer, and heads that fit it.
         width = model.config.head_dim
-        flash = device.type == "cuda" and dtype != torch.float32
-        flash &= width % 8 == 0 and width <= 256
-        flash = flash and torch.cuda.get_device_capability(device) >= (8, 0)
-        self.by_piece = flash or device.type == "cpu"
+        self.flash = device.type == "cuda" and dtype != torch.float32
+        self.flash &= width % 8 == 0 and width <= 256
+        self.flash = self.flash and torch.cuda.get_device_capability(device) >= (8, 0)
         self.bad_steps = torch.zeros((), dtype=torch.int64, device=device)  # skipped, in a row
 
     def loss_sum(self, batch: Batch, sample_targets: bool = False) -> torch.Tensor:
         """Cross-entropy of a micro-batch in nats, summed over its labels."""
-        wanted = batch.tensors() if self.by_piece else batch.tensors()[:-1]
+        # On a CPU the pieces' lengths decide a loop, which would be compiled for each batch anew.
+        by_piece = self.flash or self.device.type == "cpu" and self.forward is self.model
+        wanted = batch.tensors() if by_piece else batch.tensors()[:-1]
         tensors = [tensor.to(self.device, non_blocking=True) for tensor in wanted]
         with self.autocast():
             return self.forward(*tensors, sample_targets=sample_targets)

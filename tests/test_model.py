@@ -1,5 +1,6 @@
 """The model against independent references: transformers' Llama and what the original computed."""
 
+import copy
 import dataclasses
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
 from benchmark_peers import llama_of
 from cross_entropy import IGNORE_INDEX, linear_cross_entropy
@@ -381,3 +383,38 @@ def test_flash_varlen_equals_the_masked_path_on_the_gpu():
         gradients.append([loss.float()] + [p.grad.float() for p in model.parameters()])
     for plain, flash in zip(*gradients, strict=True):  # bf16 carries about three digits
         assert (plain - flash).norm() / plain.norm() < 2e-2
+
+
+def test_residual_stream_follows_the_matrix_products():
+    model = tiny_model()
+    ids = random_ids(2, 64)
+    exact = model.hidden(ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model.hidden(ids)
+    assert exact.dtype == torch.float32 and rounded.dtype == torch.bfloat16
+    assert (rounded - exact).norm() / exact.norm() < 2e-2
+    with torch.autocast("cpu", torch.float16):  # whose range a stream of its own could leave
+        assert model.hidden(ids).dtype == torch.float32
+
+
+@pytest.mark.parametrize("sample_targets", [False, True])
+def test_compiled_step_of_a_gpu_is_one_graph(sample_targets):
+    """Flash attention over packed rows, 16 bits: traced without its device, on fake tensors."""
+    graphs = []
+
+    def capture(graph, inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return graph.forward
+
+    mode = FakeTensorMode()
+    with FakeCopyMode(mode):
+        model = copy.deepcopy(tiny_model())
+    with mode, torch.autocast("cpu", torch.bfloat16):
+        ids = torch.empty(2, 64, dtype=torch.int64)
+        cu_seqlens = torch.empty(9, dtype=torch.int32)
+        compiled = torch.compile(model, backend=capture, fullgraph=True)
+        loss = compiled(ids, ids, ids, cu_seqlens, sample_targets=sample_targets)
+        assert loss.shape == () and loss.dtype == torch.float32 and loss.fake_mode is mode
+    (graph,) = graphs
+    assert graph.count("torch_attn._varlen_attn") == model.config.n_layers
+    assert not any("scaled_dot_product" in target for target in graph)
