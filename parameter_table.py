@@ -96,7 +96,7 @@ def layout_of(params: list[Tensor], grads: list[Tensor], state: dict) -> tuple[l
 
     It is looked at in every step: these comprehensions take 0.1 ms for 170 parameters.
     """
-    if any(grad.layout is not torch.strided for grad in grads):
+    if [grad.layout for grad in grads] != [torch.strided] * len(grads):
         return None
     states = [state[p] for p in params]
     try:

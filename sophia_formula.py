@@ -59,9 +59,9 @@ def round_stochastic(x: Tensor, seed: Tensor, index: Tensor) -> Tensor:
     return torch.where(x == x, rounded, x).to(torch.bfloat16)  # the sum would overflow some NaNs
 
 
-def write(target: Tensor, value: Tensor, ok: Tensor) -> None:
-    """Stores `value` if the step is not skipped, which the host need not know."""
-    target.copy_(torch.where(ok, value.to(target.dtype), target))
+def write(target: Tensor, value: Tensor, ok: Tensor | None) -> None:
+    """Stores `value` if the step is not skipped; `ok` None says that the host has checked."""
+    target.copy_(value if ok is None else torch.where(ok, value.to(target.dtype), target))
 
 
 def step_torch(p, g, m, h, ok, scale, noise, *constants) -> Tensor:
@@ -81,11 +81,7 @@ def hessian_torch(p, g, m, h, ok, scale, noise, *constants) -> None:
 
 
 PIECE = 1 << 15  # elements that plain PyTorch takes at a time on a CPU, to stay in its cache
-CPP_TYPES = {  # (parameter, gradient, moments): their numbers in sophia_step.cpp
-    (wide, wide, moment): (i, j)
-    for i, wide in enumerate((torch.float32, torch.bfloat16))
-    for j, moment in enumerate((torch.float32, torch.bfloat16))
-}
+CPP_TYPES = {torch.float32: 0, torch.bfloat16: 1}  # as in sophia_step.cpp
 
 
 @functools.cache
@@ -100,7 +96,15 @@ def cpp_library() -> ctypes.CDLL | None:
     return library
 
 
+def suits_cpp(bucket: Bucket) -> bool:
+    """Whether sophia_step.cpp takes these tensors."""
+    param, grad, moment = bucket.dtypes
+    on_cpu = bucket.device.type == "cpu"
+    return on_cpu and bucket.dense and param == grad and {param, moment} <= CPP_TYPES.keys()
+
+
 def run_cpp(bucket: Bucket, scale: Tensor, constants: dict, total: int) -> Tensor:
+    """One call for all parameters; returns the share of `total` that was not clipped."""
     factor, n_blocks = float(scale), len(bucket.block_rows)
     if not math.isfinite(factor):
         return torch.tensor(math.nan)
@@ -111,7 +115,8 @@ def run_cpp(bucket: Bucket, scale: Tensor, constants: dict, total: int) -> Tenso
         len(bucket.params),
         n_blocks,
         BLOCK_SIZE,
-        *CPP_TYPES[bucket.dtypes],
+        CPP_TYPES[bucket.dtypes[0]],
+        CPP_TYPES[bucket.dtypes[2]],
         min(torch.get_num_threads(), 1 + n_blocks // 16),  # a thread costs time to wake
         factor,
         *constants.values(),
@@ -120,23 +125,32 @@ def run_cpp(bucket: Bucket, scale: Tensor, constants: dict, total: int) -> Tenso
 
 
 def run_eager(bucket: Bucket, scale: Tensor, constants: dict, total: int) -> Tensor:
-    """Plain PyTorch, for any strides."""
+    """The same in plain PyTorch, on any device and for any strides."""
     ok, counts = scale.isfinite(), []
+    taken = ok.float()
+    if scale.is_cpu:  # a check on the host costs nothing here
+        if not ok:
+            return torch.tensor(math.nan)
+        ok, scale = None, float(scale)
+    function = hessian_torch
     if total:
-        torch._foreach_add_([state["step"] for state in bucket.states], ok.float())
-    function = step_torch if total else hessian_torch
+        function = step_torch
+        torch._foreach_add_([state["step"] for state in bucket.states], taken)
     for p, state, number in zip(bucket.params, bucket.states, bucket.numbers, strict=True):
-        m, noise = state["exp_avg"], ()
-        tensors = [p, p.grad, m, state["hessian"]]
+        m, h, noise = state["exp_avg"], state["hessian"], ()
+        tensors = [p, p.grad, m, h]
         if m.dtype == torch.bfloat16:
             noise = (rounding_seed(state["step"], 2 * number + (not total)),)
             index = torch.arange(m.numel(), device=m.device)
             tensors.append(index.as_strided(m.shape, m.stride()))  # the place in memory
         tensors = [torch.atleast_1d(t) for t in tensors]
-        length = p.numel()
+        length = len(tensors[0])
         if p.is_cpu:
-            length = max(1, PIECE * len(tensors[0]) // p.numel())
+            length = max(1, PIECE * length // p.numel())
         for p_, g_, m_, h_, *index in zip(*(t.split(length) for t in tensors), strict=True):
             settings = ok, scale, (*noise, *index), *constants.values()
             counts.append(function(p_, g_, m_, h_, *settings))
-    return torch.where(ok, sum(counts) / total, math.nan) if total else scale
+    if not total:
+        return taken
+    share = sum(counts) / total
+    return share if ok is None else torch.where(ok, share, math.nan)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from parameter_table import BLOCK_SIZE, Bucket, ParameterTables
-from sophia_formula import CPP_TYPES, cpp_library, run_cpp, run_eager
+from sophia_formula import cpp_library, run_cpp, run_eager, suits_cpp
 
 try:
     import triton
@@ -378,7 +378,7 @@ class SophiaG(torch.optim.Optimizer):
                 self._fall_back("Triton", str(error).strip() or type(error).__name__)
             else:
                 return finish(bucket, scale, counters, total) if total else scale
-        if wants in ("auto", "cpp") and on == "cpu" and bucket.dtypes in CPP_TYPES:
+        if wants in ("auto", "cpp") and suits_cpp(bucket):
             if cpp_library() is not None:
                 return run_cpp(bucket, scale, constants, total)
             self._fall_back("C++", "no compiler (g++) works here")
