@@ -59,7 +59,7 @@ class Bucket:
 
 
 class ParameterTables:
-    """The buckets of an optimizer's groups, made again only when something other has moved."""
+    """The buckets of an optimizer's groups, made anew when something but a gradient has moved."""
 
     def __init__(self):
         self.plans: dict[int, tuple[tuple, list[int], list[Bucket]]] = {}
@@ -82,7 +82,7 @@ class ParameterTables:
             if kept and addresses != old_addresses:
                 kept = all([bucket.follow() for bucket in buckets])
             if not kept:
-                buckets = sort(group["params"], first, prepare)
+                buckets = make_buckets(group["params"], first, prepare)
                 layout = layout_of(params, grads, state)
                 addresses = list(map(Tensor.data_ptr, grads))
             self.plans[index] = (first, *layout), addresses, buckets
@@ -92,9 +92,9 @@ class ParameterTables:
 
 
 def layout_of(params: list[Tensor], grads: list[Tensor], state: dict) -> tuple[list, ...] | None:
-    """What `sort` depends on, but for the gradients' addresses; None if `prepare` has work to do.
+    """What buckets depend on, but for gradients' addresses; None if `prepare` has work to do.
 
-    It is looked at in every step: these comprehensions take 0.1 ms for 170 parameters.
+    Every step looks at it: 0.15 ms for 170 parameters.
     """
     if [grad.layout for grad in grads] != [torch.strided] * len(grads):
         return None
@@ -113,7 +113,7 @@ def layout_of(params: list[Tensor], grads: list[Tensor], state: dict) -> tuple[l
     )
 
 
-def sort(params: list[Tensor], first: int, prepare: Callable) -> list[Bucket]:
+def make_buckets(params: list[Tensor], first: int, prepare: Callable) -> list[Bucket]:
     """The parameters that have a gradient, in buckets; the number of params[0] is `first`."""
     buckets = defaultdict(list)
     for number, p in enumerate(params, first):
@@ -124,7 +124,8 @@ def sort(params: list[Tensor], first: int, prepare: Callable) -> list[Bucket]:
             continue
         m, h, step = (state[name] for name in STATE)
         tensors = [p, p.grad, m, h]
-        dense = all(t.stride() == m.stride() for t in tensors) and m.dtype == h.dtype
+        dense = m.dtype == h.dtype
+        dense &= all(t.stride() == m.stride() and t.shape == m.shape for t in tensors)
         row = [*(t.data_ptr() for t in (*tensors, step)), p.numel()]
         aligned = not any(row[i] % 16 for i in (0, 1, 2, 3, 5))
         key = p.device, (p.dtype, p.grad.dtype, m.dtype), dense, aligned

@@ -543,6 +543,45 @@ def test_the_table_follows_the_gradients():
     assert (optimizer.state[p]["exp_avg"] < 0).all() and first.eq(1).all()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_moves_is_found_again(backend):
+    """Parameters, moments and gradients in new memory, states lost and gradients gone."""
+
+    def new_data(optimizer, params):
+        params[0].data = params[0].data.clone()
+
+    def new_moment(optimizer, params):
+        state = optimizer.state[params[1]]
+        state["exp_avg"], state["hessian"] = state["exp_avg"] / 2, state["hessian"].clone()
+
+    def odd_address(optimizer, params):
+        for p in params[:2]:
+            p.grad = torch.cat([torch.zeros(1), p.grad.flatten()])[1:].view(p.shape)
+
+    def other_order(optimizer, params):
+        params[0].grad = params[0].grad.t().contiguous().t()
+
+    def no_gradient(optimizer, params):
+        params[1].grad = None
+
+    def no_state(optimizer, params):
+        del optimizer.state[params[2]]
+
+    found = []
+    for name in (backend, "eager"):
+        params = parameters([(12, 16), (64, 32), (48,)])
+        optimizer = SophiaG(params, **SETTINGS, backend=name)
+        advance(optimizer, 1)
+        for move in (new_data, new_moment, odd_address, other_order, no_gradient, no_state):
+            for p in params:
+                p.grad = torch.linspace(-1, 1, p.numel()).view(p.shape)
+            move(optimizer, params)
+            optimizer.step()
+            optimizer.update_hessian()
+        found.append(snapshot(optimizer))
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+
+
 @here_only
 def test_without_a_compiler_there_is_one_warning(monkeypatch):
     monkeypatch.setattr(sophia_triton, "cpp_library", lambda: None)
@@ -576,6 +615,35 @@ def test_triton_kernels_in_the_interpreter():
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:]
     assert "passed" in done.stdout
+
+
+@here_only
+@pytest.mark.parametrize("moment", ["float32", "bfloat16"])
+def test_kernels_compile_for_an_h100(moment):
+    """Without a device. Each thread moves 8 elements of a tensor, 128 bits at a time."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from triton import language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    constants = dict(PARAM=tl.float32, GRAD=tl.float32, MOMENT=getattr(tl, moment), ALIGNED=True)
+    constants |= dict(BLOCK_SIZE=BLOCK_SIZE, COUNTERS=sophia_triton.COUNTERS)
+    kinds = dict(table_ptr="*i64", block_rows_ptr="*i32", counters_ptr="*i32", n_rows="i32")
+    n_moment = 2 if moment == "float32" else 1
+    accesses = dict(
+        step_kernel=(4 + 2 * n_moment, 2 + n_moment), hessian_kernel=(2 + n_moment, n_moment)
+    )
+    for name, expected in accesses.items():
+        kernel = getattr(sophia_triton, name)
+        signature = {x: "constexpr" if x in constants else kinds.get(x) for x in kernel.arg_names}
+        signature = {
+            x: kind or ("*fp32" if "_ptr" in x else "fp32") for x, kind in signature.items()
+        }
+        used = {x: value for x, value in constants.items() if x in signature}
+        source = ASTSource(kernel, signature, used)
+        built = compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=8))
+        wide = [built.asm["ptx"].count(f"{access}.global.v4.b32") for access in ("ld", "st")]
+        assert tuple(wide) == expected, (name, wide)
 
 
 @pytest.mark.gpu
