@@ -319,7 +319,8 @@ def test_a_mean_of_several_estimates(backend):
 @pytest.mark.parametrize("param_dtype", [torch.float32, torch.bfloat16])
 def test_cpp_equals_pytorch_bit_for_bit(param_dtype, state_dtype):
     """With any number of threads, and where gradients are NaN, infinite or zero."""
-    special = torch.tensor([NAN, torch.inf, -torch.inf, 0.0, -0.0, 1e38, 1e-45])
+    full_nan = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    special = torch.tensor([full_nan, torch.inf, -torch.inf, 0.0, -0.0, 1e38, 1e-45])
     runs = []
     for backend, threads in (("eager", 1), ("cpp", 1), ("cpp", 3)):
         params = parameters([(300, 301), (5,), (BLOCK_SIZE * 40,)], param_dtype)
@@ -577,6 +578,8 @@ def test_what_moves_is_found_again(backend):
                 p.grad = torch.linspace(-1, 1, p.numel()).view(p.shape)
             move(optimizer, params)
             optimizer.step()
+            aligned = {id(p): b.aligned for _, b in optimizer._buckets() for p in b.params}
+            assert aligned[id(params[0])] == (move is not odd_address)
             optimizer.update_hessian()
         found.append(snapshot(optimizer))
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
