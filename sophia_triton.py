@@ -1,17 +1,17 @@
-"""SophiaG, a second-order optimizer: the formula, Triton kernels, and a torch.optim class.
+"""SophiaG, a second-order optimizer: Triton kernels and a torch.optim class.
 
     optimizer = SophiaG(model.parameters(), lr=1e-3, rho=0.05, weight_decay=0.1, bs=8192)
     every 10th step:  backward of the mean cross-entropy over `bs` tokens against labels sampled
                       from the model, optimizer.update_hessian(), zero_grad(); then as always:
     every step:       backward of the training loss, optimizer.step(), zero_grad()
 
-Each update is one pass over memory for all parameters of a group together: on CUDA one launch of a
-Triton kernel, on a CPU one call of sophia_step.cpp, compiled when first needed. Without Triton or a
-C++ compiler it is plain PyTorch, several times slower.
+The formula is in sophia_formula.py. Each update is one pass over memory for all parameters of a
+group together: on CUDA one launch of a Triton kernel, on a CPU one call of sophia_step.cpp, which
+is compiled when first needed. Without Triton or a C++ compiler it is plain PyTorch, and slower.
 
 References: Liu et al., "Sophia: A Scalable Stochastic Second-order Optimizer for Language Model
 Pre-training", arXiv 2305.14342, Algorithms 2 (Gauss-Newton-Bartlett, GNB) and 3; the authors'
-code, github.com/Liuhong99/Sophia, which adds eps where Algorithm 3 and this file take a maximum.
+code, github.com/Liuhong99/Sophia, which adds eps where Algorithm 3 and this one take a maximum.
 """
 
 import warnings
@@ -364,7 +364,8 @@ class SophiaG(torch.optim.Optimizer):
     def _update(self, bucket: Bucket, scale: Tensor, constants: dict, total: int = 0) -> Tensor:
         """The step on all parameters of the bucket, or with `total` 0 the Hessian update.
 
-        Returns the count of coordinates that the step did not clip, divided by `total`.
+        Returns the count of coordinates that the step did not clip divided by `total`, NaN if it
+        was skipped.
         """
         on, wants = bucket.device.type, self.backend if bucket.dense else "eager"
         if wants == "triton" or wants == "auto" and on == "cuda" and triton is not None:
