@@ -187,7 +187,8 @@ def said_once() -> Iterator[None]:
             speaks = meeting_point(timedelta(seconds=10)).add("failures", 1) == 1
         except (dist.DistError, RuntimeError):  # it went with rank 0
             speaks = True
-        lost = isinstance(error, dist.DistError) or "gloo" in str(error)
+        lost = isinstance(error, dist.DistError)
+        lost |= isinstance(error, RuntimeError) and "gloo" in str(error)
         if speaks and not lost:
             raise
         if speaks:
