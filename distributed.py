@@ -42,7 +42,7 @@ def sum_gradients(dtype: torch.dtype, bucket) -> torch.futures.Future[Tensor]:
     return future.then(lambda done: gradients.copy_(done.value()[0]))
 
 
-@dataclass
+@dataclass(frozen=True)
 class Ranks:
     """This process among those of the run."""
 
@@ -112,11 +112,14 @@ class Ranks:
                 )
 
 
+ALONE = Ranks()
+
+
 def ranks_of_environment() -> Ranks:
     """The place that torchrun gave to this process; UserError when it is only half said."""
     values = {name: os.environ.get(name, "") for name in NEEDED}
     if values["RANK"] in ("", "0") and values["WORLD_SIZE"] in ("", "1"):
-        return Ranks()
+        return ALONE
     how = "start with torchrun --nproc_per_node=N train.py, or unset RANK and WORLD_SIZE"
     missing = ", ".join(name for name, value in values.items() if not value)
     if missing:

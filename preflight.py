@@ -13,7 +13,7 @@ import torch
 
 from checkpoint import BEST, checkpoints_in, latest_checkpoint, load_checkpoint
 from config import UserError
-from distributed import Ranks
+from distributed import ALONE, Ranks
 from model import GPT
 
 # A fine-tune uses finetune_NAME in place of NAME.
@@ -103,7 +103,7 @@ def check_schedule(config: Any, total_steps: int) -> None:
         )
 
 
-def choose_device(config: Any, ranks: Ranks) -> tuple[torch.device, torch.dtype]:
+def choose_device(config: Any, ranks: Ranks = ALONE) -> tuple[torch.device, torch.dtype]:
     """The device and compute type that `auto` stands for here; each rank of a machine has a GPU."""
     name = config.device
     if name == "auto":

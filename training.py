@@ -9,7 +9,7 @@ import torch
 
 from config import UserError
 from cross_entropy import IGNORE_INDEX
-from distributed import Ranks
+from distributed import ALONE, Ranks
 from model import GPT
 from packing import Batch, PackedRows
 from sophia_triton import SophiaG
@@ -83,10 +83,10 @@ class Run:
         config: Any,
         device: torch.device,
         dtype: torch.dtype,
-        ranks: Ranks | None = None,
+        ranks: Ranks = ALONE,
     ):
         self.model, self.config, self.device, self.dtype = model, config, device, dtype
-        self.ranks = ranks or Ranks()
+        self.ranks = ranks
         # `forward` is of this rank alone, `parallel` the one whose gradients are summed over ranks.
         self.forward = model
         self.parallel = self.ranks.parallel(model, getattr(torch, config.gradient_dtype))

@@ -19,7 +19,7 @@ import train
 from checkpoint import load_checkpoint
 from config import UserError, config_from_constants
 from distributed import NEEDED, Ranks, ranks_of_environment
-from preflight import check_ranks
+from preflight import check_ranks, check_settings, choose_device
 from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -205,6 +205,20 @@ def test_micro_batches_that_cannot_be_dealt_evenly_are_refused():
     tuned = train.run_settings(dataclasses.replace(config, finetune=True))
     with pytest.raises(UserError, match="finetune_gradient_accumulation_steps=1 .* set it to 8,"):
         check_ranks(tuned, 8)
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    config = config_from_constants(vars(train), [])
+    with pytest.raises(UserError, match=r"4 ranks on .* sees 2 GPU\(s\): .*--nproc_per_node=2"):
+        choose_device(config, Ranks(0, 4, 0, 4))
+
+
+def test_hess_batches_are_micro_batches_of_the_step():
+    config = config_from_constants(vars(train), ["--hess_batches=17"])
+    with pytest.raises(UserError, match="hess_batches=17 is more than the gradient_accumulation"):
+        check_settings(config)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
