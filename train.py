@@ -24,7 +24,7 @@ import torch
 from checkpoint import BEST, CheckpointWriter, load_checkpoint, model_of
 from config import UserError, config_from_constants, run_script
 from dataset import open_split
-from distributed import Ranks, end, joined, ranks_of_environment, said_once
+from distributed import ALONE, Ranks, end, joined, ranks_of_environment, said_once
 from files import file_sha256, locked
 from metrics import Metrics, Progress, last_metrics
 from model import GPT, GPTConfig
@@ -195,7 +195,7 @@ def base_of(config: Any) -> str | None:
 
 
 def batches_of(
-    rows: PackedRows, first: int, end: int, config: Any, pin: bool, ranks: Ranks
+    rows: PackedRows, first: int, end: int, config: Any, pin: bool, ranks: Ranks = ALONE
 ) -> Prefetcher:
     """This rank's micro-batches of each step, prepared in a thread ahead of the loop."""
     shape = (config.batch_size, config.gradient_accumulation_steps)
