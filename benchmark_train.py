@@ -110,10 +110,12 @@ def steps_of(trainer: Run | PlainTrainer, steps: list[list[Batch]]) -> Callable[
 class CausalRun(Run):
     """Ours without document masks: rows are plain text, attention is causal alone."""
 
-    def loss_sum(self, batch: Batch, sample_targets: bool = False) -> torch.Tensor:
+    def loss_sum(
+        self, batch: Batch, sample_targets: bool = False, forward: Any = None
+    ) -> torch.Tensor:
         ids, targets = (t.to(self.device, non_blocking=True) for t in batch.tensors()[:2])
         with self.autocast():
-            return self.forward(ids, targets, sample_targets=sample_targets)
+            return (forward or self.forward)(ids, targets, sample_targets=sample_targets)
 
 
 def compiled(model: torch.nn.Module, mode: str = "default") -> Callable:
@@ -124,7 +126,8 @@ def compiled(model: torch.nn.Module, mode: str = "default") -> Callable:
 def variant(run: Run, forward: Callable, kind: type[Run] = Run) -> Run:
     """`run` with another forward pass, sharing its weights and optimizer."""
     other = copy.copy(run)
-    other.__class__, other.forward = kind, forward
+    other.__class__ = kind
+    other.forward = other.parallel = forward
     return other
 
 
