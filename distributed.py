@@ -27,6 +27,8 @@ from torch.nn.parallel import DistributedDataParallel
 from config import UserError
 
 NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+# What gloo and NCCL say, in errors that have no type of their own, of a rank that is gone.
+LOST = ("gloo", "NCCL", "pair closure", "Connection closed", "Connection reset", "Broken pipe")
 
 
 def sum_gradients(dtype: torch.dtype, bucket) -> torch.futures.Future[Tensor]:
@@ -191,7 +193,7 @@ def said_once() -> Iterator[None]:
         except (dist.DistError, RuntimeError):  # it went with rank 0
             speaks = True
         lost = isinstance(error, dist.DistError)
-        lost |= isinstance(error, RuntimeError) and "gloo" in str(error)
+        lost |= isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST)
         if speaks and not lost:
             raise
         if speaks:
