@@ -348,7 +348,9 @@ def explained_out_of_memory(config: Any) -> Iterator[None]:
 def print_summary(run: Run, rows: PackedRows, total: int, validation: dict[str, Any]) -> None:
     """What is about to be trained, on what and for how long."""
     config, model = run.config, run.model
-    per_step = config.batch_size * config.gradient_accumulation_steps * rows.block_size
+    rows_per_step = config.batch_size * config.gradient_accumulation_steps
+    per_step = rows_per_step * rows.block_size
+    epochs = min(config.num_epochs, total * rows_per_step / rows.rows_per_epoch)
     print(
         f"{model.n_parameters():,} parameters on {run.device} ({str(run.dtype)[6:]}), "
         f"{config.optimizer}, {total:,} steps of {per_step:,} tokens"
@@ -356,7 +358,7 @@ def print_summary(run: Run, rows: PackedRows, total: int, validation: dict[str, 
     )
     print(
         f"{config.data_dir}: {rows.description}; {rows.rows_per_epoch:,} rows of "
-        f"{rows.block_size}, {rows.fill:.2%} full, {config.num_epochs} epochs; validation on "
+        f"{rows.block_size}, {rows.fill:.2%} full, {epochs:.3g} epochs; validation on "
         f"{min(config.eval_rows, validation['val'].rows_per_epoch):,} rows"
     )
     if rows.n_shortened or rows.n_dropped:
