@@ -1,4 +1,4 @@
-"""Whom compare_learning.py compares ours with: the original's batches and Hessian estimate, Muon.
+"""Whom compare_learning.py compares: the recipes, the original's batches and Hessian, Muon.
 
 Also the documents they learn from, kept in memory, in a tokenizer cut short.
 
@@ -16,12 +16,35 @@ import numpy as np
 import torch
 
 from build_tokenizer import build_json
+from config import UserError
 from cross_entropy import IGNORE_INDEX
 from dataset import open_split
 from model import GPT
 from packing import Batch
 from tokenizer import CONTROL_TOKENS, Tokenizer, load_tokenizer
 from training import Run, gradient_scale
+
+SOPHIAG, ADAMW, MUON, ORIGINAL = "ours, SophiaG", "ours, AdamW", "ours, Muon", "original"
+RECIPES: dict[str, dict[str, Any]] = {  # what differs from train.py's constants
+    SOPHIAG: {},
+    ADAMW: {"optimizer": "adamw"},
+    MUON: {"optimizer": "muon"},
+    ORIGINAL: {
+        "batches": "padded",
+        "rope_style": "lille",
+        "dropout": 0.1,
+        "hessian": "original",
+        "beta1": 0.9,
+        "beta2": 0.95,
+        "rho": 0.04,
+    },
+}
+CHANGES = {  # one thing of the original's in our recipe, at our recipe's learning rate
+    "padded batches": {"batches": "padded"},
+    "lille RoPE": {"rope_style": "lille"},
+    "dropout 0.1": {"dropout": 0.1},
+    "original's Hessian": {"hessian": "original"},
+}
 
 
 @dataclasses.dataclass
@@ -120,6 +143,9 @@ class MuonAdamW:
 @functools.cache
 def small_tokenizer(vocab_size: int) -> Tokenizer:
     """Hastings with as many of its merges, the most frequent ones, as `vocab_size` allows."""
+    own = load_tokenizer().vocab_size
+    if not 256 + len(CONTROL_TOKENS) <= vocab_size <= own:
+        raise UserError(f"vocab_size={vocab_size} must be 261 to {own:,}: the bytes, then merges")
     merges = json.loads(load_tokenizer().json_text)["model"]["merges"]
     return Tokenizer(build_json(merges[: vocab_size - 256 - len(CONTROL_TOKENS)]).encode())
 
