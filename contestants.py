@@ -25,10 +25,12 @@ from tokenizer import CONTROL_TOKENS, Tokenizer, load_tokenizer
 from training import Run, gradient_scale
 
 SOPHIAG, ADAMW, MUON, ORIGINAL = "ours, SophiaG", "ours, AdamW", "ours, Muon", "original"
+TWO_RATES = "ours, AdamW, two rates"  # as much freedom as Muon's, which is not on the embedding
 RECIPES: dict[str, dict[str, Any]] = {  # what differs from train.py's constants
     SOPHIAG: {},
     ADAMW: {"optimizer": "adamw"},
     MUON: {"optimizer": "muon"},
+    TWO_RATES: {"optimizer": "adamw", "hidden_rate": 0.125},
     ORIGINAL: {
         "batches": "padded",
         "rope_style": "lille",
@@ -114,24 +116,31 @@ class OriginalRun(Run):
         self.optimizer.zero_grad(set_to_none=True)
 
 
-class MuonAdamW:
-    """torch.optim.Muon for hidden matrices, AdamW for the embedding (also the head) and norms."""
+class HiddenAndOther:
+    """Muon or AdamW for the hidden matrices, AdamW for the embedding (also the head) and norms.
 
-    def __init__(self, model: GPT, config: Any):
+    All follow one learning rate, that of the hidden matrices times `hidden_rate`.
+    """
+
+    def __init__(self, model: GPT, config: Any, hidden_rate: float = 1.0):
+        self.hidden_rate = hidden_rate
         embedding = model.tok_embeddings.weight
         hidden = [p for p in model.parameters() if p.dim() == 2 and p is not embedding]
         norms = [p for p in model.parameters() if p.dim() < 2]
         settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
         groups = [{"params": [embedding]}, {"params": norms, "weight_decay": 0.0}]
         betas = (config.adamw_beta1, config.adamw_beta2)
-        self.optimizers = [
-            torch.optim.Muon(hidden, adjust_lr_fn="match_rms_adamw", **settings),
-            torch.optim.AdamW(groups, betas=betas, **settings),
-        ]
+        if config.optimizer == "muon":
+            first = torch.optim.Muon(hidden, adjust_lr_fn="match_rms_adamw", **settings)
+        else:
+            first = torch.optim.AdamW(hidden, betas=betas, **settings)
+        self.optimizers = [first, torch.optim.AdamW(groups, betas=betas, **settings)]
         self.param_groups = [g for optimizer in self.optimizers for g in optimizer.param_groups]
         self.defaults = {"fused": False}  # so that training.py multiplies the clip factor itself
 
     def step(self) -> None:
+        for group in self.optimizers[0].param_groups:
+            group["lr"] *= self.hidden_rate  # Run.step sets it before every step
         for optimizer in self.optimizers:
             optimizer.step()
 

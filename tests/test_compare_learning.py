@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import compare_learning
 import train
 from config import UserError, config_from_constants
-from contestants import Documents, MuonAdamW, OriginalRun, PaddedStarts, small_tokenizer
+from contestants import Documents, HiddenAndOther, OriginalRun, PaddedStarts, small_tokenizer
 from cross_entropy import IGNORE_INDEX
 from model import GPT, GPTConfig
 from sampling import sample
@@ -87,8 +87,8 @@ def test_muon_has_the_hidden_matrices_and_adamw_the_rest():
     torch.manual_seed(0)
     model, twin = GPT(GPTConfig(**SHAPE)), GPT(GPTConfig(**SHAPE))
     twin.load_state_dict(model.state_dict())
-    config = settings(learning_rate=0.01)
-    optimizer = MuonAdamW(model, config)
+    config = settings(learning_rate=0.01, optimizer="muon")
+    optimizer = HiddenAndOther(model, config)
     muon, *adamw = optimizer.param_groups
     names = {id(p): name for name, p in model.named_parameters()}
     in_muon = {names[id(p)] for p in muon["params"]}
@@ -108,6 +108,29 @@ def test_muon_has_the_hidden_matrices_and_adamw_the_rest():
     gate, twin_gate = (m.layers[0].feed_forward.gate_proj.weight for m in (model, twin))
     assert not torch.allclose(gate, twin_gate)
     assert gate.grad is None and model.norm.weight.grad is None
+
+
+def test_two_rates_of_adamw():
+    """With a hidden rate of 1 it is plain AdamW; halved, hidden matrices alone move half as far."""
+    moved = {}
+    for kind in ("plain", 1.0, 0.5):
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(**SHAPE))
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        config = settings(learning_rate=0.01, optimizer="adamw", weight_decay=0.0)
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=0.01, betas=(0.9, 0.95), weight_decay=0.0
+        )
+        if kind != "plain":
+            optimizer = HiddenAndOther(model, config, kind)
+        ids = torch.arange(16).view(2, 8)
+        model(ids, ids).backward()
+        optimizer.step()
+        moved[kind] = {name: p.detach() - before[name] for name, p in model.named_parameters()}
+    for name, plain in moved["plain"].items():
+        assert torch.equal(plain, moved[1.0][name])
+        factor = 0.5 if name.endswith("_proj.weight") else 1.0
+        torch.testing.assert_close(moved[0.5][name], factor * plain, rtol=1e-3, atol=1e-7)
 
 
 def test_the_tokenizer_cut_short_spells_the_same_text():
