@@ -29,6 +29,7 @@ from contestants import (
     ADAMW,
     CHANGES,
     MUON,
+    OF_SOPHIAG,
     ORIGINAL,
     RECIPES,
     SOPHIAG,
@@ -189,7 +190,11 @@ class Study:
             chosen = {"rho": FIRST_RHOS[0]} if name == SOPHIAG else {}
             rate = self.tune(name, "learning_rate", FIRST_RATES, **chosen)
             best[name] = {"learning_rate": rate}
-        best[SOPHIAG]["rho"] = self.tune(SOPHIAG, "rho", FIRST_RHOS, **best[SOPHIAG])
+        # SophiaG has one more setting, and its rate once more with that
+        rate = best[SOPHIAG]["learning_rate"]
+        rho = self.tune(SOPHIAG, "rho", FIRST_RHOS, learning_rate=rate)
+        rate = self.tune(SOPHIAG, "learning_rate", (rate / 2, rate), rho=rho)
+        best[SOPHIAG] = {"learning_rate": rate, "rho": rho}
         for seed in range(self.config.seeds + 1):
             if seed < self.config.seeds:
                 for name, chosen in best.items():
@@ -206,7 +211,7 @@ class Study:
         two = {"learning_rate": best[MUON]["learning_rate"], "hidden_rate": ratio}
         self.run(TWO_RATES, seed, **two)
         for name, change in CHANGES.items():
-            for base in (SOPHIAG,) if "hessian" in change else (SOPHIAG, ADAMW):
+            for base in (SOPHIAG,) if name in OF_SOPHIAG else (SOPHIAG, ADAMW):
                 chosen = RECIPES[base] | best[base] | change
                 self.run(f"{base}, {name}", seed, **chosen)
         original = RECIPES[ORIGINAL] | best[ORIGINAL]

@@ -41,12 +41,14 @@ RECIPES: dict[str, dict[str, Any]] = {  # what differs from train.py's constants
         "rho": 0.04,
     },
 }
-CHANGES = {  # one thing of the original's in our recipe, at our recipe's learning rate
+CHANGES = {  # one thing of the original's in our recipe, at its learning rate with our optimizers
     "padded batches": {"batches": "padded"},
     "lille RoPE": {"rope_style": "lille"},
     "dropout 0.1": {"dropout": 0.1},
     "original's Hessian": {"hessian": "original"},
+    "betas 0.9, 0.95": {"beta1": 0.9, "beta2": 0.95},
 }
+OF_SOPHIAG = ("original's Hessian", "betas 0.9, 0.95")
 
 
 @dataclasses.dataclass
