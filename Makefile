@@ -1,13 +1,14 @@
 # make demo    a small Lille is pretrained, fine-tuned and asked a question (some minutes, no GPU)
 # make test    every check, in an environment of its own
 # make lint    ruff
+# make gpu     what only a GPU can show: tests, loss curves, benchmarks (ten minutes)
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint
+.PHONY: demo test lint gpu
 
 demo: $(VENV)/.installed
 	$(BIN)/python demo.py
@@ -19,6 +20,9 @@ test: $(VENV)/.installed-dev
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 
+gpu: $(VENV)/.installed-dev
+	sh tests/on_gpu.sh checkpoints/on_gpu data/demo/pretrain $(BIN)/python
+
 $(VENV)/.installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
 	    "Python 3.11 or newer is needed: make PYTHON=python3.11")'
@@ -27,6 +31,6 @@ $(VENV)/.installed: requirements.txt
 	$(PIP) -r requirements.txt
 	touch $@
 
-$(VENV)/.installed-dev: requirements-dev.txt requirements-export.txt requirements-bench.txt $(VENV)/.installed
+$(VENV)/.installed-dev: requirements-dev.txt requirements-export.txt $(VENV)/.installed
 	$(PIP) -r requirements-dev.txt
 	touch $@

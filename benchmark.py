@@ -1,250 +1,146 @@
-"""Speed, measured side by side: each section times ours and its peers in turn in one process.
+"""Every speed claim of this project, measured: ours and its peers in turn, in one process.
 
-    python benchmark.py                    # all sections on the CPU, about seven minutes
-    python benchmark.py --section=head     # "head", "optimizer", "step", "decode", "data"
+    python benchmark.py                            # every section; on two CPU cores eight minutes
+    python benchmark.py --section=decode,packing   # train, optimizer, data, decode, packing
+    python benchmark.py --readme=True              # no measurement: the README's table from results
+    python benchmark.py --plot=True                # ... and benchmarks/results.png
 
-Prints the median and range of each, after a warm-up, and its ratio to the first peer. Run nothing
-else at the same time.
+Each table has medians and ranges after a warm-up, how many times as fast as the table's first each
+contestant is, and what share that is of what this machine can do at most, measured in the same run.
+Every run adds a line to benchmarks/results.jsonl. Peers are optional (requirements-bench.txt). Run
+nothing else at the same time.
 """
 
-import statistics
+import dataclasses
+import os
+import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 import benchmark_data
+import benchmark_decode
+import benchmark_optimizer
+import benchmark_packing
+import benchmark_results
+import benchmark_train
+import measure
+from benchmark_decode import PROMPT
+from benchmark_train import SHAPE
 from config import UserError, config_from_constants, run_script
-from cross_entropy import linear_cross_entropy
-from decoding import Decoder
-from model import GPT, GPTConfig, KVCache
-from sophia_triton import SophiaG
+from model import GPTConfig
+from preflight import choose_device
 
-section = "all"
-rounds = 5  # timed repetitions of each, after one that is not counted
-batch_size = 2  # rows of 512 tokens of the full model in "step"
-new_tokens = 64  # of each answer in "decode"
-onnx = ""  # also time these model.onnx of a full model in "decode", with a comma between
-gguf = ""  # and these, by llama-cpp-python
-compile = False  # also time torch.compile in "step" and "decode"; each takes a minute or two
+section = "all"  # or some of train, optimizer, data, decode, packing, with commas between
+rounds = 4  # timed samples of each contestant, after one that is not counted
+device = "auto"  # "cuda" or "cpu"
+dtype = "auto"  # "bfloat16" or "float32" on CUDA; float32 on a CPU
+compile = False  # on a CPU also torch.compile, of ours and the peers; minutes. On CUDA always
 
+# The model; the defaults are Lille 130M
+n_layers = 24
+n_embd = 640
+n_heads = 10
+n_kv_heads = 2
+block_size = 512
 
-def compare(
-    title: str, contestants: dict[str, Callable[[], object]], rounds: int
-) -> dict[str, float]:
-    """Times the contestants in turn (A B A B ...) and prints a table; the first is the baseline.
+# train
+batch_size = 0  # rows of a micro-batch; 0: 2 on a CPU, 16 on CUDA
+gradient_accumulation_steps = 0  # micro-batches of a step; 0: 1 on a CPU, 16 on CUDA
 
-    Returns each one's median, seconds.
-    """
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    for turn in range(rounds + 1):
-        for name, function in contestants.items():
-            started = time.perf_counter()
-            function()
-            if turn > 0:
-                times[name].append(time.perf_counter() - started)
-    print(f"\n{title}\n{'':34} median s      range            ratio")
-    baseline = statistics.median(next(iter(times.values())))
-    for name, seconds in times.items():
-        median = statistics.median(seconds)
-        spread = f"{min(seconds):.3f} to {max(seconds):.3f}"
-        print(f"{name:34} {median:8.3f}  {spread:18} {median / baseline:7.3f}", flush=True)
-    return {name: statistics.median(seconds) for name, seconds in times.items()}
+# data
+source = ""  # Parquet files in FineWeb's columns; "": made of the Python library's source code
+repeats = "1 3"  # how many times each file, one table for each number
+filters = False  # True: as prepare_dataset_fineweb.py sets them; False: all text is kept
 
+# decode
+new_tokens = 64  # of each answer
+exports = False  # also onnxruntime and llama.cpp; writing their files takes a minute or two
 
-def head(n_embd: int, rounds: int) -> None:
-    """Output head and cross-entropy, forward and backward, of 2,048 tokens."""
-    vocab_size, n = 32768, 2048
-    weight = (torch.randn(vocab_size, n_embd) * 0.02).requires_grad_()
-    x, targets = torch.randn(n, n_embd, requires_grad=True), torch.randint(vocab_size, (n,))
-    contestants = {"F.cross_entropy": lambda: F.cross_entropy(x @ weight.T, targets).backward()}
-    if hasattr(F, "linear_cross_entropy"):  # PyTorch 2.13
-        options = torch.nn.LinearCrossEntropyOptions()
+# packing
+data_dir = ""  # also shards that prepare_dataset*.py wrote
+n_documents = 20_000  # made up, of the lengths that FineWeb-Edu has
+n_planned = 2_000_000  # documents whose plan is timed
 
-        def chunked() -> None:
-            F.linear_cross_entropy(x, weight, targets, options=options).backward()
-
-        contestants["F.linear_cross_entropy, chunked"] = chunked
-    contestants["ours"] = lambda: (linear_cross_entropy(x, weight, targets) / n).backward()
-    compare(f"head + cross-entropy, n_embd {n_embd}, {n} tokens", contestants, rounds)
+# results
+save = True  # append to the results; False: only print
+results = ""  # "": benchmarks/results.jsonl
+readme = False  # no measurement: write the README's table
+plot = False  # no measurement: draw benchmarks/results.png
 
 
-def optimizer(rounds: int) -> None:
-    """One step over the full model's 170 tensors, 127,171,200 float32 parameters."""
-
-    def parameters() -> list[torch.nn.Parameter]:
-        parameters = list(GPT(GPTConfig()).parameters())
-        for parameter in parameters:
-            parameter.grad = torch.randn_like(parameter) * 1e-3
-        return parameters
-
-    adamw, ours = torch.optim.AdamW(parameters(), fused=True), SophiaG(parameters())
-    ours.update_hessian()
-    scale = torch.tensor(0.5)
-    steps = {
-        "torch.optim.AdamW(fused=True)": adamw.step,
-        "SophiaG, clip and win rate": lambda: ours.step(grad_scale=scale),
-        "SophiaG, Hessian update": ours.update_hessian,
-    }
-    compare("optimizer step, full parameter list", steps, 2 * rounds)
+SECTIONS: dict[str, Callable[[Any, torch.device], None]] = {
+    "train": benchmark_train.run,
+    "optimizer": benchmark_optimizer.run,
+    "data": benchmark_data.run,
+    "decode": benchmark_decode.run,
+    "packing": benchmark_packing.run,
+}
 
 
-def llama_of(config: GPTConfig) -> torch.nn.Module:
-    """transformers' LlamaForCausalLM of the same shape, with new weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=config.n_embd,
-            intermediate_size=config.ffn_dim,
-            num_hidden_layers=config.n_layers,
-            num_attention_heads=config.n_heads,
-            num_key_value_heads=config.n_kv_heads,
-            vocab_size=config.vocab_size,
-            max_position_embeddings=config.block_size,
-            rms_norm_eps=config.layer_norm_eps,
-            rope_theta=config.rope_theta,
-            tie_word_embeddings=True,
-            attn_implementation="sdpa",
+def check(config: Any) -> list[str]:
+    """The chosen sections; UserError for settings that cannot be."""
+    known = list(SECTIONS)
+    chosen = known if config.section == "all" else config.section.split(",")
+    for name in chosen:
+        if name not in known:
+            raise UserError(f"section={name!r}: expected all, or some of {','.join(known)}")
+    for name in ("rounds", "new_tokens", "n_documents", "n_planned"):
+        if getattr(config, name) < 1:
+            raise UserError(f"{name}={getattr(config, name)} must be at least 1")
+    if "decode" in chosen and PROMPT + config.new_tokens > config.block_size:
+        raise UserError(
+            f"new_tokens={config.new_tokens} after a prompt of {PROMPT} do not fit into "
+            f"block_size={config.block_size}: lower it"
         )
-    )
-
-
-def step(batch_size: int, compiled: bool, rounds: int) -> None:
-    """Forward and backward of the full model, packed rows, against transformers' Llama."""
-    config = GPTConfig()
-    ours, theirs = GPT(config), llama_of(config)
-    shape = (batch_size, config.block_size)
-    ids = torch.randint(config.vocab_size, shape)
-    targets = F.pad(ids[:, 1:], (0, 1), value=-100)
-    positions = torch.arange(config.block_size).expand(shape).contiguous()
-
-    def train_ours(forward: Callable) -> Callable[[], None]:
-        def run() -> None:
-            ours.zero_grad(set_to_none=True)
-            (forward(ids, targets, positions) / ids.numel()).backward()
-
-        return run
-
-    def train_theirs() -> None:
-        theirs.zero_grad(set_to_none=True)
-        theirs(ids, labels=ids).loss.backward()
-
-    contestants = {"transformers LlamaForCausalLM": train_theirs, "ours": train_ours(ours)}
-    if compiled:
-        contestants["ours, torch.compile"] = train_ours(torch.compile(ours))
-    title = f"forward + backward, {ours.n_parameters():,} parameters, {batch_size} x 512 tokens"
-    compare(title, contestants, rounds)
-
-
-def exports(
-    onnx: str, gguf: str, prompt: list[int], n: int
-) -> dict[str, tuple[Callable[[], object], int]]:
-    """Greedy answers of n tokens by onnxruntime and llama.cpp, and the bytes of each file."""
-    contestants: dict[str, tuple[Callable[[], object], int]] = {}
-    for path in filter(None, onnx.split(",")):
-        from backend_onnx import OnnxBackend
-
-        def onnx_answer(backend: OnnxBackend) -> None:
-            ids = list(prompt)
-            for _ in range(n):
-                ids.append(int(backend.logits(ids).argmax()))
-
-        size = sum(file.stat().st_size for file in Path(path).parent.glob("model.onnx*"))
-        name = f"onnxruntime, {Path(path).parent.name}"
-        contestants[name] = partial(onnx_answer, OnnxBackend(path)), size
-    for path in filter(None, gguf.split(",")):
-        from llama_cpp import Llama
-
-        def gguf_answer(llama: Llama) -> None:
-            llama.reset()
-            llama.eval(prompt)
-            for _ in range(n - 1):
-                llama.eval([llama.sample(temp=0.0)])
-
-        threads = torch.get_num_threads()
-        llama = Llama(path, n_ctx=512, n_threads=threads, n_threads_batch=threads, verbose=False)
-        size = Path(path).stat().st_size
-        contestants[f"llama.cpp, {Path(path).name}"] = partial(gguf_answer, llama), size
-    return contestants
-
-
-def decode(new_tokens: int, compiled: bool, rounds: int, onnx: str, gguf: str) -> None:
-    """Greedy answers of the full model to 16 tokens, batch 1, against transformers' generate.
-
-    The bound of each is the time to read its weights once per token, at the rate at which this
-    machine sums as many floats, measured in turn with the rest.
-    """
-    ours, theirs = GPT(GPTConfig()).eval(), llama_of(GPTConfig()).eval()
-    theirs.generation_config.eos_token_id = None  # all write equally many tokens
-    prompt = torch.randint(ours.config.vocab_size, (1, 16))
-    options = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
-    options["attention_mask"] = torch.ones_like(prompt)
-    n_parameters = ours.n_parameters()
-    floats = torch.ones(n_parameters)
-    decoders = {
-        "ours, float32, plain PyTorch": (Decoder(ours, mode="eager"), 4),
-        "ours, float32": (Decoder(ours), 4),
-        "ours, bfloat16 weights": (Decoder(ours, "bfloat16"), 2),
-        "ours, int8 weights": (Decoder(ours, "int8"), 1),
-    }
-    if compiled:
-        decoders["ours, float32, torch.compile"] = (Decoder(ours, mode="compile"), 4)
-    contestants: dict[str, Callable[[], object]] = {
-        "transformers LlamaForCausalLM": lambda: theirs.generate(prompt, **options),
-        "reading the float32 weights once": floats.sum,
-    }
-
-    def answer(decoder: Decoder) -> Callable[[], object]:
-        return lambda: ours.generate(prompt, new_tokens, temperature=0, decoder=decoder)
-
-    contestants |= {name: answer(decoder) for name, (decoder, _) in decoders.items()}
-    others = exports(onnx, gguf, prompt[0].tolist(), new_tokens)
-    contestants |= {name: answer for name, (answer, _) in others.items()}
-    title = f"decode, {n_parameters:,} parameters, 16 tokens in, {new_tokens} out"
-    medians = compare(title, contestants, rounds)
-    reading = medians.pop("reading the float32 weights once")
-    sizes = {name: size for name, (_, size) in decoders.items()}  # bytes of a weight
-    sizes["transformers LlamaForCausalLM"] = 4
-    sizes |= {name: n_bytes / n_parameters for name, (_, n_bytes) in others.items()}
-    print(f"reads {4 * n_parameters / reading / 1e9:.1f} GB/s\n{'':34} tokens/s  of its bound")
-    for name, seconds in medians.items():
-        share = reading * sizes[name] / 4 * new_tokens / seconds
-        print(f"{name:34} {new_tokens / seconds:8.1f}  {share:6.0%}")
-    ids = torch.randint(ours.config.vocab_size, (1, 64))
-    with torch.inference_mode():
-        exact = ours(ids)[0]
-        for name, (decoder, _) in decoders.items():
-            cache = KVCache.empty(ours.config, 1, like=ours.lm_head.weight)
-            errors = []
-            for step, token in enumerate(ids[0]):
-                errors.append((decoder(token[None], cache)[0] - exact[step]).abs().max().item())
-                cache.lengths += 1
-            print(f"{name:34} largest logit error {max(errors):.1e} of {exact.abs().max():.1f}")
+    try:
+        GPTConfig(**{name: getattr(config, name) for name in SHAPE})
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return [name for name in known if name in chosen]
 
 
 def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
     config = config_from_constants(globals(), argv)
-    sections = ("head", "optimizer", "step", "decode", "data")
-    if config.section not in ("all", *sections):
-        raise UserError(f"section={config.section!r} must be all or one of {', '.join(sections)}")
-    chosen = sections if config.section == "all" else (config.section,)
+    path = Path(config.results) if config.results else benchmark_results.RESULTS
+    if config.readme or config.plot:
+        if config.readme:
+            benchmark_results.write_readme(path, benchmark_results.ROOT / "README.md")
+        if config.plot:
+            benchmark_results.plot(path, path.with_suffix(".png"))
+        return 0
+    chosen = check(config)
+    where, kind = choose_device(config)
+    if where.type == "mps":
+        where = torch.device("cpu")
+    config = dataclasses.replace(config, device=where.type, dtype=str(kind)[6:])
     torch.manual_seed(0)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, CPU, float32")
-    if "head" in chosen:
-        head(128, config.rounds)
-        head(640, config.rounds)
-    if "optimizer" in chosen:
-        optimizer(config.rounds)
-    if "step" in chosen:
-        step(config.batch_size, config.compile, config.rounds)
-    if "decode" in chosen:
-        decode(config.new_tokens, config.compile, config.rounds, config.onnx, config.gguf)
-    if "data" in chosen:
-        benchmark_data.main([])
+    measure.begin()
+    environment = benchmark_results.environment(argv, where)
+    limits = measure.limits(where)
+    rates = ", ".join(f"{k} {v / 1e12:.3g} TFLOP/s" for k, v in limits.matmul_rate.items())
+    copied, read = limits.copy_bandwidth / 1e9, limits.read_bandwidth / 1e9
+    print(f"{benchmark_results.place(environment)}, torch {torch.__version__}, {config.dtype}")
+    print(f"copy {copied:.1f} GB/s, read {read:.1f} GB/s, matrix product {rates}")
+    busy = environment["load"]
+    if busy is not None and busy > 0.3 * (os.cpu_count() or 1):
+        print(f"note: other programs run here (load {busy}): ratios may hold, times do not")
+    seconds: dict[str, float] = {}
+    try:
+        for name in chosen:
+            started = time.perf_counter()
+            SECTIONS[name](config, where)
+            seconds[name] = time.perf_counter() - started
+            print(f"\n{name} took {seconds[name]:.0f} s", flush=True)
+        if len(chosen) > 1:
+            print(f"all together {sum(seconds.values()):.0f} s")
+    finally:  # what is measured is kept, whatever ends the run
+        if config.save and measure.tables:
+            benchmark_results.record(path, environment, seconds, where)
     return 0
 
 

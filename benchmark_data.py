@@ -1,87 +1,46 @@
-"""Data preparation beside a plain tiktoken loop: text per second, peak memory, equal ids.
+"""benchmark.py --section=data: Parquet files of text into token shards, and the tokenizers alone.
 
-    python benchmark_data.py --source="../fineweb/*.parquet"
-
-Each contestant prepares the same Parquet files in a process of its own, in turn; what it takes is
-measured inside that process from the end of its imports to the last file on disk. The first
+Preparing is measured on the same files by processes of their own, in turn; what counts is the time
+inside each from the end of its imports to the last file on disk, and its memory. The first
 contestant is what people write first: one thread, `encode_ordinary` on each document, Python lists,
 one np.savez at the end. Both read the same columns and drop the same documents.
 """
 
 import hashlib
-import importlib.util
 import json
 import os
-import re
-import resource
-import statistics
 import subprocess
 import sys
 import sysconfig
 import tempfile
-import time
 from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
-import prepare_dataset_fineweb
-from config import UserError, config_from_constants, run_script
+import benchmark_prepare
+import measure
+from benchmark_prepare import CONTESTANTS, OURS, tiktoken_encoding
+from config import UserError
 from dataset import NpzDataset
 from sources import local_files
 from tokenizer import load_tokenizer
 
-source = ""  # Parquet files in FineWeb's columns; "": made of the Python library's source code
-repeats = "1 4"  # how many times each file, one measurement for each number
-filters = False  # True: as prepare_dataset_fineweb.py sets them; False: all text is kept
-rounds = 2  # measurements of each
-contestant = ""  # for the processes that this script starts
-output_dir = ""
-
-PATTERN = (
-    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"  # GPT-2's
-)
-NO_FILTERS = {"language_filter": "", "language_score_threshold": 0.0, "min_int_score": 0}
+CHUNK_BYTES = 4_000_000  # of text in one call of a tokenizer; gigatoken uses one core below 2 MB
+CHUNKS = 8
+LIBRARY = Path(sysconfig.get_path("stdlib"))
 
 
-def tiktoken_loop(files: list[Path], output: Path, with_filters: bool) -> None:
-    import tiktoken
-
-    tokenizer = load_tokenizer()
-    ranks = {piece: i for i, piece in enumerate(tokenizer.pieces[: tokenizer.n_text])}
-    encoding = tiktoken.Encoding(
-        "hastings", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={}
-    )
-    documents = []
-    for path in files:
-        columns = ["text", "language", "language_score", "int_score"]
-        for row in pq.read_table(path, columns=columns).to_pylist():
-            if with_filters and (row["language"] != "en" or row["language_score"] < 0.95):
-                continue
-            documents.append(encoding.encode_ordinary(row["text"]) + [tokenizer.eos_id])
-    output.mkdir()
-    np.savez(
-        output / "train.npz",
-        tokens=np.array([token for ids in documents for token in ids], dtype=np.uint16),
-        offsets=np.cumsum([0, *map(len, documents)], dtype=np.uint64),
-    )
-
-
-def ours(files: list[Path], output: Path, with_filters: bool) -> None:
-    settings = {"source": files[0].parent, "output_dir": output, "val_split": 0.01}
-    settings |= {} if with_filters else NO_FILTERS
-    prepare_dataset_fineweb.main([f"--{name}={value}" for name, value in settings.items()])
-
-
-CONTESTANTS = {"tiktoken, one thread, lists": tiktoken_loop, "ours": ours}
-
-
-def make_source(folder: Path) -> list[Path]:
+def make_source(folder: Path, library: Path = LIBRARY) -> list[Path]:
     """The Python library's source files as four Parquet files in FineWeb's columns."""
     texts = []
-    for path in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
+    for path in sorted(library.rglob("*.py")):
         text = path.read_bytes().decode("utf-8", "ignore")
         if text.strip() and "site-packages" not in path.parts:
             texts.append(text)
@@ -110,88 +69,108 @@ def documents_of(output: Path) -> Counter[bytes]:
     )
 
 
-def measure(name: str, folder: Path, output: Path, with_filters: bool) -> dict[str, float]:
+def prepare(name: str, folder: Path, output: Path, with_filters: bool) -> dict[str, float]:
     """{"seconds", "peak_mb"} of one contestant in a new process."""
-    command = [sys.executable, __file__, f"--contestant={name}", f"--source={folder}"]
-    command += [f"--output_dir={output}", f"--filters={with_filters}"]
+    settings = {"contestant": name, "source": folder, "output_dir": output, "filters": with_filters}
+    command = [sys.executable, benchmark_prepare.__file__]
+    command += [f"--{key}={value}" for key, value in settings.items()]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
-        raise UserError(f"{name} failed: {result.stderr.strip().splitlines()[-1]}")
+        lines = result.stderr.strip().splitlines()
+        raise UserError(f"{name} failed: {lines[-1] if lines else result.returncode}")
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def peak_bytes() -> int:
-    """The most memory that this process has had, as Linux counts it without its parent's."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
-
-
-def run_contestant(config) -> None:
-    files = sorted(Path(config.source).glob("*.parquet"))
-    started = time.perf_counter()
-    CONTESTANTS[config.contestant](files, Path(config.output_dir), config.filters)
-    seconds = time.perf_counter() - started
-    peak = peak_bytes() / 1e6
-    print(json.dumps({"seconds": seconds, "peak_mb": peak}))
-
-
-def compare(originals: list[Path], times: int, config, directory: Path) -> None:
-    """Measures the contestants on `times` copies of the files and prints a table."""
+def compare_preparing(originals: list[Path], times: int, config: Any, directory: Path) -> None:
+    """The contestants on `times` copies of the files; UserError if their documents differ."""
     folder = directory / f"source{times}"
     folder.mkdir()
     for number in range(times):
         for path in originals:
             os.symlink(path.resolve(), folder / f"{number:03d}_{path.name}")
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in CONTESTANTS}
-    documents = {}
-    for turn in range(config.rounds):
-        for number, name in enumerate(CONTESTANTS):
+    names = [name for name in CONTESTANTS if name == OURS or measure.peer("tiktoken")]
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    documents = []
+    for turn in range(min(3, config.rounds)):
+        for number, name in enumerate(names):
             output = directory / f"output_{times}_{turn}_{number}"
-            found[name].append(measure(name, folder, output, config.filters))
+            found[name].append(prepare(name, folder, output, config.filters))
             if turn == 0:
-                documents[name] = documents_of(output)
-    expected, result = documents.values()
-    if expected != result:
+                documents.append(documents_of(output))
+    if any(others != documents[0] for others in documents):
         raise UserError("the two do not have the same documents: something is wrong")
-    n_bytes = json.loads((output / "manifest.json").read_bytes())["text_bytes"]
+    megabytes = json.loads((output / "manifest.json").read_bytes())["text_bytes"] / 1e6
     kept = "after the filters" if config.filters else "all kept"
-    print(f"\n{len(originals) * times} files, {n_bytes / 1e6:,.1f} MB of text {kept}, equal ids")
-    print(f"{'':30} seconds   range              MB/s    ratio   peak MB")
-    first = None
-    for name, runs in found.items():
-        seconds = [run["seconds"] for run in runs]
-        median = statistics.median(seconds)
-        first = first or median
-        spread = f"{min(seconds):.2f} to {max(seconds):.2f}"
-        peak = max(run["peak_mb"] for run in runs)
-        print(
-            f"{name:30} {median:7.2f}   {spread:16} {n_bytes / 1e6 / median:6.1f} "
-            f"{first / median:8.2f} {peak:9.0f}",
-            flush=True,
+    what = f"{len(originals) * times} files, {megabytes:,.1f} MB of text {kept}"
+    seconds = {name: [run["seconds"] for run in runs] for name, runs in found.items()}
+    measure.report("data", f"prepare {what}, equal ids", seconds, work=("MB/s", megabytes))
+    peaks = {name: {"peak MB": max(run["peak_mb"] for run in runs)} for name, runs in found.items()}
+    measure.facts("data", f"memory to prepare {what}", peaks)
+
+
+def texts_of(path: Path) -> Iterator[str]:
+    for batch in pq.ParquetFile(path).iter_batches(1000, columns=["text"]):
+        yield from filter(None, batch["text"].to_pylist())
+
+
+def chunks_of(files: list[Path]) -> list[list[str]]:
+    """Lists of documents, each of at least CHUNK_BYTES of text if there is so much."""
+    chunks: list[list[str]] = [[]]
+    size = 0
+    for path in files:
+        for text in texts_of(path):
+            if size >= CHUNK_BYTES:
+                if len(chunks) == CHUNKS:
+                    return chunks
+                chunks.append([])
+                size = 0
+            chunks[-1].append(text)
+            size += len(text.encode("utf-8", "ignore"))
+    return chunks[:-1] if len(chunks) > 1 else chunks  # the last is shorter
+
+
+def compare_tokenizers(files: list[Path], config: Any) -> None:
+    """Documents in memory into ids; each call has text that the last one had not."""
+    tokenizer, chunks = load_tokenizer(), chunks_of(files)
+    hf = tokenizer._ordinary
+    functions: dict[str, Callable[[list[str]], Any]] = {}
+    if measure.peer("tiktoken"):
+        encoding, cores = tiktoken_encoding(tokenizer), os.cpu_count() or 1
+        functions["tiktoken, one thread"] = lambda texts: [*map(encoding.encode_ordinary, texts)]
+        functions["tiktoken, batch, all cores"] = lambda texts: encoding.encode_ordinary_batch(
+            texts, num_threads=cores
         )
+    functions["tokenizers, batch, all cores"] = lambda texts: [
+        found.ids for found in hf.encode_batch_fast(texts, add_special_tokens=False)
+    ]
+    functions[OURS] = tokenizer.encode_batch
+    expected = tokenizer.encode_batch(chunks[0])
+    for name, function in functions.items():
+        if not all(map(np.array_equal, function(chunks[0]), expected)):
+            raise UserError(f"{name} gives other ids than ours: something is wrong")
+
+    def contestant(function: Callable[[list[str]], Any]) -> Callable[[], object]:
+        endless = cycle(chunks)
+        return lambda: function(next(endless))
+
+    megabytes = sum(len(text.encode()) for chunk in chunks for text in chunk) / 1e6 / len(chunks)
+    measure.compare(
+        "data",
+        f"tokenize {len(chunks)} x {megabytes:.1f} MB in memory, equal ids",
+        {name: contestant(function) for name, function in functions.items()},
+        config.rounds,
+        work=("MB/s", megabytes),
+    )
 
 
-def main(argv: list[str] | None = None) -> int:
-    config = config_from_constants(globals(), argv)
-    if config.contestant:
-        run_contestant(config)
-        return 0
-    if importlib.util.find_spec("tiktoken") is None:
-        print("data: skipped, tiktoken is not here: pip install -r requirements-bench.txt")
-        return 0
+def run(config: Any, device: torch.device) -> None:
+    """Tokenizers in this process, then whole preparations in processes of their own."""
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         if config.source:
-            local = local_files(config.source)
-            originals = [file.path for file in local]
+            originals = [file.path for file in local_files(config.source)]
         else:
             originals = make_source(directory)
+        compare_tokenizers(originals, config)
         for times in map(int, config.repeats.split()):
-            compare(originals, times, config, directory)
-    return 0
-
-
-if __name__ == "__main__":
-    run_script(main)
+            compare_preparing(originals, times, config, directory)

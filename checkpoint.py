@@ -160,14 +160,17 @@ class CheckpointWriter:
     """Writes checkpoints in the background, keeps the last `keep` of them and the best one.
 
     `save` copies the tensors before it returns, so training may go on at once. A failed write (a
-    full disk) is reported and leaves the earlier checkpoints; `wait` raises it.
+    full disk) is reported and leaves the earlier checkpoints; `wait` raises it. Of several ranks
+    only one is `active`, the others write nothing.
     """
 
-    def __init__(self, directory: Path, keep: int):
-        self.directory, self.keep = directory, keep
+    def __init__(self, directory: Path, keep: int, active: bool = True):
+        self.directory, self.keep, self.active = directory, keep, active
         self.thread: threading.Thread | None = None
         self.error: OSError | None = None
         self.unsaved_best: dict[str, Any] | None = None
+        if not active:
+            return
         directory.mkdir(parents=True, exist_ok=True)
         for leftover in directory.glob("*.pt.tmp"):  # of a killed run
             leftover.unlink()
@@ -175,6 +178,8 @@ class CheckpointWriter:
     def save(self, state: dict[str, Any], best: bool) -> Path:
         self.join()
         path = self.directory / f"ckpt_{state['iter_num']:07d}.pt"
+        if not self.active:
+            return path
         self.thread = threading.Thread(target=self.write, args=(path, snapshot(state), best))
         self.thread.start()
         return path

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from sampling import sample
 
 IGNORE_INDEX = -100  # target of a position without a label
-MIN_CHUNK = 128  # fewest tokens whose logits exist at once; 16 MiB of float32
+MIN_CHUNK, MAX_CHUNK = 128, 512  # tokens whose logits exist at once; 64 MiB of float32 at most
 
 
 def linear_cross_entropy(
@@ -36,7 +36,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """d loss / d logits = softmax(logits) - onehot(target), made in the forward pass by chunks.
 
     Nothing is recomputed, and positions without a label cost nothing. A chunk has as many tokens as
-    the model is wide: each one reads and writes the whole gradient of the weight.
+    the model is wide, up to MAX_CHUNK: each one reads and writes the whole gradient of the weight.
+    All chunks share two buffers, since on a CPU new memory of this size costs more than the softmax
+    that fills it: the system hands it out, and clears it, page by page.
     """
 
     @staticmethod
@@ -48,15 +50,22 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         if dtype == torch.float16:  # whose range the gradients here, not scaled yet, would leave
             dtype = torch.float32
         head = weight.to(dtype)
+        chunks = labelled.split(min(max(MIN_CHUNK, x.shape[1]), MAX_CHUNK))
+        shape = (len(chunks[0]), weight.shape[0])  # the first chunk is the largest
+        buffers = [torch.empty(shape, dtype=torch.float32, device=x.device) for _ in range(2)]
         loss = torch.zeros((), dtype=torch.float32, device=x.device)
         dx = torch.zeros_like(x) if x.requires_grad else None
         dweight = torch.zeros_like(weight) if x.requires_grad else None
         with torch.autocast(device, enabled=False):  # the types are as chosen above
-            for chunk in labelled.split(max(MIN_CHUNK, x.shape[1])):
+            for chunk in chunks:
                 x_chunk = x[chunk].to(dtype)
-                logits = (x_chunk @ head.t()).float()  # (chunk, V)
+                logits, probabilities = (buffer[: len(chunk)] for buffer in buffers)  # (chunk, V)
+                if dtype == torch.float32:
+                    torch.mm(x_chunk, head.t(), out=logits)
+                else:
+                    logits.copy_(x_chunk @ head.t())
                 target = (sample(logits) if sample_targets else targets[chunk])[:, None]
-                probabilities = logits.softmax(dim=-1)
+                torch.softmax(logits, dim=-1, out=probabilities)
                 # logsumexp = max - log p(max): exact, as p(max) is never small, unlike p(target)
                 largest = logits.amax(dim=-1, keepdim=True)
                 logsumexp = largest - probabilities.amax(dim=-1, keepdim=True).log()
@@ -69,13 +78,15 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                         dweight.addmm_(dlogits.t(), x_chunk)
                     else:
                         dweight += dlogits.t() @ x_chunk
-        ctx.save_for_backward(dx, dweight)
+        ctx.gradients = dx, dweight
         return loss
 
     @staticmethod
     def backward(ctx, gradient):
-        dx, dweight = ctx.saved_tensors
-        return dx * gradient, dweight * gradient, None, None
+        if ctx.gradients is None:
+            raise RuntimeError("linear_cross_entropy is differentiated only once: call it again")
+        (dx, dweight), ctx.gradients = ctx.gradients, None
+        return dx.mul_(gradient), dweight.mul_(gradient), None, None  # in place: no new memory
 
 
 @torch.compiler.disable  # the number of labels decides its loop

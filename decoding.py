@@ -11,30 +11,21 @@ CPU it is therefore one call of decode_step.cpp, compiled when first needed (som
 ~/.cache/lille), and on a GPU one CUDA graph. Without a C++ compiler it is plain PyTorch.
 """
 
-import atexit
-import contextlib
 import ctypes
-import functools
-import hashlib
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from native import native_library
 from sampling import sample
 
 if TYPE_CHECKING:
     from model import GPT, GPTConfig
 
-SOURCE = Path(__file__).with_name("decode_step.cpp")
+# Its sums may be taken in another order than it is written, for speed.
+LIBRARY = ("decode_step.cpp", "-ffp-contract=fast", "-fassociative-math", "-fno-signed-zeros")
 WEIGHT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # as in decode_step.cpp
 MODES = ("auto", "eager", "compile")
 LARGEST_NATIVE_BATCH = 8  # rows; above, PyTorch's matrix products are faster
@@ -95,62 +86,6 @@ class Model(ctypes.Structure):
     _fields_ += [("cos", ctypes.c_void_p), ("sin", ctypes.c_void_p)]
 
 
-def cache_folder() -> Path:
-    """Where the compiled step is kept: ~/.cache/lille, or a new folder where that cannot be."""
-    try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lille"
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK) or any(folder.glob("*.so")):
-            return folder
-    except (OSError, RuntimeError):  # RuntimeError: a user without a home
-        pass
-    folder = tempfile.mkdtemp(prefix="lille-")  # every process compiles its own
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return Path(folder)
-
-
-@functools.cache
-def native_library() -> ctypes.CDLL | None:
-    """decode_step.cpp compiled for this processor, or None where nothing here can compile it.
-
-    The result is kept under a name made of all it depends on, so only the first use waits.
-    """
-    compiler = shlex.split(
-        os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or ""
-    )
-    if not compiler or not SOURCE.exists():
-        return None
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").split("\n\n")[0].splitlines()
-        names = ("model name", "flags", "Features", "CPU part")  # the last two: ARM
-        processor = "\n".join(line for line in lines if line.startswith(names))
-    except OSError:
-        processor = platform.processor() + platform.machine()
-    cache = cache_folder()
-    common = ["-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=fast", "-fno-math-errno"]
-    common += ["-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math"]
-    for extra in (["-march=native", "-fopenmp"], ["-march=native"], []):
-        command = [*compiler, *common, *extra]
-        depends = [SOURCE.read_text("utf-8"), *command, processor]
-        key = hashlib.sha256("\0".join(depends).encode()).hexdigest()[:16]
-        library = cache / f"decode_step-{key}.so"
-        try:
-            if not library.exists():
-                with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-                    built = Path(folder) / library.name
-                    command += [str(SOURCE), "-o", str(built)]
-                    subprocess.run(command, check=True, capture_output=True, timeout=120)
-                    os.replace(built, library)
-            native = ctypes.CDLL(str(library))
-        except (OSError, subprocess.SubprocessError):
-            with contextlib.suppress(OSError):
-                library.unlink()  # a damaged one is compiled again next time
-            continue
-        native.decode_step.restype = ctypes.c_int64
-        return native
-    return None
-
-
 class NativeStep:
     """The step as one call of decode_step.cpp; `weights` are copied in that type if they differ."""
 
@@ -158,6 +93,7 @@ class NativeStep:
         from model import rope_tables
 
         self.config, self.native, self.weights = gpt.config, native, weights
+        native.decode_step.restype = ctypes.c_int64
         self.tensors: list[torch.Tensor] = []  # what the pointers below point to
         layers = (Layer * gpt.config.n_layers)()
         for layer, block in zip(layers, gpt.layers, strict=True):
@@ -272,7 +208,7 @@ class Decoder:
         dtype = getattr(torch, weights) if weights else weight.dtype
         native = None
         if mode == "auto" and weight.is_cpu and dtype in WEIGHT_TYPES:
-            native = native_library()
+            native = native_library(*LIBRARY)
         self.native = NativeStep(gpt, native, dtype) if native else None
         self.rounded = dtype != weight.dtype
         if self.native is None and self.rounded:
@@ -280,11 +216,21 @@ class Decoder:
                 f"weights={weights!r} needs the CPU and a C++ compiler (c++ or g++): install one, "
                 "or leave the weights as they are"
             )
+        self.spare: list[KVCache] = []  # of answers that are done: a CUDA graph knows their memory
         self.step = self.eager
         if mode == "compile":
             self.step = torch.compile(self.eager, dynamic=False, fullgraph=True)
         if weight.is_cuda and mode != "eager":
             self.step = GraphStep(self.step)
+
+    def empty_cache(self, batch: int) -> KVCache:
+        """A cache for `batch` new answers; put into `spare`, it serves the next ones."""
+        cache = self.spare.pop() if self.spare else None
+        weight = self.gpt.tok_embeddings.weight
+        if cache is None or cache.keys.shape[1] != batch or cache.keys.dtype != weight.dtype:
+            return KVCache.empty(self.gpt.config, batch, like=weight)
+        cache.lengths = torch.zeros_like(cache.lengths)
+        return cache
 
     def eager(self, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
         return self.gpt(tokens[:, None], cache=cache)[:, 0]
@@ -322,18 +268,18 @@ def generate_steps(
             f"the prompt has {max(sizes)} tokens and the context only {block_size}: shorten it"
         )
     budgets = [min(max_new_tokens, block_size + 1 - size) for size in sizes]
+    if decoder is None:  # a CUDA graph is worth its capture only to those who keep it
+        decoder = Decoder(gpt, mode="eager" if weight.is_cuda else "auto")
+    cache = decoder.empty_cache(len(prompts))
     was_training = gpt.training
     gpt.eval()
     try:
         padded = [prompt + [0] * (max(sizes) - len(prompt)) for prompt in prompts]
         ids = torch.tensor(padded, device=weight.device)  # padded on the right: causality hides it
-        cache = KVCache.empty(gpt.config, len(prompts), like=weight)
         x = gpt.hidden(ids, cache=cache)
         cache.lengths += torch.tensor(sizes, device=weight.device)
         x = x[torch.arange(len(prompts), device=weight.device), cache.lengths - 1]  # (B, C)
         logits = gpt.lm_head(x)
-        if decoder is None:  # a CUDA graph is worth its capture only to those who keep it
-            decoder = Decoder(gpt, mode="eager" if weight.is_cuda else "auto")
 
         def after(tokens: torch.Tensor) -> torch.Tensor:
             cache.lengths.clamp_(max=block_size - 1)  # only rows that are done are there
@@ -358,4 +304,5 @@ def generate_steps(
             if more and not weight.is_cuda:
                 logits = after(tokens)
     finally:
+        decoder.spare[:] = [cache]
         gpt.train(was_training)

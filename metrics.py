@@ -39,22 +39,31 @@ class Metrics:
     A resumed run first forgets the lines beyond the step it resumes from, so that a killed run's
     file ends up the same as an undisturbed one's, but for the timings and for the next loss where
     `log_interval` does not divide the step it was cut at. A full disk costs lines and pictures,
-    with one message, never the run.
+    with one message, never the run. Of several ranks only one is `active`, the others do nothing.
     """
 
-    def __init__(self, out_dir: Path, first_step: int, wandb_settings: dict[str, Any] | None):
+    def __init__(
+        self,
+        out_dir: Path,
+        first_step: int,
+        wandb_settings: dict[str, Any] | None,
+        active: bool = True,
+    ):
         self.path, self.curve = out_dir / "metrics.jsonl", out_dir / "loss_curve.png"
+        self.active, self.failed, self.wandb = active, False, None
+        if not active:
+            return
         kept = [row for row in read_metrics(self.path) if row["step"] <= first_step]
         with atomic_file(self.path) as file:
             file.writelines(json.dumps(row).encode() + b"\n" for row in kept if first_step)
-        self.failed = False
-        self.wandb = None
         if wandb_settings is not None:
             import wandb
 
             self.wandb = wandb.init(**wandb_settings)
 
     def log(self, step: int, **values: float | str) -> None:
+        if not self.active:
+            return
         finite = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in values.items()
@@ -75,6 +84,8 @@ class Metrics:
 
     def plot(self) -> None:
         """Draws training and validation loss against steps as `loss_curve.png`."""
+        if not self.active:
+            return
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -120,10 +131,19 @@ def last_metrics(out_dir: Path) -> dict[str, Any]:
 
 
 class Progress:
-    """The bar: loss, lr, tokens/s, win rate, and MFU on a known GPU; tqdm adds the ETA."""
+    """The bar: loss, lr, tokens/s, win rate, and MFU on known GPUs; tqdm adds the ETA.
+
+    It shows the tokens of all `n_devices` together, and the MFU of each.
+    """
 
     def __init__(
-        self, first_step: int, total_steps: int, flops_per_token: int, device: torch.device
+        self,
+        first_step: int,
+        total_steps: int,
+        flops_per_token: int,
+        device: torch.device,
+        n_devices: int = 1,
+        active: bool = True,
     ):
         self.bar = tqdm(
             total=total_steps,
@@ -132,10 +152,12 @@ class Progress:
             dynamic_ncols=True,
             smoothing=0.1,
             mininterval=0.1 if sys.stderr.isatty() else 15,  # a log file needs fewer lines
+            disable=not active,
         )
         self.flops_per_token, self.peak = flops_per_token, None
         if device.type == "cuda":
             self.peak = peak_flops(torch.cuda.get_device_name(device))
+        self.n_devices = n_devices
         self.tokens = 0
         self.started = time.perf_counter()
 
@@ -151,7 +173,8 @@ class Progress:
         self.tokens, self.started = 0, now
         rates = {"tokens_per_second": round(tokens_per_second, 1)}
         if self.peak is not None:
-            rates["mfu"] = round(tokens_per_second * self.flops_per_token / self.peak, 4)
+            per_device = tokens_per_second / self.n_devices
+            rates["mfu"] = round(per_device * self.flops_per_token / self.peak, 4)
         return rates
 
     @contextmanager

@@ -97,6 +97,12 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, style: str
     return (x * cos + turned * sin).to(x.dtype)
 
 
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The type of matrix products where autocast is on, else None."""
+    enabled = torch.is_autocast_enabled(device_type)
+    return torch.get_autocast_dtype(device_type) if enabled else None
+
+
 def document_mask(positions: torch.Tensor) -> torch.Tensor:
     """Which tokens of packed rows may see which, (B, 1, T, T): causal, within their own piece.
 
@@ -121,6 +127,37 @@ def flash_varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu: torch.Te
     return varlen_attn(q, k, v, cu, cu, longest, longest, **causal)
 
 
+def attend_by_piece(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu: torch.Tensor):
+    """What flash_varlen computes, on a CPU: causal attention in each piece by itself.
+
+    There is no mask to read, and nothing is computed that a mask would hide. Pieces of one length
+    that follow each other, such as full rows, are taken together.
+    """
+    groups: list[list[int]] = []  # [pieces, length]
+    for length in cu.diff().tolist():
+        if groups and groups[-1][1] == length:
+            groups[-1][0] += 1
+        elif length:
+            groups.append([1, length])
+    parts = (x.split([n * length for n, length in groups]) for x in (q, k, v))
+    outputs = []
+    for (n, length), *qkv in zip(groups, *parts, strict=True):
+        qkv = [x.unflatten(0, (n, length)).transpose(1, 2) for x in qkv]  # (pieces, heads, T, D)
+        y = F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True)
+        outputs.append(y.transpose(1, 2).flatten(0, 1))  # (N, H, D)
+    return torch.cat(outputs)
+
+
+class RMSNorm(nn.RMSNorm):
+    """Root mean square normalisation; statistics and scale are float32 in a bfloat16 stream too."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype == self.weight.dtype:
+            return super().forward(x)
+        y = F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps)
+        return y.to(x.dtype)
+
+
 class Attention(nn.Module):
     """Causal grouped-query attention with its pre-norm; the residual is added by Block."""
 
@@ -128,7 +165,7 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         kv_dim = config.n_kv_heads * config.head_dim
-        self.norm = nn.RMSNorm(config.n_embd, eps=config.layer_norm_eps)
+        self.norm = RMSNorm(config.n_embd, eps=config.layer_norm_eps)
         self.qkv_proj = nn.Linear(config.n_embd, config.n_embd + 2 * kv_dim, bias=False)
         self.out_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.dropout = nn.Dropout(config.dropout)
@@ -143,7 +180,10 @@ class Attention(nn.Module):
 
         if cu_seqlens is not None:
             q, k, v = (part.reshape(B * T, -1, width) for part in (q, k, v))  # (N, heads, D)
-            y = flash_varlen(q, k, v, cu_seqlens, longest=T)
+            if x.device.type == "cpu" and not torch.compiler.is_compiling():
+                y = attend_by_piece(q, k, v, cu_seqlens)
+            else:
+                y = flash_varlen(q, k, v, cu_seqlens, longest=T)
         else:
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, D)
             if cache is not None:
@@ -163,7 +203,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.norm = nn.RMSNorm(config.n_embd, eps=config.layer_norm_eps)
+        self.norm = RMSNorm(config.n_embd, eps=config.layer_norm_eps)
         self.gate_proj = nn.Linear(config.n_embd, config.ffn_dim, bias=False)
         self.up_proj = nn.Linear(config.n_embd, config.ffn_dim, bias=False)
         self.down_proj = nn.Linear(config.ffn_dim, config.n_embd, bias=False)
@@ -192,7 +232,7 @@ class GPT(nn.Module):
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        self.norm = nn.RMSNorm(config.n_embd, eps=config.layer_norm_eps)
+        self.norm = RMSNorm(config.n_embd, eps=config.layer_norm_eps)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.tok_embeddings.weight
         cos, sin = rope_tables(config)
@@ -226,8 +266,9 @@ class GPT(nn.Module):
 
         `targets` are already shifted by the caller; -100 marks positions without a label.
         `positions` (B, T) marks packed rows: it counts from 0 in each piece, and pieces do not see
-        each other. `cu_seqlens` int32 says the same for flash attention (CUDA, 16-bit): where the
-        pieces of the flattened batch begin, its end repeated to any fixed length.
+        each other. `cu_seqlens` int32 says the same for flash attention (CUDA, 16-bit), and on a
+        CPU for a forward pass that is not compiled: where the pieces of the flattened batch begin,
+        its end repeated to any fixed length.
         `cache` holds the tokens before `ids` and takes theirs; the caller advances its lengths.
         `sample_targets` draws the labels from the model instead (see cross_entropy.py).
         Raises ValueError when the sequence is longer than `block_size`.
@@ -260,6 +301,8 @@ class GPT(nn.Module):
         elif positions is None:
             positions = torch.arange(T, device=ids.device)
         x = self.dropout(self.tok_embeddings(ids))  # (B, T, C)
+        if autocast_dtype(x.device.type) == torch.bfloat16:
+            x = x.bfloat16()  # the residual stream: half the bytes of what compiled steps wait for
         cos = self.rope_cos[positions].unsqueeze(-2)  # (B, T, 1, D), or (T, 1, D) for all rows
         sin = self.rope_sin[positions].unsqueeze(-2)
         for layer, block in enumerate(self.layers):

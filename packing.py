@@ -36,7 +36,8 @@ class Batch:
     """A packed micro-batch; tensors are (B, T) int64 except cu_seqlens (pieces + 1, padded) int32.
 
     `targets` are the next tokens within each piece, IGNORE_INDEX elsewhere; `positions` count from
-    0 in each piece; `cu_seqlens` are the pieces' borders in the flattened batch.
+    0 in each piece; `cu_seqlens` are the pieces' borders in the flattened batch. `seed` is that of
+    dropout and sampled labels; None leaves the random state as it is.
     """
 
     ids: torch.Tensor
@@ -44,12 +45,14 @@ class Batch:
     positions: torch.Tensor
     cu_seqlens: torch.Tensor
     n_labels: int
+    seed: int | None = None
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return self.ids, self.targets, self.positions, self.cu_seqlens
 
     def pin_memory(self) -> "Batch":
-        return Batch(*(tensor.pin_memory() for tensor in self.tensors()), n_labels=self.n_labels)
+        pinned = (tensor.pin_memory() for tensor in self.tensors())
+        return Batch(*pinned, n_labels=self.n_labels, seed=self.seed)
 
 
 def cut_documents(offsets: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -230,10 +233,27 @@ class PackedRows:
         return Batch(*arrays, n_labels=int((targets != IGNORE_INDEX).sum()))
 
     def steps(
-        self, first_row: int, end_row: int, batch_size: int, accumulation: int
+        self,
+        first_row: int,
+        end_row: int,
+        batch_size: int,
+        accumulation: int,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> Iterator[list[Batch]]:
-        """Yields the micro-batches of each optimizer step; the last one is filled with padding."""
-        per_step = batch_size * accumulation
-        for start in range(first_row, end_row, per_step):
-            rows = [row if row < end_row else None for row in range(start, start + per_step)]
-            yield [self.batch(rows[i : i + batch_size]) for i in range(0, per_step, batch_size)]
+        """Yields the micro-batches of each optimizer step; the last one is filled with padding.
+
+        A step has `accumulation` micro-batches, dealt to the ranks in turn: these are every
+        `world_size`-th from `rank` on. Each has a seed of its own, a pure function of its place in
+        the data, so that a run is the same on any number of ranks and after any resume.
+        """
+        for start in range(first_row, end_row, batch_size * accumulation):
+            batches = []
+            for i in range(rank, accumulation, world_size):
+                first = start + i * batch_size
+                rows = range(first, first + batch_size)
+                batch = self.batch([row if row < end_row else None for row in rows])
+                (seed,) = np.random.SeedSequence((self.seed, first)).generate_state(1, np.uint64)
+                batch.seed = int(seed)
+                batches.append(batch)
+            yield batches

@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import os
 import shutil
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 from checkpoint import BEST, checkpoints_in, latest_checkpoint, load_checkpoint
 from config import UserError
+from distributed import ALONE, Ranks
 from model import GPT
 
 # A fine-tune uses finetune_NAME in place of NAME.
@@ -36,11 +38,12 @@ def check_settings(config: Any) -> None:
     at_least = dict.fromkeys(("max_steps", "warmup_iters", "sample_tokens", "seed"), 0)
     counts = ("batch_size", "gradient_accumulation_steps", "num_epochs", "eval_interval")
     counts += ("eval_rows", "log_interval", "hess_interval", "keep_checkpoints")
+    counts += ("hess_batches",)
     at_least |= dict.fromkeys(counts, 1) | {"block_size": 2, "weight_decay": 0, "grad_clip": 0}
     for name, least in at_least.items():
         if (value := getattr(config, name)) < least:
             raise UserError(f"{setting(config, name)}={value} must be at least {least}")
-    for name in ("learning_rate", "rho"):
+    for name in ("learning_rate", "rho", "distributed_timeout_minutes"):
         if (value := getattr(config, name)) <= 0:
             raise UserError(f"{setting(config, name)}={value} must be above 0")
     for name in ("beta1", "beta2", "adamw_beta1", "adamw_beta2"):
@@ -52,6 +55,7 @@ def check_settings(config: Any) -> None:
         "optimizer": ("sophiag", "adamw"),
         "device": ("auto", "cuda", "mps", "cpu"),
         "dtype": ("auto", "float32", "bfloat16", "float16"),
+        "gradient_dtype": ("float32", "bfloat16"),
     }
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
@@ -59,8 +63,25 @@ def check_settings(config: Any) -> None:
     wandb = importlib.util.find_spec("wandb") if config.wandb_log else None
     if config.wandb_log and (wandb is None or wandb.origin is None):  # a folder of old runs
         raise UserError("wandb_log=True needs wandb: pip install wandb, or set wandb_log=False")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("training on several GPUs is not there yet: run python train.py once")
+    if config.hess_batches > config.gradient_accumulation_steps:
+        name = setting(config, "gradient_accumulation_steps")
+        raise UserError(
+            f"hess_batches={config.hess_batches} is more than the {name}="
+            f"{config.gradient_accumulation_steps} micro-batches of a step"
+        )
+
+
+def check_ranks(config: Any, world_size: int) -> None:
+    """Refuses a number of ranks that the micro-batches of a step cannot be dealt to evenly."""
+    name = setting(config, "gradient_accumulation_steps")
+    value = config.gradient_accumulation_steps
+    below = value // world_size * world_size
+    if below != value:
+        near = [str(count) for count in (below, below + world_size) if count]
+        raise UserError(
+            f"{name}={value} micro-batches cannot be dealt to {world_size} ranks evenly: set it to "
+            f"{' or '.join(near)}, and batch_size to keep the tokens of a step"
+        )
 
 
 def check_sample_prompt(config: Any, n_tokens: int, block_size: int) -> None:
@@ -82,8 +103,8 @@ def check_schedule(config: Any, total_steps: int) -> None:
         )
 
 
-def choose_device(config: Any) -> tuple[torch.device, torch.dtype]:
-    """The device and compute type that `auto` stands for here."""
+def choose_device(config: Any, ranks: Ranks = ALONE) -> tuple[torch.device, torch.dtype]:
+    """The device and compute type that `auto` stands for here; each rank of a machine has a GPU."""
     name = config.device
     if name == "auto":
         mps = torch.backends.mps.is_available()
@@ -92,11 +113,21 @@ def choose_device(config: Any) -> tuple[torch.device, torch.dtype]:
         raise UserError("device='cuda', but PyTorch sees no GPU: set device='auto'")
     if name == "mps" and not torch.backends.mps.is_available():
         raise UserError("device='mps', but PyTorch sees no Apple GPU: set device='auto'")
+    if ranks.world_size > 1 and name == "mps":
+        raise UserError("several ranks cannot share an Apple GPU: run python train.py once")
+    if ranks.world_size > 1 and name == "cuda":
+        if ranks.local_world_size > (count := torch.cuda.device_count()):
+            raise UserError(
+                f"{ranks.local_world_size} ranks on {socket.gethostname()}, where PyTorch sees "
+                f"{count} GPU(s): start torchrun with --nproc_per_node={count}"
+            )
+        name = f"cuda:{ranks.local_rank}"
+        torch.cuda.set_device(name)
     if config.dtype != "auto":
-        if name != "cuda" and config.dtype != "float32":
+        if not name.startswith("cuda") and config.dtype != "float32":
             raise UserError(f"dtype={config.dtype!r} needs a CUDA GPU: set dtype='auto'")
         return torch.device(name), getattr(torch, config.dtype)
-    if name == "cuda":
+    if name.startswith("cuda"):
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.device(name), torch.bfloat16 if bf16 else torch.float16
     return torch.device(name), torch.float32

@@ -3,6 +3,7 @@
     python train.py                                  # pretrain on the shards in data_dir
     python train.py --finetune=True                  # fine-tune finetune_checkpoint
     python train.py --n_layers=6 --batch_size=4      # any constant can be given as --name=value
+    torchrun --nproc_per_node=8 train.py             # the same run on 8 GPUs
 
 Run the same command again to continue an interrupted run (resume_checkpoint = "auto"). Ctrl-C and
 SIGTERM finish the step, save and exit with 130 and 143. `out_dir` gets best_model.pt, the last
@@ -12,12 +13,9 @@ ckpt_*.pt, metrics.jsonl and loss_curve.png. From Python: `train(config)` with a
 
 import dataclasses
 import math
-import os
-import signal
 import sys
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ import torch
 from checkpoint import BEST, CheckpointWriter, load_checkpoint, model_of
 from config import UserError, config_from_constants, run_script
 from dataset import open_split
+from distributed import ALONE, Ranks, end, joined, ranks_of_environment, said_once
 from files import file_sha256, locked
 from metrics import Metrics, Progress, last_metrics
 from model import GPT, GPTConfig
@@ -34,6 +33,7 @@ from prefetch import Prefetcher
 from preflight import (
     FINETUNE_NAMES,
     check_disk,
+    check_ranks,
     check_resume,
     check_sample_prompt,
     check_schedule,
@@ -44,6 +44,7 @@ from preflight import (
     make_folder,
     setting,
 )
+from signals import SIGNALS, Interrupted, StopSignals
 from tokenizer import Tokenizer, load_tokenizer
 from training import Run, prompt_ids
 
@@ -64,7 +65,7 @@ layer_norm_eps = 1e-5
 
 # Batches: batch_size * gradient_accumulation_steps * block_size = 131,072 tokens a step
 batch_size = 16  # rows of block_size tokens per micro-batch
-gradient_accumulation_steps = 16  # micro-batches per step
+gradient_accumulation_steps = 16  # micro-batches per step, dealt to the GPUs if there are several
 num_epochs = 1  # passes over the data
 max_steps = 0  # stop here if this comes first; 0: num_epochs alone decides
 
@@ -77,7 +78,8 @@ weight_decay = 0.1  # on matrices; norms have none
 beta1 = 0.965  # SophiaG
 beta2 = 0.99  # SophiaG, for the Hessian
 rho = 0.05  # SophiaG; watch the win rate, healthy at 0.1 to 0.5
-hess_interval = 10  # steps between Hessian estimates, each on one micro-batch
+hess_interval = 10  # steps between Hessian estimates
+hess_batches = 1  # micro-batches of an estimate, averaged; of 8 GPUs each can make one of 8
 adamw_beta1 = 0.9
 adamw_beta2 = 0.95
 grad_clip = 1.0  # largest gradient norm; 0: no clipping
@@ -108,37 +110,9 @@ dtype = "auto"  # "bfloat16" or "float16" (cuda), "float32"
 compile = True  # torch.compile, where it works
 seed = 1337  # of weights, order, dropout and sampled labels
 
-
-class Interrupted(Exception):
-    """A signal stopped the run, after it was saved; the message says how to continue."""
-
-    def __init__(self, signum: int, message: str):
-        super().__init__(message)
-        self.signum = signum
-
-
-class StopSignals:
-    """Notes the first SIGINT or SIGTERM for the loop to see; a second one acts at once."""
-
-    def __enter__(self) -> "StopSignals":
-        self.signum: int | None = None
-        self.previous: dict[int, Any] = {}
-        in_main_thread = threading.current_thread() is threading.main_thread()
-        for signum in (signal.SIGINT, signal.SIGTERM) if in_main_thread else ():
-            self.previous[signum] = signal.signal(signum, self.note)
-        return self
-
-    def note(self, signum: int, frame: Any) -> None:
-        self.signum = signum
-        os.write(2, b"\nstopping after this step; once more stops at once\n")
-        self.restore()
-
-    def restore(self) -> None:
-        for signum, handler in self.previous.items():
-            signal.signal(signum, handler)
-
-    def __exit__(self, *error: Any) -> None:
-        self.restore()
+# Several GPUs or machines, by torchrun
+gradient_dtype = "float32"  # in which gradients are sent; "bfloat16" halves the bytes and rounds
+distributed_timeout_minutes = 10.0  # a process that does not answer for so long is lost
 
 
 def learning_rate_at(step: int, peak: float, warmup: int, total: int, min_ratio: float) -> float:
@@ -180,12 +154,16 @@ def open_rows(
 
 
 def build_model(
-    config: Any, tokenizer: Tokenizer, path: Path | None, found: dict[str, Any] | None
+    config: Any,
+    tokenizer: Tokenizer,
+    path: Path | None,
+    found: dict[str, Any] | None,
+    ranks: Ranks,
 ) -> GPT:
     """The model to train: that of the checkpoint to continue, or of a fine-tune's base, or new."""
     if config.finetune:
         name = path or config.finetune_checkpoint
-        state = found or load_checkpoint(name)
+        state = found or ranks.broadcast(lambda: load_checkpoint(name))
         check_tokenizer(state, name, tokenizer.sha256)
         return model_of(state, name, dropout=config.dropout)
     try:
@@ -216,9 +194,12 @@ def base_of(config: Any) -> str | None:
     return file_sha256(base) if config.finetune and base.is_file() else None
 
 
-def batches_of(rows: PackedRows, first: int, end: int, config: Any, pin: bool) -> Prefetcher:
-    """The micro-batches of each step, prepared in a thread ahead of the loop."""
-    steps = rows.steps(first, end, config.batch_size, config.gradient_accumulation_steps)
+def batches_of(
+    rows: PackedRows, first: int, end: int, config: Any, pin: bool, ranks: Ranks = ALONE
+) -> Prefetcher:
+    """This rank's micro-batches of each step, prepared in a thread ahead of the loop."""
+    shape = (config.batch_size, config.gradient_accumulation_steps)
+    steps = rows.steps(first, end, *shape, ranks.rank, ranks.world_size)
     if pin:  # copies to a GPU from page-locked memory do not block
         steps = ([batch.pin_memory() for batch in batches] for batches in steps)
     return Prefetcher(steps)
@@ -230,22 +211,29 @@ def train(config: Any) -> dict[str, Any]:
     Raises UserError before the first step for settings, data or checkpoints that do not fit, and
     Interrupted when a signal ended the run, after saving it.
     """
-    pretrain_data_dir, config = config.data_dir, run_settings(config)
-    check_settings(config)
-    make_folder(Path(config.out_dir))
-    with locked(Path(config.out_dir), "train.py"), explained_out_of_memory(config):
-        return run_training(config, pretrain_data_dir)
+    with joined(config.distributed_timeout_minutes) as ranks, ExitStack() as held:
+        pretrain_data_dir, config = config.data_dir, run_settings(config)
+        check_settings(config)
+        check_ranks(config, ranks.world_size)
+        if ranks.first:
+            make_folder(Path(config.out_dir))
+            held.enter_context(locked(Path(config.out_dir), "train.py"))
+        with explained_out_of_memory(config):
+            return run_training(config, pretrain_data_dir, ranks)
 
 
-def run_training(config: Any, pretrain_data_dir: str) -> dict[str, Any]:
-    """`train` with the settings in force: build, resume, loop, save."""
-    device, dtype = choose_device(config)
+def run_training(config: Any, pretrain_data_dir: str, ranks: Ranks) -> dict[str, Any]:
+    """`train` with the settings in force: build, resume, loop, save.
+
+    Only the first rank reads and writes checkpoints and metrics.
+    """
+    device, dtype = choose_device(config, ranks)
     out_dir = Path(config.out_dir)
     tokenizer = load_tokenizer()
-    path, found = find_checkpoint(config) or (None, None)
+    path, found = ranks.broadcast(lambda: find_checkpoint(config) or (None, None))
 
     torch.manual_seed(config.seed)
-    model = build_model(config, tokenizer, path, found)
+    model = build_model(config, tokenizer, path, found, ranks)
     block_size = model.config.block_size
     rows = open_rows(config.data_dir, "train", tokenizer, block_size, config.seed, config.finetune)
     validation = open_validation(config, pretrain_data_dir, tokenizer, block_size)
@@ -256,9 +244,11 @@ def run_training(config: Any, pretrain_data_dir: str) -> dict[str, Any]:
     n_prompt = len(prompt_ids(config.sample_prompt, config.finetune, tokenizer))
     check_sample_prompt(config, n_prompt, block_size)
 
-    run = Run(model.to(device), config, device, dtype)
+    origin = {"data": f"{rows.description} ({rows.fingerprint()})"}
+    ranks.check_same(dataclasses.asdict(config) | {"device": device.type, "dtype": dtype} | origin)
+    origin["base"] = ranks.broadcast(lambda: base_of(config))
+    run = Run(model.to(device), config, device, dtype, ranks)
     step, row, best = 0, 0, math.inf
-    origin = {"data": f"{rows.description} ({rows.fingerprint()})", "base": base_of(config)}
     if found is not None:
         changes = check_resume(config, path, found, model, origin, tokenizer.sha256)
         origin = {key: found.get(key, value) for key, value in origin.items()}
@@ -275,28 +265,41 @@ def run_training(config: Any, pretrain_data_dir: str) -> dict[str, Any]:
     if not (out_dir / BEST).exists():
         best = math.inf  # it was left behind in another folder
     check_schedule(config, total_steps)
-    check_disk(out_dir, model, config.keep_checkpoints)
+    if ranks.first:
+        check_disk(out_dir, model, config.keep_checkpoints)
     print_summary(run, rows, total_steps, validation)
 
     if config.compile:
         run.try_compile(rows.batch(range(config.batch_size)))
     schedule = (config.learning_rate, config.warmup_iters, total_steps, config.min_lr_ratio)
     wandb = {"project": config.wandb_project, "config": dataclasses.asdict(config)}
-    metrics = Metrics(out_dir, step, wandb if config.wandb_log else None)
-    writer = CheckpointWriter(out_dir, config.keep_checkpoints)
-    progress = Progress(step, total_steps, model.flops_per_token(), device)
-    batches = batches_of(rows, row, end_row, config, pin=device.type == "cuda")
+    metrics = Metrics(out_dir, step, wandb if config.wandb_log else None, ranks.first)
+    writer = CheckpointWriter(out_dir, config.keep_checkpoints, ranks.first)
+    flops, n_ranks = model.flops_per_token(), ranks.world_size
+    progress = Progress(step, total_steps, flops, device, n_ranks, ranks.first)
+    batches = batches_of(rows, row, end_row, config, device.type == "cuda", ranks)
     window: list[torch.Tensor] = []
+    evaluating = False
     try:
-        with StopSignals() as stop:
+        with StopSignals(alone=n_ranks == 1, speaks=ranks.first) as stop:
             for micro_batches in batches:
+                # The one message of a step between the hosts.
+                n_labels = sum(batch.n_labels for batch in micro_batches)
+                n_labels, *stopped = map(int, ranks.total(n_labels, *stop.seen))
+                if any(stopped):
+                    if not evaluating:
+                        saved = writer.save(run.state(step, row, best, tokenizer) | origin, False)
+                    writer.wait()
+                    ranks.total()  # until it is saved; the first to exit ends the others
+                    signum = SIGNALS[stopped.index(max(stopped))]
+                    raise Interrupted(signum, resume_hint(config, saved, step))
                 lr = learning_rate_at(step, *schedule)
                 if config.optimizer == "sophiag" and step % config.hess_interval == 0:
-                    run.update_hessian(micro_batches[0])
-                loss, norm = run.step(micro_batches, lr)
+                    run.update_hessian(*micro_batches[: ranks.share(config.hess_batches)])
+                loss, norm = run.step(micro_batches, lr, n_labels)
                 step, row = step + 1, min(row + rows_per_step, end_row)
                 window.append(loss)
-                progress.advance(sum(batch.n_labels for batch in micro_batches))
+                progress.advance(n_labels)
                 evaluating = step % config.eval_interval == 0 or step == total_steps
 
                 if step % config.log_interval == 0 or evaluating:
@@ -317,11 +320,6 @@ def run_training(config: Any, pretrain_data_dir: str) -> dict[str, Any]:
                         metrics.plot()
                         progress.write(describe(step, results, is_best))
                         saved = writer.save(run.state(step, row, best, tokenizer) | origin, is_best)
-                if stop.signum is not None and step < total_steps:
-                    if not evaluating:
-                        saved = writer.save(run.state(step, row, best, tokenizer) | origin, False)
-                    writer.wait()
-                    raise Interrupted(stop.signum, resume_hint(config, saved, step))
                 if step == total_steps:
                     break
         writer.wait()
@@ -350,14 +348,17 @@ def explained_out_of_memory(config: Any) -> Iterator[None]:
 def print_summary(run: Run, rows: PackedRows, total: int, validation: dict[str, Any]) -> None:
     """What is about to be trained, on what and for how long."""
     config, model = run.config, run.model
-    per_step = config.batch_size * config.gradient_accumulation_steps * rows.block_size
+    rows_per_step = config.batch_size * config.gradient_accumulation_steps
+    per_step = rows_per_step * rows.block_size
+    epochs = min(config.num_epochs, total * rows_per_step / rows.rows_per_epoch)
     print(
         f"{model.n_parameters():,} parameters on {run.device} ({str(run.dtype)[6:]}), "
         f"{config.optimizer}, {total:,} steps of {per_step:,} tokens"
+        + (f", {run.ranks.world_size} ranks" if run.ranks.world_size > 1 else "")
     )
     print(
         f"{config.data_dir}: {rows.description}; {rows.rows_per_epoch:,} rows of "
-        f"{rows.block_size}, {rows.fill:.2%} full, {config.num_epochs} epochs; validation on "
+        f"{rows.block_size}, {rows.fill:.2%} full, {epochs:.3g} epochs; validation on "
         f"{min(config.eval_rows, validation['val'].rows_per_epoch):,} rows"
     )
     if rows.n_shortened or rows.n_dropped:
@@ -383,12 +384,15 @@ def resume_hint(config: Any, saved: Path, step: int) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        train(config_from_constants(globals(), argv))
-    except Interrupted as interruption:
-        print(interruption, file=sys.stderr)
-        return 128 + interruption.signum
-    return 0
+    code = 0
+    with said_once():
+        try:
+            train(config_from_constants(globals(), argv))
+        except Interrupted as interruption:
+            if ranks_of_environment().first:
+                print(interruption, file=sys.stderr)
+            code = 128 + interruption.signum
+    return end(code)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,14 @@
 
 import dataclasses
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 
 from config import UserError
 from cross_entropy import IGNORE_INDEX
+from distributed import ALONE, Ranks
 from model import GPT
 from packing import Batch, PackedRows
 from sophia_triton import SophiaG
@@ -69,11 +71,25 @@ def prompt_ids(prompt: str, chat: bool, tokenizer: Tokenizer) -> list[int]:
 
 
 class Run:
-    """A model with its forward pass, data and optimizer; `train` is the loop over it."""
+    """A model with its forward pass, data and optimizer; `train` is the loop over it.
 
-    def __init__(self, model: GPT, config: Any, device: torch.device, dtype: torch.dtype):
-        self.model, self.forward, self.config = model, model, config
-        self.device, self.dtype = device, dtype
+    Each of the `ranks` of a run has one. Their weights and moments are always the same, since each
+    sees the gradients summed over all.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        config: Any,
+        device: torch.device,
+        dtype: torch.dtype,
+        ranks: Ranks = ALONE,
+    ):
+        self.model, self.config, self.device, self.dtype = model, config, device, dtype
+        self.ranks = ranks
+        # `forward` is of this rank alone, `parallel` the one whose gradients are summed over ranks.
+        self.forward = model
+        self.parallel = self.ranks.parallel(model, getattr(torch, config.gradient_dtype))
         self.optimizer = make_optimizer(model, config, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         # Flash attention over packed rows needs 16 bits, Ampere or newer, and heads that fit it.
@@ -83,12 +99,21 @@ class Run:
         self.flash = self.flash and torch.cuda.get_device_capability(device) >= (8, 0)
         self.bad_steps = torch.zeros((), dtype=torch.int64, device=device)  # skipped, in a row
 
-    def loss_sum(self, batch: Batch, sample_targets: bool = False) -> torch.Tensor:
+    def loss_sum(
+        self, batch: Batch, sample_targets: bool = False, forward: Any = None
+    ) -> torch.Tensor:
         """Cross-entropy of a micro-batch in nats, summed over its labels."""
-        wanted = batch.tensors() if self.flash else batch.tensors()[:-1]
+        if batch.seed is not None:
+            torch.default_generator.manual_seed(batch.seed)
+            if self.device.type != "cpu":  # only sets two numbers on the host: nothing waits
+                torch.get_device_module(self.device).manual_seed(batch.seed)
+        # On a CPU the pieces' lengths decide a loop, which would be compiled for each batch anew.
+        by_piece = self.flash or self.device.type == "cpu" and self.forward is self.model
+        wanted = batch.tensors() if by_piece else batch.tensors()[:-1]
         tensors = [tensor.to(self.device, non_blocking=True) for tensor in wanted]
         with self.autocast():
-            return self.forward(*tensors, sample_targets=sample_targets)
+            forward = self.forward if forward is None else forward
+            return forward(*tensors, sample_targets=sample_targets)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -98,12 +123,16 @@ class Run:
 
         Each of its uses runs once on `batch`, so that whatever can fail fails here.
         """
-        self.forward = torch.compile(self.model)
+        eager = self.parallel
+        self.forward = self.parallel = torch.compile(self.model)
+        if eager is not self.model:  # outside, so that the gradients of a bucket need not wait
+            self.parallel = torch.compile(eager)
         try:
             devices = [self.device] if self.device.type == "cuda" else []
             with torch.random.fork_rng(devices):  # a run is the same with and without this trial
-                for sample_targets in (False, True):
-                    self.loss_sum(batch, sample_targets).backward()
+                with self.ranks.no_sync(eager):
+                    self.loss_sum(batch, forward=self.parallel).backward()
+                self.loss_sum(batch, sample_targets=True).backward()
                 self.model.eval()
                 with torch.no_grad():
                     self.loss_sum(batch)
@@ -113,39 +142,59 @@ class Run:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             print(f"torch.compile does not work here, training without it (slower): {reason}")
             print("  it needs a C++ compiler (g++); compile = False skips this attempt")
-            self.forward = self.model
+            self.forward, self.parallel = self.model, eager
         self.model.train()
         self.model.zero_grad(set_to_none=True)
 
-    def update_hessian(self, batch: Batch) -> None:
-        """One Gauss-Newton-Bartlett estimate: the gradient against labels drawn from the model.
+    def update_hessian(self, *batches: Batch) -> None:
+        """The mean of Gauss-Newton-Bartlett estimates n·ĝ², one of each batch of every rank.
 
-        bs·ĝ² must use this batch's own number of labels n. The optimizer's bs is constant, so the
-        gradient is scaled by sqrt(n / bs).
+        ĝ is the gradient against labels drawn from the model, n its batch's own number of labels.
+        The optimizer's bs is constant, so n / bs is part of the mean, and as the optimizer squares
+        what it is given, that is the root of the mean.
         """
-        if batch.n_labels == 0:
+        estimated = [batch for batch in batches if batch.n_labels]
+        n_estimates = int(*self.ranks.total(len(estimated)))
+        if n_estimates == 0:
             return
-        loss = self.loss_sum(batch, sample_targets=True) / batch.n_labels
-        self.scaler.scale(loss).backward()
-        _, usable = gradient_scale(self.model, loss, grad_clip=0.0)
-        labels = self.optimizer.defaults["bs"]
-        factor = math.sqrt(batch.n_labels / labels) / self.scaler.get_scale()
-        self.optimizer.update_hessian(grad_scale=usable * factor)
+        parameters = list(self.model.parameters())
+        squares = [torch.zeros_like(p, requires_grad=False) for p in parameters]
+        for batch in estimated:
+            loss = self.loss_sum(batch, sample_targets=True) / batch.n_labels
+            self.scaler.scale(loss).backward()
+            weight = batch.n_labels / (self.optimizer.defaults["bs"] * n_estimates)
+            weight /= self.scaler.get_scale() ** 2
+            gradients = [p.grad for p in parameters]
+            torch._foreach_addcmul_(squares, gradients, gradients, value=weight)
+            self.optimizer.zero_grad(set_to_none=True)
+        self.ranks.sum_(squares)
+        torch._foreach_sqrt_(squares)
+        for p, root in zip(parameters, squares, strict=True):
+            p.grad = root
+        _, usable = gradient_scale(self.model, squares[0].new_zeros(()), grad_clip=0.0)
+        self.optimizer.update_hessian(grad_scale=usable)
         self.optimizer.zero_grad(set_to_none=True)
 
-    def step(self, batches: list[Batch], lr: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def step(
+        self, batches: list[Batch], lr: float, n_labels: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimizer step; returns its loss and gradient norm, on the device.
 
-        The loss is the mean over the labelled tokens of all micro-batches together.
+        The loss is the mean over the labelled tokens of all micro-batches together: `n_labels` on
+        all ranks, by default those of `batches`. The gradients are summed over the ranks once,
+        while the last backward goes on.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        n_labels = max(1, sum(batch.n_labels for batch in batches))
+        n_labels = max(1, n_labels or sum(batch.n_labels for batch in batches))
         total = torch.zeros((), device=self.device)
-        for batch in batches:
-            loss = self.loss_sum(batch) / n_labels
-            self.scaler.scale(loss).backward()
+        for number, batch in enumerate(batches, start=1):
+            last = number == len(batches)
+            with nullcontext() if last else self.ranks.no_sync(self.parallel):
+                loss = self.loss_sum(batch, forward=self.parallel) / n_labels
+                self.scaler.scale(loss).backward()
             total += loss.detach()
+        self.ranks.sum_([total])
         self.scaler.unscale_(self.optimizer)
         norm, scale = gradient_scale(self.model, total, self.config.grad_clip)
         optimizer_step(self.optimizer, scale)
@@ -169,23 +218,25 @@ class Run:
         self.model.eval()
         n_rows = min(self.config.eval_rows, rows.rows_per_epoch)
         nats, n_labels, n_bytes = torch.zeros((), dtype=torch.float64), 0, 0
-        for start in range(0, n_rows, self.config.batch_size):
+        starts = range(0, n_rows, self.config.batch_size)
+        for start in starts[self.ranks.rank :: self.ranks.world_size]:
             chosen = range(start, start + self.config.batch_size)
             batch = rows.batch([row if row < n_rows else None for row in chosen])
             nats += self.loss_sum(batch).cpu().double()
             n_labels += batch.n_labels
             n_bytes += int(token_bytes[batch.targets[batch.targets != IGNORE_INDEX]].sum())
         self.model.train()
-        return nats.item() / n_labels, nats.item() / math.log(2) / max(1, n_bytes)
+        total, n_labels, n_bytes = self.ranks.total(nats.item(), n_labels, n_bytes)
+        return total / n_labels, total / math.log(2) / max(1, n_bytes)
 
     def evaluate_all(self, validation: dict[str, PackedRows], tokenizer: Tokenizer) -> dict:
-        """Loss and bits per byte of each validation set, and a text sample."""
+        """Loss and bits per byte of each validation set, and on the first rank a text sample."""
         token_bytes = torch.from_numpy(tokenizer.token_bytes)
         results: dict[str, Any] = {}
         for name, rows in validation.items():
             loss, bits_per_byte = self.evaluate(rows, token_bytes)
             results |= {f"{name}_loss": loss, f"{name}_bpb": bits_per_byte}
-        if self.config.sample_tokens:
+        if self.config.sample_tokens and self.ranks.first:
             results["sample"] = self.sample_text(tokenizer)
         return results
 

@@ -1,15 +1,278 @@
-"""The benchmark of data preparation runs, and finds the documents of both contestants equal."""
+"""benchmark.py: the clock and its table, the sections at tiny sizes, the record, the README."""
 
+import json
 import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
+import pytest
+import torch
+
+import benchmark
 import benchmark_data
+import benchmark_results
+import measure
+from benchmark_packing import use_of_slots
+from config import UserError
+from packing import PackedRows
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = "--n_layers=2 --n_embd=64 --n_heads=2 --n_kv_heads=1 --block_size=64 --new_tokens=6".split()
+TINY += "--rounds=1 --repeats=1 --n_documents=300 --n_planned=3000 --device=cpu".split()
 
 
-def test_data_on_a_small_source(tmp_path, capsys):
-    paths = benchmark_data.make_source(tmp_path)
-    for path in paths[1:]:
-        path.unlink()
-    assert benchmark_data.main([f"--source={paths[0]}", "--rounds=1", "--repeats=1"]) == 0
+@pytest.fixture(autouse=True)
+def fresh():
+    measure.begin()
+
+
+class Clock:
+    """A clock for measure.py that only contestants move on."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.calls = 0.0, []
+        monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: self.now))
+
+    def takes(self, name: str, *seconds: float):
+        """A contestant whose calls take these times in turn, the last of them from then on."""
+        left = list(seconds)
+
+        def run() -> None:
+            self.calls.append(name)
+            self.now += left.pop(0) if len(left) > 1 else left[0]
+
+        return run
+
+
+def broken() -> None:
+    raise RuntimeError("no compiler\nand more")
+
+
+def test_contestants_run_in_turn_and_ratios_say_how_many_times_as_fast(monkeypatch, capsys):
+    clock = Clock(monkeypatch)
+    contestants = {
+        "slow": clock.takes("slow", 9.0, 2.0, 6.0, 4.0),  # the first call compiles
+        "broken": broken,
+        "ours": clock.takes("ours", 5.0, 1.0, 2.0, 0.5),
+    }
+    work = ("naps/s", {"slow": 8, "ours": 3})
+    medians = measure.compare("decode", "naps", contestants, 3, work=work, bound={"ours": 0.25})
+    assert clock.calls == ["slow", "ours"] * 4 and medians == {"slow": 4, "ours": 1}
+    (table,) = measure.tables
+    assert table["baseline"] == "slow"
+    assert table["left_out"] == {"broken": "RuntimeError: no compiler"}
+    assert table["rows"] == {
+        "slow": dict(median_s=4, min_s=2, max_s=6, n=3, ratio=1, min_ratio=1, max_ratio=1, rate=2),
+        "ours": dict(median_s=1, min_s=0.5, max_s=2, n=3, ratio=4, min_ratio=2, max_ratio=8)
+        | dict(rate=3, share=0.25),
+    }
     printed = capsys.readouterr().out
-    assert re.search(r"1 files, [\d.]+ MB of text all kept, equal ids", printed)
-    assert re.search(r"ours +[\d.]+ +[\d.]+ to [\d.]+ +[\d.]+ +[\d.]+ +\d+\n", printed)
+    assert "broken: left out, RuntimeError: no compiler\n" in printed
+    assert re.search(r"ours +1 0\.5-2 +3 +4\.00 \[2\.00-8\.00\] +25%\n", printed)
+
+
+def test_short_calls_are_repeated_and_a_late_failure_ends_one_contestant(monkeypatch):
+    clock = Clock(monkeypatch)
+
+    def fails_later() -> None:
+        clock.now += 1
+        if len(clock.calls) > 20:
+            raise MemoryError
+
+    contestants = {"short": clock.takes("short", 3.0, 0.001), "late": fails_later}
+    medians = measure.compare("decode", "short", contestants, 4, baseline="late")
+    assert medians == {"short": pytest.approx(0.001)}
+    assert len(clock.calls) == 1 + 1 + 4 * 20  # the first, one to see how short, 20 ms a sample
+    (table,) = measure.tables
+    assert table["left_out"] == {"late": "MemoryError"} and table["baseline"] == "short"
+
+
+def test_limits_are_this_machines():
+    limits = measure.limits()
+    assert limits is measure.limits(torch.device("cpu"))
+    assert 5e8 < limits.read_bandwidth < 5e12 and 5e8 < limits.copy_bandwidth < 5e12
+    assert 1e9 < limits.matmul_rate["float32"] < 1e15
+
+
+def test_an_absent_peer_is_noted_once(capsys):
+    for _ in range(2):
+        assert measure.peer("no_such_package.model") is None
+    assert measure.peer("json") is json
+    note = "skipped: no_such_package.model is not installed (see requirements-bench.txt)\n"
+    assert capsys.readouterr().out == note
+    assert measure.skipped == {"no_such_package": "is not installed"}
+
+
+def test_the_wait_is_the_time_until_an_item_is_there(monkeypatch):
+    clock = Clock(monkeypatch)
+    make, use = clock.takes("make", 7.0, 2.0, 3.0), clock.takes("use", 9.0, 5.0)
+    items = (make() for _ in range(3))
+    waited, whole = measure.waits(items, lambda item: use(), skipped=1)
+    assert waited == [2, 3] and whole == [7, 8]
+
+
+# Sections
+
+
+def test_sections_are_measured_printed_and_recorded(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(benchmark_data, "CHUNK_BYTES", 100_000)
+    results = tmp_path / "kept" / "results.jsonl"
+    benchmark_data.make_source(tmp_path, Path(json.__file__).parents[1] / "asyncio")
+    arguments = [*TINY, "--section=packing,decode,data", f"--source={tmp_path}/*.parquet"]
+    for _ in range(2):
+        assert benchmark.main([*arguments, f"--results={results}"]) == 0
+        arguments[-2] = "--section=decode"
+    assert benchmark.main([*arguments, "--save=False", f"--results={results}"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count(f"added to {results}") == 2
+
+    first, second = benchmark_results.read(results)
+    assert list(first["seconds"]) == ["data", "decode", "packing"]
+    assert [*second["seconds"]] == ["decode"] and "--section=decode --source" in second["command"]
+    assert first["versions"]["torch"] == torch.__version__ and first["hardware"]["threads"] >= 1
+    assert first["limits"]["copy_bandwidth"] > 0
+    assert first["commit"] == benchmark_results.git("rev-parse", "HEAD")
+    tables = {table["title"].partition(",")[0]: table for table in first["tables"]}
+    for title, table in tables.items():
+        assert title in printed and not table.get("left_out")
+
+    decode = next(table for table in first["tables"] if table["section"] == "decode")
+    assert decode["baseline"] == "transformers generate"
+    assert {"ours, plain PyTorch"} < decode["rows"].keys()
+    for row in decode["rows"].values():
+        assert row["rate"] == pytest.approx(6 / row["median_s"], rel=1e-3) and row["share"] > 0
+    logits = next(t for title, t in tables.items() if title.startswith("logits"))["facts"]
+    assert logits["ours, plain PyTorch"]["largest error"] < 1e-5
+    for row in logits.values():
+        assert row["largest error"] < 0.1 * row["largest logit"]
+
+    prepared = next(t for title, t in tables.items() if title.startswith("prepare 4 files"))
+    assert list(prepared["rows"]) == ["tiktoken, one thread, lists", "ours"]
+    tokenized = next(t for title, t in tables.items() if title.startswith("tokenize"))
+    assert len(tokenized["rows"]) == 4
+    wait = next(t for title, t in tables.items() if title.startswith("wait"))["facts"]["ours"]
+    assert 0 <= wait["share"] < 1 and 0 < wait["wait ms"] <= wait["longest wait ms"]
+
+    benchmark.main(["--plot=True", f"--results={results}"])
+    assert results.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_interrupted_run_keeps_what_it_has_measured(tmp_path, monkeypatch):
+    def interrupted(config, device) -> None:
+        measure.report("decode", "answers", {"ours": [1.0]})
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(benchmark.SECTIONS, "decode", interrupted)
+    path = tmp_path / "r.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        benchmark.main([*TINY, "--section=decode", f"--results={path}"])
+    (line,) = benchmark_results.read(path)
+    assert line["tables"][0]["title"] == "answers" and line["seconds"] == {}
+
+
+class Shard:
+    """Documents of these lengths."""
+
+    def __init__(self, *lengths: int):
+        self.offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.uint64)
+        self.tokens = np.zeros(int(self.offsets[-1]), dtype=np.uint16)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+
+def test_use_of_slots_against_sums_by_hand():
+    shards = [Shard(1), Shard(*[10] * 3)]  # rows of 4: 1; three times 4 + 4 + 2: packed in 8 rows
+    rows = PackedRows(shards, 4, pad_id=9)
+    assert rows.rows_per_epoch == 8
+    found = use_of_slots(shards, rows, 4)
+    ours, theirs = found["ours"], found["first tokens, padded, drawn"]
+    assert (ours["filled"], ours["labels"]) == (31 / 32, (31 - 10) / 32)
+    assert ours["lost"] == ours["unseen"] == 0
+    assert theirs["lost"] == pytest.approx(1 - 13 / 31)
+    drawn = np.random.default_rng(1).integers(4, size=8)
+    ones = int((drawn == 0).sum())
+    assert 0 < ones < 8 and theirs["filled"] == (ones + 4 * (8 - ones)) / 32
+    assert theirs["labels"] == 3 * (8 - ones) / 32 and theirs["unseen"] >= theirs["lost"] - 1e-9
+
+
+def test_mistakes_are_one_line():
+    with pytest.raises(UserError, match="section='speed': expected all, or some of train,"):
+        benchmark.main(["--section=speed"])
+    with pytest.raises(UserError, match="new_tokens=60 after a prompt of 16 do not fit"):
+        benchmark.main(["--block_size=64", "--new_tokens=60"])
+    with pytest.raises(UserError, match="rounds=0 must be at least 1"):
+        benchmark.main(["--rounds=0"])
+    with pytest.raises(UserError, match="n_embd=63 must be n_heads=10 times"):
+        benchmark.main(["--n_embd=63"])
+    with pytest.raises(UserError, match="none.jsonl does not exist: run python benchmark.py first"):
+        benchmark.main(["--results=none.jsonl", "--plot=True"])
+    command = [sys.executable, ROOT / "benchmark_prepare.py"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2 and "run python benchmark.py --section=data" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+# The record and what is made of it
+
+
+def saved(path: Path, **changes) -> dict:
+    environment = benchmark_results.environment(["--section=decode"], torch.device("cpu"))
+    benchmark_results.record(path, environment | changes, {"decode": 1.0}, torch.device("cpu"))
+    return benchmark_results.read(path)[-1]
+
+
+def test_the_table_has_the_newest_of_each_on_each_machine(tmp_path):
+    path = tmp_path / "r.jsonl"
+    for seconds, gpu in ((0.5, None), (0.25, None), (0.125, "H|100")):
+        measure.begin()
+        times = {"theirs": [1.0, 1.0], "ours": [seconds] * 2, "ours, int8": [0.1, 0.1]}
+        work, bound = ("tokens/s", 100.0), {"ours": 0.2 * seconds}
+        measure.report("decode", "answers", times, work=work, bound=bound)
+        measure.facts("packing", "rows", {"ours": {"filled": 0.5, "none": float("nan")}})
+        hardware = {"cpu": "a CPU", "cores": 4, "threads": 2, "gpu": gpu}
+        saved(path, hardware=hardware, commit="0123456789", changed=True, load=None)
+    measure.begin()
+    saved(path)  # without tables
+    table = benchmark_results.readme_table(benchmark_results.read(path))
+    date = benchmark_results.read(path)[0]["date"][:10]
+    assert table.count("decode: answers") == 2 and " 2.00 ×" not in table
+    assert (
+        "| decode: answers | 4.00 × (400 tokens/s)<br>int8 10.00 × (1000 tokens/s) | "
+        "theirs 1.00 × (100 tokens/s) | 20%<br>– |"
+    ) in table
+    run = f"`python benchmark.py --section=decode`, {date}, commit 0123456 with changes"
+    assert f"**a CPU, 2 of 4 cores**: {run}\n" in table
+    assert f"**H|100**: {run}\n" in table and "8.00 ×" in table
+    assert "| packing: rows | filled 0.5; none - |  |  |" in table
+
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{benchmark_results.START}\nold\n{benchmark_results.END}\nafter\n")
+    benchmark_results.write_readme(path, readme)
+    text = readme.read_text()
+    assert table in text and "old" not in text
+    assert text.startswith("before\n") and text.endswith("-->\nafter\n")
+    benchmark_results.write_readme(path, readme)
+    assert readme.read_text() == text
+    readme.write_text("no place")
+    with pytest.raises(UserError, match="README.md has no place for the table"):
+        benchmark_results.write_readme(path, readme)
+
+
+def test_a_damaged_record_is_named(tmp_path):
+    path = tmp_path / "r.jsonl"
+    saved(path)
+    path.write_bytes(path.read_bytes() + b'{"date": ')
+    with pytest.raises(UserError, match="r.jsonl, line 2 is no record: delete that line"):
+        benchmark_results.read(path)
+
+
+def test_the_readmes_table_is_what_the_command_writes():
+    readme = (ROOT / "README.md").read_text("utf-8")
+    table = benchmark_results.readme_table(benchmark_results.read(benchmark_results.RESULTS))
+    assert benchmark_results.with_table(readme, table) == readme, (
+        "run python benchmark.py --readme=True"
+    )

@@ -11,11 +11,13 @@ import torch
 from test_model import greedy_without_cache, random_ids, tiny_model
 
 import decoding
-from decoding import LARGEST_NATIVE_BATCH, Decoder, native_library
+import native
+from decoding import LARGEST_NATIVE_BATCH, LIBRARY, Decoder
 from model import GPT, KVCache
+from native import native_library
 from sampling import nucleus, sample
 
-needs_compiler = pytest.mark.skipif(native_library() is None, reason="needs a C++ compiler")
+needs_compiler = pytest.mark.skipif(native_library(*LIBRARY) is None, reason="needs a C++ compiler")
 
 
 def decoded(model: GPT, decoder: Decoder, ids: torch.Tensor, cache: KVCache, start: int = 0):
@@ -170,7 +172,7 @@ def test_settings_that_cannot_be_had_are_refused_and_nothing_else_needs_a_compil
     with pytest.raises(ValueError, match="weights='int8' needs"):
         Decoder(model, "int8", mode="eager")
     before = model.generate([[1, 2, 3]], 10, temperature=0)
-    monkeypatch.setattr(decoding, "native_library", lambda: None)
+    monkeypatch.setattr(decoding, "native_library", lambda *library: None)
     with pytest.raises(ValueError, match="weights='int8' needs"):
         Decoder(model, "int8")
     assert Decoder(model).native is None
@@ -182,14 +184,14 @@ def test_settings_that_cannot_be_had_are_refused_and_nothing_else_needs_a_compil
 @needs_compiler
 def test_the_library_is_compiled_once_and_a_broken_compiler_is_no_error(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    build, ran = native_library.__wrapped__, []
+    build, ran = functools.partial(native_library.__wrapped__, *LIBRARY), []
 
     def run(command, **options):
         ran.append(command)
         return subprocess_run(command, **options)
 
     subprocess_run = subprocess.run
-    monkeypatch.setattr(decoding.subprocess, "run", run)
+    monkeypatch.setattr(native.subprocess, "run", run)
     assert build() is not None and build() is not None
     assert len(ran) == 1 and len(list((tmp_path / "lille").iterdir())) == 1
     monkeypatch.setenv("CXX", "/bin/false")
@@ -264,6 +266,29 @@ def test_a_graph_reads_and_writes_the_memory_it_was_captured_with(monkeypatch):
                 found = decoded(model, decoder, ids, cache, start)
                 torch.testing.assert_close(found, expected, atol=5e-5, rtol=1e-5)
     assert len(captured) == 2
+
+
+def test_answers_in_turn_share_a_cache_and_answers_at_once_do_not(monkeypatch):
+    """So a decoder that keeps a CUDA graph captures it once, and no answer reads another's keys."""
+    model = tiny_model().eval()
+    made = mock.Mock(wraps=KVCache.empty)
+    monkeypatch.setattr(decoding.KVCache, "empty", made)
+    prompts = [random_ids(1, n, seed=n)[0].tolist() for n in (9, 3, 6)]
+    expected = [model.generate([p], 8, temperature=0)[0] for p in prompts]
+    decoder = Decoder(model)
+    made.reset_mock()
+    for prompt, tokens in zip(prompts, expected, strict=True):  # a longer answer's keys lie there
+        assert model.generate([prompt], 8, temperature=0, decoder=decoder) == [tokens]
+    assert made.call_count == 1
+    steps = [
+        model.generate_steps([p], 8, temperature=0, top_k=None, top_p=None, decoder=decoder)
+        for p in prompts
+    ]
+    together = [[row[0] for row in turn] for turn in zip(*steps, strict=True)]
+    assert [list(tokens) for tokens in zip(*together, strict=True)] == expected
+    assert made.call_count == 3  # the spare one and two more
+    model.generate(prompts, 8, temperature=0, decoder=decoder)
+    assert made.call_count == 4  # three rows at once need another
 
 
 @pytest.mark.gpu

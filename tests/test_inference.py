@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import backends
 import inference
 from backends import HuggingFaceBackend, TorchBackend, common_prefix, open_backend
-from benchmark import llama_of
+from benchmark_peers import llama_of
 from config import UserError
 from decoding import Decoder
 from export_onnx import export_onnx

@@ -1,5 +1,6 @@
 """The model against independent references: transformers' Llama and what the original computed."""
 
+import copy
 import dataclasses
 from pathlib import Path
 
@@ -7,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
-from benchmark import llama_of
+from benchmark_peers import llama_of
 from cross_entropy import IGNORE_INDEX, linear_cross_entropy
 from model import GPT, GPTConfig, KVCache, apply_rope, document_mask, rope_tables
 from sampling import sample
@@ -257,6 +259,28 @@ def test_sample_follows_the_distribution_and_its_filters():
     assert sample(logits[:2], temperature=0).tolist() == [0, 0]
 
 
+def test_attention_by_piece_equals_the_document_mask():
+    """On a CPU: logits, loss and gradients of packed rows with cu_seqlens and with positions only.
+
+    Two full rows, which are taken together, pieces of several lengths, and padding.
+    """
+    ids, targets = random_ids(4, 64), random_ids(4, 64, seed=2)
+    lengths = [64, 64, 1, 40, 23, 30, 30, 4]
+    positions = torch.cat([torch.arange(length) for length in lengths]).view(4, 64)
+    cu_seqlens = torch.tensor([0, *lengths, 0, 0], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    results = []
+    for cu in (None, cu_seqlens):
+        model = tiny_model()
+        loss = model(ids, targets, positions, cu)
+        loss.backward()
+        gradients = [p.grad for p in model.parameters()]
+        results.append([loss, model(ids, None, positions, cu), *gradients])
+    for masked, by_piece in zip(*results, strict=True):  # the same sums in another order
+        assert (masked - by_piece).norm() <= 1e-5 * masked.norm()
+    causal = tiny_model()(ids)
+    assert (causal - results[1][1]).abs().max() > 0.1  # that there are pieces matters
+
+
 @pytest.mark.parametrize("compiling", [False, True])
 def test_linear_cross_entropy_equals_the_plain_formula(compiling, monkeypatch):
     monkeypatch.setattr("cross_entropy.MIN_CHUNK", 1)  # so that there are three, of 32 tokens
@@ -272,6 +296,11 @@ def test_linear_cross_entropy_equals_the_plain_formula(compiling, monkeypatch):
     torch.testing.assert_close(ours, plain, rtol=1e-6, atol=0)
     for found, wanted in zip(torch.autograd.grad(3 * ours, (x, weight)), expected, strict=True):
         torch.testing.assert_close(found, 3 * wanted, rtol=1e-4, atol=1e-4)
+    if not compiling:  # its gradients are scaled in place
+        ours = linear_cross_entropy(x, weight, targets)
+        ours.backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="only once"):
+            ours.backward()
     with torch.no_grad():
         torch.testing.assert_close(linear_cross_entropy(x, weight, targets), plain.detach())
     nothing = linear_cross_entropy(x, weight, torch.full_like(targets, IGNORE_INDEX))
@@ -354,3 +383,38 @@ def test_flash_varlen_equals_the_masked_path_on_the_gpu():
         gradients.append([loss.float()] + [p.grad.float() for p in model.parameters()])
     for plain, flash in zip(*gradients, strict=True):  # bf16 carries about three digits
         assert (plain - flash).norm() / plain.norm() < 2e-2
+
+
+def test_residual_stream_follows_the_matrix_products():
+    model = tiny_model()
+    ids = random_ids(2, 64)
+    exact = model.hidden(ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model.hidden(ids)
+    assert exact.dtype == torch.float32 and rounded.dtype == torch.bfloat16
+    assert (rounded - exact).norm() / exact.norm() < 2e-2
+    with torch.autocast("cpu", torch.float16):  # whose range a stream of its own could leave
+        assert model.hidden(ids).dtype == torch.float32
+
+
+@pytest.mark.parametrize("sample_targets", [False, True])
+def test_compiled_step_of_a_gpu_is_one_graph(sample_targets):
+    """Flash attention over packed rows, 16 bits: traced without its device, on fake tensors."""
+    graphs = []
+
+    def capture(graph, inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return graph.forward
+
+    mode = FakeTensorMode()
+    with FakeCopyMode(mode):
+        model = copy.deepcopy(tiny_model())
+    with mode, torch.autocast("cpu", torch.bfloat16):
+        ids = torch.empty(2, 64, dtype=torch.int64)
+        cu_seqlens = torch.empty(9, dtype=torch.int32)
+        compiled = torch.compile(model, backend=capture, fullgraph=True)
+        loss = compiled(ids, ids, ids, cu_seqlens, sample_targets=sample_targets)
+        assert loss.shape == () and loss.dtype == torch.float32 and loss.fake_mode is mode
+    (graph,) = graphs
+    assert graph.count("torch_attn._varlen_attn") == model.config.n_layers
+    assert not any("scaled_dot_product" in target for target in graph)

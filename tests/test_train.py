@@ -95,15 +95,15 @@ def test_a_finished_run_has_what_it_promises(finished):
 
 PINNED_LOSSES = [
     10.39198,
-    10.38065,
-    10.33655,
-    10.27804,
-    10.17835,
-    10.04955,
-    9.98358,
-    9.92664,
-    9.90441,
-    9.88220,
+    10.38071,
+    10.33661,
+    10.27821,
+    10.17875,
+    10.04985,
+    9.98384,
+    9.92697,
+    9.90476,
+    9.88236,
 ]
 
 
@@ -427,7 +427,9 @@ def test_accumulation_is_normalised_by_the_labels_of_the_whole_step(tiny_run):
             fields = zip(*(batch.tensors()[:3] for batch in batches), strict=True)
             tensors = [torch.cat(tensors) for tensors in fields]
             n_labels = sum(batch.n_labels for batch in batches)
-            batches = [Batch(*tensors, cu_seqlens=batches[0].cu_seqlens, n_labels=n_labels)]
+            size = batches[0].ids.numel()
+            cu_seqlens = torch.cat([b.cu_seqlens + i * size for i, b in enumerate(batches)])
+            batches = [Batch(*tensors, cu_seqlens=cu_seqlens, n_labels=n_labels)]
         loss, norm = run.step(batches, lr=1e-2)
         results.append([loss, norm, *weights_of(run)])
     for ours, theirs in zip(*results, strict=True):

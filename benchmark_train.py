@@ -1,0 +1,422 @@
+"""Training speed: whole steps of ours and of its peers, the output head, and what else a run does.
+
+    python benchmark.py --section=train
+
+A step is forward, backward, clipping and optimizer over all its micro-batches, with the same fused
+AdamW for everyone, so that the optimizer does not decide. Rows are packed from documents with
+log-normal lengths fitted to FineWeb-Edu; the original pads documents of the same distribution.
+Rates count labelled tokens only. The limit is PaLM's count of FLOPs (2204.02311, appendix B), of
+padding too, at this machine's matmul rate: the column is the MFU.
+"""
+
+import copy
+import dataclasses
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import demo
+import train
+from benchmark_optimizer import LaunchPerParameter
+from benchmark_peers import (
+    PlainTrainer,
+    liger_loss,
+    litgpt_loss,
+    litgpt_of,
+    llama_loss,
+    llama_of,
+    original_loss,
+    original_of,
+    padded_rows,
+    plain_rows,
+)
+from checkpoint import CheckpointWriter
+from config import config_from_constants
+from cross_entropy import linear_cross_entropy
+from dataset import NpzDataset, ShardWriter
+from measure import compare, facts, limits, peer, seconds_of
+from model import GPT, GPTConfig
+from packing import Batch, PackedRows
+from tokenizer import Tokenizer, load_tokenizer
+from training import Run
+
+MEAN_LENGTH, SIGMA = 1030, 1.08  # of FineWeb-Edu's documents, tokens, log-normal
+SHAPE = ("n_layers", "n_embd", "n_heads", "n_kv_heads", "block_size")
+
+
+def make_documents(path: Path, n: int, vocab_size: int, seed: int = 0) -> NpzDataset:
+    """A shard of `n` documents of random text ids, their lengths log-normal, at least 2."""
+    rng = np.random.default_rng(seed)
+    mu = np.log(MEAN_LENGTH) - SIGMA**2 / 2
+    lengths = np.maximum(2, rng.lognormal(mu, SIGMA, size=n).astype(np.int64))
+    with ShardWriter(path.parent) as writer:
+        writer.add_batch(rng.integers(vocab_size, size=k).astype(np.uint16) for k in lengths)
+        writer.write(path)
+    return NpzDataset(path)
+
+
+def train_config(settings: list[str], **changes: Any) -> Any:
+    """The settings of train.py with these command-line settings and changes."""
+    return dataclasses.replace(config_from_constants(vars(train), settings), **changes)
+
+
+def demo_config() -> Any:
+    """The settings with which the demo pretrains."""
+    commands = {title: command for title, command in demo.stages("data", "out")}
+    return train_config(commands["Pretrain"][1:])
+
+
+class Batches:
+    """Batches of `steps` steps in every contestant's form; a call of `next_of` gives one step's."""
+
+    def __init__(self, rows: PackedRows, documents: NpzDataset, config: Any, steps: int, pin: bool):
+        shape = (config.batch_size, config.gradient_accumulation_steps)
+        end = steps * shape[0] * shape[1]
+        rng = np.random.default_rng(0)
+        self.packed = list(rows.steps(0, end, *shape))
+        self.plain = [[plain_rows(batch, rows.pad_id) for batch in s] for s in self.packed]
+        padded = partial(padded_rows, documents, rows.block_size, shape[0], rows.pad_id, rng)
+        self.padded = [[padded() for _ in range(shape[1])] for _ in range(steps)]
+        if pin:
+            for kind in (self.packed, self.plain, self.padded):
+                kind[:] = [[batch.pin_memory() for batch in step] for step in kind]
+        self.slots = end // steps * rows.block_size  # tokens and padding of a step
+
+
+def labels_per_step(steps: list[list[Batch]]) -> float:
+    return sum(batch.n_labels for step in steps for batch in step) / len(steps)
+
+
+def steps_of(trainer: Run | PlainTrainer, steps: list[list[Batch]]) -> Callable[[], object]:
+    """A contestant: each call trains on the next step's batches, in a circle."""
+    turn = 0
+
+    def run() -> None:
+        nonlocal turn
+        trainer.step(steps[turn % len(steps)], lr=1e-4)
+        turn += 1
+
+    return run
+
+
+class CausalRun(Run):
+    """Ours without document masks: rows are plain text, attention is causal alone."""
+
+    def loss_sum(
+        self, batch: Batch, sample_targets: bool = False, forward: Any = None
+    ) -> torch.Tensor:
+        ids, targets = (t.to(self.device, non_blocking=True) for t in batch.tensors()[:2])
+        with self.autocast():
+            return (forward or self.forward)(ids, targets, sample_targets=sample_targets)
+
+
+def compiled(model: torch.nn.Module, mode: str = "default") -> Callable:
+    """torch.compile for static shapes: several shapes of one model must not make it dynamic."""
+    return torch.compile(model, dynamic=False, mode=mode)
+
+
+def variant(run: Run, forward: Callable, kind: type[Run] = Run) -> Run:
+    """`run` with another forward pass, sharing its weights and optimizer."""
+    other = copy.copy(run)
+    other.__class__ = kind
+    other.forward = other.parallel = forward
+    return other
+
+
+def steps_table(
+    title: str,
+    config: Any,
+    rows: PackedRows,
+    documents: NpzDataset,
+    device: torch.device,
+    dtype: torch.dtype,
+    rounds: int,
+    compile: bool,
+    peers: tuple[str, ...],
+    autotune: bool = False,
+) -> None:
+    """Times steps of ours and of `peers`; prints useful tokens/s, ratios and MFU.
+
+    `autotune`, on a GPU, adds the modes of torch.compile that try kernels out, which takes minutes.
+    """
+    shape = {name: getattr(config, name) for name in SHAPE}
+    shape = GPTConfig(**shape, vocab_size=load_tokenizer().vocab_size)
+    gpu = device.type == "cuda"
+    batches = Batches(rows, documents, config, steps=2, pin=gpu)
+    contestants: dict[str, Callable[[], object]] = {}
+    useful: dict[str, float] = {}
+
+    def add(name: str, trainer: Run | PlainTrainer, steps: list[list[Batch]]) -> None:
+        contestants[name], useful[name] = steps_of(trainer, steps), labels_per_step(steps)
+
+    def add_peer(name: str, model: Any, loss_of: Any, steps: list[list[Batch]]) -> None:
+        if model is None or loss_of is None:
+            return
+        plain = PlainTrainer(model, loss_of, config, device, dtype)
+        add(name, plain, steps)
+        if compile:
+            faster = copy.copy(plain)
+            faster.forward = compiled(model)
+            add(f"{name}, torch.compile", faster, steps)
+
+    if "transformers" in peers:
+        add_peer("transformers Llama", llama_of(shape), llama_loss, batches.plain)
+    if "litgpt" in peers:  # its style is eager code; compiled it is transformers' Llama again
+        if (model := litgpt_of(shape)) is not None:
+            trainer = PlainTrainer(model, litgpt_loss, config, device, dtype)
+            add("litgpt GPT, eager", trainer, batches.packed)
+    if "original" in peers:
+        old = dataclasses.replace(shape, dropout=0.1)
+        loss_of = original_loss(rows.pad_id)
+        if (model := original_of(old)) is not None:
+            add_peer("original Lille, padded", model, loss_of, batches.padded)
+            if gpu:
+                own = LaunchPerParameter(model.parameters())
+                mode = "max-autotune" if autotune else "default"
+                forward = compiled(model, mode) if compile else None
+                trainer = PlainTrainer(model, loss_of, config, device, dtype, forward, own)
+                name = "original Lille, its optimizer" + (", max-autotune" if autotune else "")
+                add(name, trainer, batches.padded)
+    if "liger" in peers and gpu:
+        llama = llama_of(shape)
+        if (loss_of := liger_loss(llama)) is not None:
+            trainer = PlainTrainer(llama, loss_of, config, device, dtype, llama.model)
+            add("transformers Llama, liger loss", trainer, batches.plain)
+            if compile:
+                trainer = copy.copy(trainer)
+                trainer.forward = compiled(llama.model)
+                add("transformers Llama, liger loss, torch.compile", trainer, batches.plain)
+    elif "liger" in peers:
+        print("skipped: liger-kernel's loss needs a GPU")
+
+    ours = Run(GPT(shape).to(device), config, device, dtype)
+    add("ours", ours, batches.packed)
+    if compile:
+        add("ours, torch.compile", variant(ours, compiled(ours.model)), batches.packed)
+    if gpu:
+        wrap = compiled if compile else lambda model: model
+        causal = variant(ours, wrap(ours.model), CausalRun)
+        add("ours, no document masks", causal, batches.packed)
+        slots = config.batch_size * config.gradient_accumulation_steps
+        for batch_size in (16, 32, 64):
+            if batch_size != config.batch_size and slots % batch_size == 0:
+                changes = dict(batch_size=batch_size)
+                changes["gradient_accumulation_steps"] = slots // batch_size
+                other = Batches(rows, documents, dataclasses.replace(config, **changes), 2, gpu)
+                larger = variant(ours, wrap(ours.model))
+                add(f"ours, micro-batches of {batch_size}", larger, other.packed)
+        if autotune:
+            forward = compiled(ours.model, "max-autotune-no-cudagraphs")
+            add("ours, max-autotune", variant(ours, forward), batches.packed)
+
+    (rate,) = limits(device).matmul_rate.values()
+    fastest = ours.model.flops_per_token() * batches.slots / rate
+    n_rows = f"{config.gradient_accumulation_steps} x {config.batch_size}"
+    title = f"{title}, {ours.model.n_parameters():,} parameters, {n_rows} x {config.block_size} "
+    title += f"tokens, {str(dtype)[6:]}, AdamW"
+    with torch._dynamo.config.patch(recompile_limit=64):
+        compare(
+            "train",
+            title,
+            contestants,
+            rounds,
+            device,
+            baseline="transformers Llama, torch.compile" if gpu and compile else None,
+            work=("tokens/s", useful),
+            bound=dict.fromkeys(contestants, fastest),
+        )
+
+
+def shares(
+    config: Any,
+    rows: PackedRows,
+    device: torch.device,
+    dtype: torch.dtype,
+    compile: bool,
+    steps: int,
+    folder: Path,
+) -> None:
+    """What a run of train.py spends beside its steps, as shares of its time at its own intervals.
+
+    `config` is a smaller batch of train.py's settings with SophiaG. The times of a step, of a
+    Hessian estimate and of an evaluation are measured on it and scaled to train.py's numbers of
+    rows; the wait for data is that of the real prefetching thread.
+    """
+    full, tokenizer = train_config([]), load_tokenizer()
+    shape = {name: getattr(config, name) for name in SHAPE}
+    model = GPT(GPTConfig(**shape, vocab_size=tokenizer.vocab_size)).to(device)
+    gpu = device.type == "cuda"
+    run = Run(model, config, device, dtype)
+    per_step = config.batch_size * config.gradient_accumulation_steps
+    if compile:
+        torch.compiler.reset()  # what it has seen of other batch sizes would make them dynamic
+        run.try_compile(rows.batch(range(config.batch_size)))
+    batches = train.batches_of(rows, 0, (steps + 1) * per_step, config, pin=gpu)
+    waited, turn = 0.0, iter(batches)
+    try:
+        first = next(turn)
+        run.update_hessian(first[0])
+        run.step(first, lr=1e-4)
+        synchronize(device)
+        started = time.perf_counter()
+        for _ in range(steps):
+            asked = time.perf_counter()
+            micro_batches = next(turn)
+            waited += time.perf_counter() - asked
+            run.step(micro_batches, lr=1e-4)
+        synchronize(device)
+        elapsed = time.perf_counter() - started
+    finally:
+        batches.close()
+    hessian = seconds_of(partial(run.update_hessian, first[0]), 10 if gpu else 1, device)
+    token_bytes = torch.from_numpy(tokenizer.token_bytes)
+    run.sample_text(tokenizer)  # the first one may compile the decoding step
+    if gpu:
+        run.evaluate(rows, token_bytes)
+    evaluation = seconds_of(partial(run.evaluate, rows, token_bytes), 1, device)
+    sample = seconds_of(partial(run.sample_text, tokenizer), 1, device)
+    save, write = checkpoint_seconds(run, tokenizer, folder)
+
+    full_rows = full.batch_size * full.gradient_accumulation_steps
+    step = elapsed / steps * full_rows / per_step  # of train.py
+    hessian *= full.batch_size / config.batch_size
+    evaluation *= full.eval_rows / min(config.eval_rows, rows.rows_per_epoch)
+    between = full.eval_interval * step
+    beside = evaluation + sample + save
+    facts(
+        "train",
+        f"a run of train.py, as measured on {steps} steps of {per_step} rows",
+        {
+            f"step of {full_rows * rows.block_size:,} tokens": {"seconds": step},
+            "wait for data": {"seconds": waited / steps, "share": waited / elapsed},
+            "Hessian estimate": {
+                "seconds": hessian,
+                "share": hessian / (hessian + full.hess_interval * step),
+            },
+            "evaluation": {
+                "seconds": evaluation + sample,
+                "share": (evaluation + sample) / (between + beside),
+            },
+            "checkpoint, blocking": {"seconds": save, "share": save / (between + beside)},
+            "checkpoint, in the background": {"seconds": write},
+        },
+    )
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def checkpoint_seconds(run: Run, tokenizer: Tokenizer, folder: Path) -> tuple[float, float]:
+    """How long one checkpoint stops the loop, and how long its thread then writes."""
+    needed = 16 * run.model.n_parameters()
+    if shutil.disk_usage(folder).free < needed:
+        print(f"skipped: a checkpoint needs {needed / 1e9:.1f} GB in {folder}")
+        return float("nan"), float("nan")
+    writer = CheckpointWriter(folder / "checkpoints", keep=1)
+    synchronize(run.device)
+    started = time.perf_counter()
+    writer.save(run.state(1, 0, 1.0, tokenizer), best=False)
+    save = time.perf_counter() - started
+    writer.wait()
+    return save, time.perf_counter() - started - save
+
+
+def head_table(
+    n_embd: int,
+    vocab_size: int,
+    n: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    rounds: int,
+    compile: bool,
+) -> None:
+    """Output head and cross-entropy of `n` tokens, forward and backward."""
+    gpu = device.type == "cuda"
+    weight = (torch.randn(vocab_size, n_embd, device=device) * 0.02).requires_grad_()
+    x = torch.randn(n, n_embd, device=device, requires_grad=True)
+    targets = torch.randint(vocab_size, (n,), device=device)
+
+    def plain() -> torch.Tensor:
+        return F.cross_entropy(F.linear(x, weight), targets)
+
+    def ours() -> torch.Tensor:
+        return linear_cross_entropy(x, weight, targets) / n
+
+    losses = {"F.cross_entropy": plain}
+    if hasattr(F, "linear_cross_entropy"):  # PyTorch 2.13
+        options = torch.nn.LinearCrossEntropyOptions()
+        losses["F.linear_cross_entropy, chunked"] = lambda: F.linear_cross_entropy(
+            x, weight, targets, options=options
+        )
+    if gpu and (liger := peer("liger_kernel.transformers")) is not None:
+        criterion = liger.LigerFusedLinearCrossEntropyLoss()
+        losses["liger-kernel"] = lambda: criterion(weight, x, targets)
+    if gpu and compile:
+        losses["F.cross_entropy, torch.compile"] = compiled(plain)
+        losses["ours, torch.compile"] = compiled(ours)
+    losses["ours"] = ours
+
+    def contestant(loss_of: Callable[[], torch.Tensor]) -> Callable[[], None]:
+        def run() -> None:
+            x.grad = weight.grad = None
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                loss = loss_of()
+            loss.backward()
+
+        return run
+
+    (rate,) = limits(device).matmul_rate.values()
+    contestants = {name: contestant(loss_of) for name, loss_of in losses.items()}
+    title = f"output head and cross-entropy, {n:,} tokens, n_embd {n_embd}, {vocab_size:,} logits"
+    bound = dict.fromkeys(contestants, 6 * n * n_embd * vocab_size / rate)
+    compare("train", title, contestants, rounds, device, work=("tokens/s", float(n)), bound=bound)
+
+
+def run(config: Any, device: torch.device) -> None:
+    """The section: the head, steps of the full and of the demo's model, the rest of a run.
+
+    `config` has the shape (n_layers, n_embd, ...), batch_size (0: 2 rows on a CPU, 16 on a GPU),
+    gradient_accumulation_steps (0: 1 and 16), dtype, rounds, compile.
+    """
+    gpu, dtype = device.type == "cuda", getattr(torch, config.dtype)
+    tokenizer = load_tokenizer()
+    batch = dict(
+        batch_size=config.batch_size or (16 if gpu else 2),
+        gradient_accumulation_steps=config.gradient_accumulation_steps or (16 if gpu else 1),
+    )
+    shape = {name: getattr(config, name) for name in SHAPE}
+    full = train_config(["--optimizer=adamw"], **shape, **batch)
+    small = demo_config()
+    compile = config.compile or gpu
+    for n_embd in (small.n_embd, full.n_embd):
+        n = 16384 if gpu else 1024
+        head_table(n_embd, tokenizer.vocab_size, n, device, dtype, config.rounds, compile)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        documents = make_documents(folder / "train.npz", 4000, tokenizer.n_text)
+        for title, chosen, peers in (
+            ("full model", full, ("transformers", "litgpt", "original", "liger")),
+            ("the demo's model", small, ("litgpt", "transformers")),
+        ):
+            rows = PackedRows([documents], chosen.block_size, tokenizer.pad_id)
+            rounds = config.rounds if chosen is full else 2 * config.rounds
+            wanted = compile if chosen is full else False  # as the demo trains
+            autotune = config.compile and chosen is full
+            steps_table(
+                title, chosen, rows, documents, device, dtype, rounds, wanted, peers, autotune
+            )
+        rows = PackedRows([documents], full.block_size, tokenizer.pad_id)
+        changes = dict(optimizer="sophiag", eval_rows=2 * batch["batch_size"])
+        sophia = dataclasses.replace(full, **changes)
+        shares(sophia, rows, device, dtype, compile, 20 if gpu else 2, folder)
+        del rows, documents  # the mapped file, before its folder

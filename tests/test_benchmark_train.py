@@ -1,0 +1,247 @@
+"""The training and optimizer benchmarks compare what they say: equal weights give equal losses.
+
+Peers that are not installed are skipped (requirements-bench.txt); transformers always takes part.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_model import llama_twin
+
+import measure
+from benchmark_optimizer import list_table, muon_and_adamw
+from benchmark_peers import (
+    PlainTrainer,
+    litgpt_loss,
+    litgpt_of,
+    llama_loss,
+    original_loss,
+    original_of,
+    padded_rows,
+    plain_rows,
+)
+from benchmark_train import (
+    Batches,
+    CausalRun,
+    demo_config,
+    head_table,
+    labels_per_step,
+    make_documents,
+    shares,
+    steps_table,
+    train_config,
+)
+from cross_entropy import IGNORE_INDEX
+from model import GPT, GPTConfig
+from packing import Batch, PackedRows
+from tokenizer import load_tokenizer
+from training import Run
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU, PAD, T = torch.device("cpu"), 510, 32
+TINY = ["--n_layers=2", "--n_embd=64", "--n_heads=4", "--n_kv_heads=2", f"--block_size={T}"]
+CONFIG = train_config(
+    [*TINY, "--batch_size=3", "--gradient_accumulation_steps=2", "--optimizer=adamw"]
+)
+
+
+def shape(**changes) -> GPTConfig:
+    changes = dict(vocab_size=512) | changes
+    return GPTConfig(n_embd=64, n_layers=2, n_heads=4, n_kv_heads=2, block_size=T, **changes)
+
+
+def our_run(model: GPT, kind: type[Run] = Run) -> Run:
+    return kind(model, CONFIG, CPU, torch.float32)
+
+
+def losses_of(trainer, steps: list[list[Batch]]) -> list[float]:
+    """Losses of three steps on one batch: of the weights, and of what updates make of them."""
+    return [trainer.step(steps[0], lr=1e-2)[0].item() for _ in range(3)]
+
+
+def whole_rows() -> Batches:
+    """Batches of rows that are one document each, so that document masks change nothing."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(PAD, size=30 * T).astype(np.uint16)
+    documents = type("Documents", (), {"__len__": lambda self: 30})()
+    documents.tokens, documents.offsets = tokens, np.arange(0, 30 * T + 1, T)
+    documents.__class__.__getitem__ = lambda self, i: self.tokens[i * T : (i + 1) * T]
+    return Batches(PackedRows([documents], T, PAD), documents, CONFIG, steps=1, pin=False)
+
+
+def test_peers_with_our_weights_have_our_losses():
+    torch.manual_seed(0)
+    batches, model = whole_rows(), GPT(shape())
+    llama, _ = llama_twin(model)
+    trainers = {"transformers": PlainTrainer(llama, llama_loss, CONFIG, CPU, torch.float32)}
+    if (litgpt := litgpt_of(shape())) is not None:
+        copy_into_litgpt(model, litgpt)
+        assert sum(p.numel() for p in litgpt.parameters()) == model.n_parameters()
+        trainers["litgpt"] = PlainTrainer(litgpt, litgpt_loss, CONFIG, CPU, torch.float32)
+    found = {"transformers": losses_of(trainers["transformers"], batches.plain)}
+    if litgpt is not None:
+        found["litgpt"] = losses_of(trainers["litgpt"], batches.packed)
+    causal = GPT(shape())
+    causal.load_state_dict(model.state_dict())
+    found["no masks"] = losses_of(our_run(causal, CausalRun), batches.packed)
+    ours = losses_of(our_run(model), batches.packed)
+
+    assert ours[0] == pytest.approx(np.log(512), abs=0.2) and ours[2] < ours[0] - 0.5
+    for name, losses in found.items():  # float32 rounding, through two updates
+        assert losses == pytest.approx(ours, rel=2e-5), name
+
+
+def copy_into_litgpt(model: GPT, theirs: torch.nn.Module) -> None:
+    pieces = {"transformer.wte": model.tok_embeddings, "transformer.ln_f": model.norm}
+    for i, block in enumerate(model.layers):
+        name = f"transformer.h.{i}"
+        attention, feed_forward = block.attention, block.feed_forward
+        pieces |= {f"{name}.norm_1": attention.norm, f"{name}.norm_2": feed_forward.norm}
+        pieces |= {f"{name}.attn.qkv": attention.qkv_proj, f"{name}.attn.proj": attention.out_proj}
+        pieces |= {
+            f"{name}.mlp.fc_1": feed_forward.gate_proj,
+            f"{name}.mlp.fc_2": feed_forward.up_proj,
+            f"{name}.mlp.proj": feed_forward.down_proj,
+        }
+    with torch.no_grad():
+        for name, module in pieces.items():
+            theirs.get_submodule(name).weight.copy_(module.weight)
+
+
+def short_and_long(seed: int = 0) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(PAD, size=n).astype(np.uint16) for n in (2, 5, T - 1, T, T + 1, 3 * T)]
+
+
+def test_the_original_on_its_padded_rows_has_our_loss():
+    model = original_of(shape())
+    if model is None:
+        pytest.skip("simpleai-sdk is not installed")
+    rng = np.random.default_rng(0)
+    steps = [[padded_rows(short_and_long(), T, 5, PAD, rng) for _ in range(2)]]
+    twin = GPT(shape(rope_style="lille"))
+    missing, unexpected = twin.load_state_dict(model.state_dict(), strict=False)
+    assert not missing and all("rotary_emb" in name for name in unexpected)
+    for batch in steps[0]:  # padding comes last, so causal attention never sees it
+        batch.positions = torch.arange(T).expand(batch.ids.shape).contiguous()
+        batch.cu_seqlens = torch.arange(0, batch.ids.numel() + 1, T, dtype=torch.int32)
+    ours = losses_of(our_run(twin), steps)
+    trainer = PlainTrainer(model, original_loss(PAD), CONFIG, CPU, torch.float32)
+    assert losses_of(trainer, steps) == pytest.approx(ours, rel=2e-5)
+
+
+def test_padded_rows_are_beginnings_of_documents():
+    documents = short_and_long()
+    batch = padded_rows(documents, T, 64, PAD, np.random.default_rng(1))
+    seen = set()
+    for ids, targets in zip(batch.ids, batch.targets, strict=True):
+        length = int((ids != PAD).sum())
+        (which,) = (
+            i for i, d in enumerate(documents)
+            if len(d[:T]) == length and (d[:T] == ids[:length].numpy()).all()
+        )  # fmt: skip
+        seen.add(which)
+        assert targets[: length - 1].tolist() == ids[1:length].tolist()
+        assert (targets[length - 1 :] == IGNORE_INDEX).all()
+    assert seen == set(range(len(documents)))  # with replacement, all are met
+    assert batch.n_labels == int((batch.ids != PAD).sum()) - 64
+
+
+def test_useful_tokens_are_counted_as_labels(tmp_path):
+    documents = make_documents(tmp_path / "made.npz", 3000, vocab_size=500)
+    lengths = np.diff(documents.offsets.astype(np.int64))
+    assert lengths.mean() == pytest.approx(1030, rel=0.1)
+    assert np.log(lengths).std() == pytest.approx(1.08, rel=0.05)
+
+    rows = PackedRows([documents], T, PAD)
+    batches = Batches(rows, documents, CONFIG, steps=3, pin=False)
+    assert batches.slots == 2 * 3 * T
+    for step in range(3):
+        numbers = range(step * 6, step * 6 + 6)
+        pieces = [piece for row in numbers for piece in rows.pieces(row)]
+        tokens = sum(map(len, pieces))
+        assert sum(batch.n_labels for batch in batches.packed[step]) == tokens - len(pieces)
+        # transformers makes a label of every token that has one before it in its row
+        assert sum(batch.n_labels for batch in batches.plain[step]) == tokens - 6
+    longer = [[padded_rows(short_and_long(), T, 9, PAD, np.random.default_rng(0))]]
+    assert labels_per_step(longer) == longer[0][0].n_labels < 9 * (T - 1)
+    plain = plain_rows(rows.batch([0, None]), PAD)  # a row of padding has no labels
+    assert plain.n_labels == T - 1 and (plain.targets[1] == IGNORE_INDEX).all()
+
+
+def test_tables_of_a_tiny_model(tmp_path, capsys):
+    torch.manual_seed(0)
+    measure.begin()
+    documents = make_documents(tmp_path / "train.npz", 40, vocab_size=32000)
+    rows = PackedRows([documents], T, load_tokenizer().pad_id)
+    names = ("transformers", "litgpt", "original", "liger")
+    steps_table("tiny", CONFIG, rows, documents, CPU, torch.float32, 1, False, names)
+    sophia = train_config([*TINY, "--batch_size=2", "--eval_rows=3", "--sample_tokens=2"])
+    shares(sophia, rows, CPU, torch.float32, compile=False, steps=2, folder=tmp_path)
+    head_table(16, 300, 64, CPU, torch.float32, 1, compile=False)
+    list_table("tiny", GPT(shape()), CPU, 1, muon=True)
+
+    steps, rest, head, optimizers = measure.tables
+    assert {"transformers Llama", "ours"} <= steps["rows"].keys() and not steps["left_out"]
+    for row in steps["rows"].values():
+        assert 0 < row["share"] < 1 and row["rate"] > 0
+    (step,) = (row["seconds"] for name, row in rest["facts"].items() if name.startswith("step of"))
+    assert 0 < rest["facts"]["wait for data"]["seconds"] < step
+    for name in ("Hessian estimate", "evaluation", "checkpoint, blocking"):
+        assert 0 < rest["facts"][name]["share"] < 1
+    assert "ours" in head["rows"] and not head["left_out"]
+    assert len(optimizers["rows"]) == 7 and not optimizers["left_out"]
+    assert "liger-kernel's loss needs a GPU" in capsys.readouterr().out
+
+
+def test_the_demo_is_measured_as_it_trains():
+    config = demo_config()
+    assert (config.n_layers, config.n_embd, config.block_size) == (4, 128, 128)
+    assert (config.batch_size, config.optimizer, config.compile) == (16, "adamw", False)
+
+
+def test_muon_and_adamw_share_all_parameters():
+    model = GPT(shape())
+    before = [p.detach().clone() for p in model.parameters()]
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    muon_and_adamw(model)()
+    assert all((a != b).any() for a, b in zip(before, model.parameters(), strict=True))
+
+
+INTERPRETED = """
+import torch
+from benchmark_optimizer import LaunchPerParameter
+from sophia_triton import SophiaG
+torch.manual_seed(0)
+sizes = [(37, 71), (5,)]
+theirs = [torch.randn(size, requires_grad=True) for size in sizes]
+ours = [p.detach().clone().requires_grad_() for p in theirs]
+settings = dict(lr=1e-2, betas=(0.9, 0.95), rho=1e-3, weight_decay=0.1)
+optimizers = LaunchPerParameter(theirs, **settings), SophiaG(ours, bs=8192, **settings)
+for step in range(3):
+    for p, q in zip(theirs, ours):
+        p.grad = torch.randn_like(p) * 3e-1
+        q.grad = p.grad.clone()
+    for optimizer in optimizers:
+        if step != 1:
+            optimizer.update_hessian()
+        optimizer.step()
+for p, q in zip(theirs, ours):
+    torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+print("equal, win rate", round(optimizers[1].win_rate.item(), 3))
+"""
+
+
+def test_a_launch_per_parameter_computes_sophia():
+    pytest.importorskip("triton")
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", INTERPRETED]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert 0.1 < float(result.stdout.split()[-1]) < 0.9  # some coordinates were clipped, some not
