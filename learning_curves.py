@@ -5,7 +5,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from contestants import ADAMW, CHANGES, MUON, ORIGINAL, SOPHIAG
+import numpy as np
+
+from contestants import ADAMW, CHANGES, MUON, ORIGINAL, SOPHIAG, TWO_RATES
 from files import atomic_file
 
 
@@ -39,6 +41,16 @@ def print_table(lines: list[dict[str, Any]]) -> None:
             f"     {filled:.3f}         {runs[0].get('win_rate', ''):<8}"
             + (f"  {relative_time(times, name):.3f}" if name in times else "")
         )
+    if ORIGINAL in times and ORIGINAL in best_runs(lines):
+        ratio, runs = relative_time(times, ORIGINAL), best_runs(lines)[ORIGINAL]
+        slots = [point[0] for point in runs[0]["curve"]]
+        means = [statistics.fmean(losses) for losses in zip(*map(losses_of, runs), strict=True)]
+        loss = np.interp(slots[-1] / ratio, slots, means)
+        print(f"{ORIGINAL} in the time of {SOPHIAG}: {loss:.4f}, read from its curve")
+
+
+def losses_of(run: dict[str, Any]) -> list[float]:
+    return [loss for _, loss in run["curve"]]
 
 
 def relative_time(times: dict[str, list[float]], name: str) -> float:
@@ -55,28 +67,30 @@ def draw(lines: list[dict[str, Any]], picture: Path) -> None:
     runs_of = best_runs(lines)
     times = next((x["seconds_of_ten_steps"] for x in lines if "seconds_of_ten_steps" in x), {})
 
-    def line(axes: Any, name: str, scale: float = 1.0, label: str = "", **style: Any) -> None:
+    def line(axes: Any, name: str, color: str, note: str = "", scale: float = 1.0, ls: str = "-"):
         runs = runs_of.get(name)
         if not runs:
             return
         slots = [scale * point[0] / 1e6 for point in runs[0]["curve"]]
-        losses = list(zip(*([point[1] for point in run["curve"]] for run in runs), strict=True))
+        losses = list(zip(*map(losses_of, runs), strict=True))
+        seeds = f" ({len(runs)} seed{'s' if len(runs) > 1 else ''})"
         means = [statistics.fmean(values) for values in losses]
-        (drawn,) = axes.plot(slots, means, label=label or f"{name} ({len(runs)} seeds)", **style)
-        lowest, highest = [min(values) for values in losses], [max(values) for values in losses]
-        axes.fill_between(slots, lowest, highest, color=drawn.get_color(), alpha=0.2, linewidth=0)
+        axes.plot(slots, means, label=name + (note or seeds), color=color, ls=ls)
+        if scale == 1:
+            lows, highs = [min(values) for values in losses], [max(values) for values in losses]
+            axes.fill_between(slots, lows, highs, color=color, alpha=0.2, linewidth=0)
 
-    line(left, SOPHIAG, color="C0")
-    line(left, ORIGINAL, color="C3", label="the original's recipe, rate tuned")
+    line(left, ORIGINAL, "C3")
     if ORIGINAL in times:
-        line(
-            left, ORIGINAL, relative_time(times, ORIGINAL), "... at equal time", color="C3", ls=":"
-        )
-    for number, name in enumerate(CHANGES, start=4):
-        line(left, f"{SOPHIAG}, {name}", label=f"ours, but {name}", color=f"C{number}", ls="--")
-    for number, name in enumerate((SOPHIAG, ADAMW, MUON)):
-        line(right, name, color=f"C{number}")
-    left.set(title="Recipes", ylabel="validation loss (nats per token)")
+        ratio = relative_time(times, ORIGINAL)
+        line(left, ORIGINAL, "C3", f", × {ratio:.2f}: at our time", scale=ratio, ls=":")
+    for base, color, others in ((SOPHIAG, "C0", "C9"), (ADAMW, "C1", "C5")):
+        line(left, base, color)
+        for name, style in zip(CHANGES, ("--", "-.", ":", (0, (1, 3)), (0, (5, 5))), strict=True):
+            line(left, f"{base}, {name}", others, ls=style)
+    for name, color in ((SOPHIAG, "C0"), (ADAMW, "C1"), (TWO_RATES, "C4"), (MUON, "C2")):
+        line(right, name, color)
+    left.set(title="The original's recipe and ours", ylabel="validation loss (nats per token)")
     right.set(title="Optimizers on our batches, each tuned")
     for axes in (left, right):
         axes.set(xlabel="million slots, padding included")
