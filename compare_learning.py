@@ -74,7 +74,7 @@ NOT_OF_A_RUN = ("data_dir", "results", "picture", "plot", "seeds", "timing_round
 
 
 def settings_of(config: Any, name: str, seed: int = 0, **chosen: Any) -> dict[str, Any]:
-    """Everything that decides a run's result; `results` is searched for it."""
+    """What decides a run's result beside train.py's constants; `results` is searched for it."""
     study = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_OF_A_RUN}
     return study | {"name": name, "seed": seed} | RECIPES.get(name, {}) | chosen
 
