@@ -1,7 +1,7 @@
 # make demo    a small Lille is pretrained, fine-tuned and asked a question (some minutes, no GPU)
 # make test    every check, in an environment of its own
 # make lint    ruff
-# make gpu     what only a GPU can show: tests, loss curves, benchmarks (ten minutes)
+# make gpu     what only a GPU can show: tests, loss curves, benchmarks (a quarter of an hour)
 
 PYTHON ?= python3
 VENV := .venv
@@ -21,6 +21,9 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 
 gpu: $(VENV)/.installed-dev
+	grep -v -e '^-r' -e llama-cpp requirements-bench.txt > $(VENV)/peers.txt
+	-$(PIP) -r $(VENV)/peers.txt
+	-$(PIP) $$(sed -n 's/^# *pip install \(--no-deps .*\)/\1/p' requirements-bench.txt)
 	sh tests/on_gpu.sh checkpoints/on_gpu data/demo/pretrain $(BIN)/python
 
 $(VENV)/.installed: requirements.txt

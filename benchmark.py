@@ -15,6 +15,7 @@ import dataclasses
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from benchmark_decode import PROMPT
 from benchmark_train import SHAPE
 from config import UserError, config_from_constants, run_script
 from model import GPTConfig
-from preflight import choose_device
+from preflight import choose_device, make_folder
 
 section = "all"  # or some of train, optimizer, data, decode, packing, with commas between
 rounds = 4  # timed samples of each contestant, after one that is not counted
@@ -72,6 +73,7 @@ readme = False  # no measurement: write the README's table
 plot = False  # no measurement: draw benchmarks/results.png
 
 
+DEVICES, DTYPES = ("auto", "cuda", "cpu"), ("auto", "bfloat16", "float32")
 SECTIONS: dict[str, Callable[[Any, torch.device], None]] = {
     "train": benchmark_train.run,
     "optimizer": benchmark_optimizer.run,
@@ -84,13 +86,24 @@ SECTIONS: dict[str, Callable[[Any, torch.device], None]] = {
 def check(config: Any) -> list[str]:
     """The chosen sections; UserError for settings that cannot be."""
     known = list(SECTIONS)
-    chosen = known if config.section == "all" else config.section.split(",")
+    chosen = known if config.section == "all" else config.section.replace(" ", "").split(",")
     for name in chosen:
         if name not in known:
             raise UserError(f"section={name!r}: expected all, or some of {','.join(known)}")
     for name in ("rounds", "new_tokens", "n_documents", "n_planned"):
         if getattr(config, name) < 1:
             raise UserError(f"{name}={getattr(config, name)} must be at least 1")
+    for name in ("batch_size", "gradient_accumulation_steps"):
+        if getattr(config, name) < 0:
+            raise UserError(f"{name}={getattr(config, name)} must be at least 1, or 0 to choose")
+    if config.block_size < 2:
+        raise UserError(f"block_size={config.block_size} must be at least 2")
+    numbers = config.repeats.split()
+    if not numbers or not all(number.isdecimal() and int(number) for number in numbers):
+        raise UserError(f"repeats={config.repeats!r} must be whole numbers such as '1 3'")
+    for name, allowed in (("device", DEVICES), ("dtype", DTYPES)):
+        if getattr(config, name) not in allowed:
+            raise UserError(f"{name}={getattr(config, name)!r} must be one of {', '.join(allowed)}")
     if "decode" in chosen and PROMPT + config.new_tokens > config.block_size:
         raise UserError(
             f"new_tokens={config.new_tokens} after a prompt of {PROMPT} do not fit into "
@@ -117,6 +130,8 @@ def main(argv: list[str] | None = None) -> int:
     where, kind = choose_device(config)
     if where.type == "mps":
         where = torch.device("cpu")
+    if config.save:
+        make_folder(path.parent)  # now rather than after the measurements
     config = dataclasses.replace(config, device=where.type, dtype=str(kind)[6:])
     torch.manual_seed(0)
     measure.begin()
@@ -130,10 +145,19 @@ def main(argv: list[str] | None = None) -> int:
     if busy is not None and busy > 0.3 * (os.cpu_count() or 1):
         print(f"note: other programs run here (load {busy}): ratios may hold, times do not")
     seconds: dict[str, float] = {}
+    failed: list[str] = []
     try:
         for name in chosen:
             started = time.perf_counter()
-            SECTIONS[name](config, where)
+            try:
+                SECTIONS[name](config, where)
+            except UserError as error:
+                print(f"{name}: {error}", file=sys.stderr)
+                failed.append(name)
+            except Exception:  # the other sections go on: what they measure is kept
+                traceback.print_exc()
+                failed.append(name)
+            measure.free(where)
             seconds[name] = time.perf_counter() - started
             print(f"\n{name} took {seconds[name]:.0f} s", flush=True)
         if len(chosen) > 1:
@@ -141,7 +165,9 @@ def main(argv: list[str] | None = None) -> int:
     finally:  # what is measured is kept, whatever ends the run
         if config.save and measure.tables:
             benchmark_results.record(path, environment, seconds, where)
-    return 0
+    if failed:
+        print(f"not finished, see above: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ PACKAGES = (
     "torch triton numpy transformers tokenizers gigatoken tiktoken simpleai-sdk sophia-opt litgpt "
     "liger-kernel onnxruntime llama-cpp-python"
 ).split()
+KEYS = {"date", "commit", "changed", "command", "hardware", "load", "tables"}  # that are shown
 START, END = "<!-- python benchmark.py --readme=True writes this -->", "<!-- end -->"
 
 # A record
@@ -99,6 +100,7 @@ def record(
     with locked(path.parent, "benchmark", wait=True):
         before = path.read_bytes() if path.exists() else b""
         with atomic_file(path) as file:
+            before += b"" if before.endswith(b"\n") or not before else b"\n"  # a line cut short
             file.write(before + json.dumps(rounded(line), allow_nan=False).encode() + b"\n")
     print(f"\nadded to {path}")
 
@@ -117,12 +119,13 @@ def read(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         raise UserError(f"{path} does not exist: run python benchmark.py first")
     records = []
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
-            records.append(json.loads(line))
-            assert records[-1]["tables"] is not None
-        except (ValueError, TypeError, KeyError, AssertionError):
+            record = json.loads(line)
+            assert KEYS <= record.keys() and isinstance(record["tables"], list)
+        except (ValueError, AttributeError, AssertionError):
             raise UserError(f"{path}, line {number} is no record: delete that line") from None
+        records.append(record)
     return records
 
 

@@ -5,6 +5,7 @@
 A step is forward, backward, clipping and optimizer over all its micro-batches, with the same fused
 AdamW for everyone, so that the optimizer does not decide. Rows are packed from documents with
 log-normal lengths fitted to FineWeb-Edu; the original pads documents of the same distribution.
+It has its own dropout of 0.1. Compiled peers get the larger micro-batches that ours gets, too.
 Rates count labelled tokens only. The limit is PaLM's count of FLOPs (2204.02311, appendix B), of
 padding too, at this machine's matmul rate: the column is the MFU.
 """
@@ -42,7 +43,7 @@ from checkpoint import CheckpointWriter
 from config import config_from_constants
 from cross_entropy import linear_cross_entropy
 from dataset import NpzDataset, ShardWriter
-from measure import compare, facts, limits, peer, seconds_of
+from measure import compare, facts, free, limits, peer, seconds_of
 from model import GPT, GPTConfig
 from packing import Batch, PackedRows
 from tokenizer import Tokenizer, load_tokenizer
@@ -75,7 +76,7 @@ def demo_config() -> Any:
 
 
 class Batches:
-    """Batches of `steps` steps in every contestant's form; a call of `next_of` gives one step's."""
+    """Batches of `steps` steps in every contestant's form, each a list of steps' micro-batches."""
 
     def __init__(self, rows: PackedRows, documents: NpzDataset, config: Any, steps: int, pin: bool):
         shape = (config.batch_size, config.gradient_accumulation_steps)
@@ -101,7 +102,11 @@ def steps_of(trainer: Run | PlainTrainer, steps: list[list[Batch]]) -> Callable[
 
     def run() -> None:
         nonlocal turn
-        trainer.step(steps[turn % len(steps)], lr=1e-4)
+        try:
+            trainer.step(steps[turn % len(steps)], lr=1e-4)
+        except BaseException:  # others may train this model too: leave them none of its gradients
+            trainer.model.zero_grad(set_to_none=True)
+            raise
         turn += 1
 
     return run
@@ -157,34 +162,50 @@ def steps_table(
     def add(name: str, trainer: Run | PlainTrainer, steps: list[list[Batch]]) -> None:
         contestants[name], useful[name] = steps_of(trainer, steps), labels_per_step(steps)
 
-    def add_peer(name: str, model: Any, loss_of: Any, steps: list[list[Batch]]) -> None:
+    larger = {}  # as many rows a step in larger micro-batches, for all that are compiled
+    slots = config.batch_size * config.gradient_accumulation_steps
+    for batch_size in (16, 32, 64) if gpu else ():
+        if batch_size != config.batch_size and slots % batch_size == 0:
+            changes = dict(batch_size=batch_size, gradient_accumulation_steps=slots // batch_size)
+            other = dataclasses.replace(config, **changes)
+            larger[f"micro-batches of {batch_size}"] = Batches(rows, documents, other, 2, gpu)
+
+    def add_peer(name: str, model: Any, loss_of: Any, kind: str, more: bool = True) -> None:
+        """A peer, eager and compiled; `kind` of batches; compiled with `more` settings of ours."""
         if model is None or loss_of is None:
             return
         plain = PlainTrainer(model, loss_of, config, device, dtype)
-        add(name, plain, steps)
-        if compile:
-            faster = copy.copy(plain)
-            faster.forward = compiled(model)
-            add(f"{name}, torch.compile", faster, steps)
+        add(name, plain, getattr(batches, kind))
+        if not compile:
+            return
+        faster = copy.copy(plain)
+        faster.forward = compiled(model)
+        name = f"{name}, torch.compile"
+        add(name, faster, getattr(batches, kind))
+        for size, other in larger.items() if more else ():
+            add(f"{name}, {size}", faster, getattr(other, kind))
+        if autotune and more:
+            tuned = copy.copy(plain)
+            tuned.forward = compiled(model, "max-autotune-no-cudagraphs")
+            add(f"{name}, max-autotune", tuned, getattr(batches, kind))
 
     if "transformers" in peers:
-        add_peer("transformers Llama", llama_of(shape), llama_loss, batches.plain)
-    if "litgpt" in peers:  # its style is eager code; compiled it is transformers' Llama again
-        if (model := litgpt_of(shape)) is not None:
-            trainer = PlainTrainer(model, litgpt_loss, config, device, dtype)
-            add("litgpt GPT, eager", trainer, batches.packed)
+        add_peer("transformers Llama", llama_of(shape), llama_loss, "plain")
+    if "litgpt" in peers:
+        add_peer("litgpt GPT", litgpt_of(shape), litgpt_loss, "packed", more=False)
     if "original" in peers:
         old = dataclasses.replace(shape, dropout=0.1)
         loss_of = original_loss(rows.pad_id)
         if (model := original_of(old)) is not None:
-            add_peer("original Lille, padded", model, loss_of, batches.padded)
+            add_peer("original Lille, padded", model, loss_of, "padded")
             if gpu:
                 own = LaunchPerParameter(model.parameters())
-                mode = "max-autotune" if autotune else "default"
-                forward = compiled(model, mode) if compile else None
-                trainer = PlainTrainer(model, loss_of, config, device, dtype, forward, own)
-                name = "original Lille, its optimizer" + (", max-autotune" if autotune else "")
-                add(name, trainer, batches.padded)
+                for mode in ("default", "max-autotune") if autotune else ("default",):
+                    forward = compiled(model, mode) if compile else None
+                    trainer = PlainTrainer(model, loss_of, config, device, dtype, forward, own)
+                    name = "original Lille, its optimizer"
+                    name += "" if mode == "default" else f", {mode}"  # as it trains: CUDA graphs
+                    add(name, trainer, batches.padded)
     if "liger" in peers and gpu:
         llama = llama_of(shape)
         if (loss_of := liger_loss(llama)) is not None:
@@ -205,14 +226,8 @@ def steps_table(
         wrap = compiled if compile else lambda model: model
         causal = variant(ours, wrap(ours.model), CausalRun)
         add("ours, no document masks", causal, batches.packed)
-        slots = config.batch_size * config.gradient_accumulation_steps
-        for batch_size in (16, 32, 64):
-            if batch_size != config.batch_size and slots % batch_size == 0:
-                changes = dict(batch_size=batch_size)
-                changes["gradient_accumulation_steps"] = slots // batch_size
-                other = Batches(rows, documents, dataclasses.replace(config, **changes), 2, gpu)
-                larger = variant(ours, wrap(ours.model))
-                add(f"ours, micro-batches of {batch_size}", larger, other.packed)
+        for size, other in larger.items():
+            add(f"ours, {size}", variant(ours, wrap(ours.model)), other.packed)
         if autotune:
             forward = compiled(ours.model, "max-autotune-no-cudagraphs")
             add("ours, max-autotune", variant(ours, forward), batches.packed)
@@ -353,7 +368,7 @@ def head_table(
         return linear_cross_entropy(x, weight, targets) / n
 
     losses = {"F.cross_entropy": plain}
-    if hasattr(F, "linear_cross_entropy"):  # PyTorch 2.13
+    if hasattr(torch.nn, "LinearCrossEntropyOptions"):  # PyTorch 2.13
         options = torch.nn.LinearCrossEntropyOptions()
         losses["F.linear_cross_entropy, chunked"] = lambda: F.linear_cross_entropy(
             x, weight, targets, options=options
@@ -415,6 +430,9 @@ def run(config: Any, device: torch.device) -> None:
             steps_table(
                 title, chosen, rows, documents, device, dtype, rounds, wanted, peers, autotune
             )
+            if wanted:
+                torch.compiler.reset()  # and the memory of its CUDA graphs
+            free(device)
         rows = PackedRows([documents], full.block_size, tokenizer.pad_id)
         changes = dict(optimizer="sophiag", eval_rows=2 * batch["batch_size"])
         sophia = dataclasses.replace(full, **changes)

@@ -13,6 +13,7 @@ import os
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
@@ -24,9 +25,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from config import UserError
+from config import UserError, run_script
 
 NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
 # What gloo and NCCL say, in errors that have no type of their own, of a rank that is gone.
 LOST = ("gloo", "NCCL", "pair closure", "Connection closed", "Connection reset", "Broken pipe")
 
@@ -105,7 +107,9 @@ class Ranks:
         return box[0]
 
     def check_same(self, values: dict[str, Any]) -> None:
-        """UserError on a rank that does not have rank 0's values."""
+        """UserError on a rank that does not have rank 0's values, which have the same names."""
+        if self.world_size == 1:
+            return
         for name, value in self.broadcast(lambda: values).items():
             if values[name] != value:
                 raise UserError(
@@ -127,13 +131,15 @@ def ranks_of_environment() -> Ranks:
     if missing:
         raise UserError(f"{missing} must be set when RANK or WORLD_SIZE is: {how}")
     try:
-        rank, world_size, local_rank = (int(values[name]) for name in NEEDED[:3])
+        rank, world_size, local_rank, _ = (int(values[name]) for name in NUMBERS)
         local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE") or local_rank + 1)
         if not (0 <= local_rank <= rank < world_size and local_rank < local_world_size):
             raise ValueError
     except ValueError:
-        given = ", ".join(f"{name}={values[name]}" for name in NEEDED[:3])
-        raise UserError(f"{given}: ranks count from 0 to WORLD_SIZE - 1: {how}") from None
+        given = ", ".join(f"{name}={values[name]}" for name in NUMBERS)
+        raise UserError(
+            f"{given}: these are numbers, and ranks count from 0 to WORLD_SIZE - 1: {how}"
+        ) from None
     return Ranks(rank, world_size, local_rank, local_world_size)
 
 
@@ -195,7 +201,7 @@ def said_once() -> Iterator[None]:
         lost = isinstance(error, dist.DistError)
         lost |= isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST)
         if speaks and not lost:
-            raise
+            say_and_end(error)
         if speaks:
             host, reason = socket.gethostname(), first_line(error).rpartition("] ")[2][:160]
             print(
@@ -206,6 +212,22 @@ def said_once() -> Iterator[None]:
             )
         time.sleep(1)  # torchrun ends the others as soon as one exits: let the one that speaks
         end(2 if isinstance(error, UserError) else 1)
+
+
+def say_and_end(error: BaseException) -> None:
+    """Says `error` as every script does, and ends this rank."""
+
+    def main() -> None:
+        raise error
+
+    code: Any = 1
+    try:
+        run_script(main)
+    except SystemExit as said:
+        code = said.code
+    except BaseException:
+        traceback.print_exc()
+    end(code)
 
 
 def end(code: int) -> int:

@@ -25,6 +25,13 @@ tables: list[dict[str, Any]] = []  # what has been measured since begin(), in or
 skipped: dict[str, str] = {}  # optional packages that were looked for in vain, and why
 
 
+def free(device: torch.device) -> None:
+    """Gives back the memory of what is no longer used: models and optimizers refer in circles."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def begin() -> None:
     """Forgets the tables of an earlier run."""
     tables.clear()
@@ -160,9 +167,7 @@ def compare(
                 print(f"{name}: left out, {left_out[name]}", flush=True)
                 del times[name]
             if name in left_out:  # and now that its frames are gone, so can be its memory
-                gc.collect()
-                if device.type == "cuda":
-                    torch.cuda.empty_cache()
+                free(device)
     report(section, title, times, baseline=baseline, work=work, bound=bound, left_out=left_out)
     return {name: statistics.median(seconds) for name, seconds in times.items()}
 
@@ -261,9 +266,9 @@ def peer(name: str) -> ModuleType | None:
     """An optional package, or None and, once, a note how to install it."""
     try:
         return importlib.import_module(name)
-    except ImportError as error:
+    except Exception as error:  # a broken package may raise any kind, such as OSError
         if name.partition(".")[0] not in skipped:
-            missing = error.name in (name, name.partition(".")[0])
+            missing = getattr(error, "name", None) in (name, name.partition(".")[0])
             why = "is not installed" if missing else f"cannot be imported ({reason_of(error)})"
             skipped[name.partition(".")[0]] = why
             print(f"skipped: {name} {why} (see requirements-bench.txt)", flush=True)

@@ -106,6 +106,7 @@ def layout_of(params: list[Tensor], grads: list[Tensor], state: dict) -> tuple[l
     return (
         list(map(Tensor.data_ptr, params)),
         list(map(Tensor.data_ptr, tensors)),
+        list(map(Tensor.numel, params)),
         list(map(Tensor.stride, params)),
         list(map(Tensor.stride, grads)),
         [p.dtype for p in params],

@@ -295,20 +295,16 @@ class SophiaG(torch.optim.Optimizer):
         return loss
 
     @torch.no_grad()
-    def update_hessian(
-        self, grad_scale: float | Tensor | None = None, *, decay: float | None = None
-    ) -> None:
+    def update_hessian(self, grad_scale: float | Tensor | None = None) -> None:
         """Averages the squared gradients, now those of the sampled-label loss, into the Hessian.
 
-        h = decay h + (1 - beta2) (grad_scale g)^2, where `decay` is beta2 unless given: the mean of
-        k estimates is k calls with grad_scale divided by sqrt(k), all but the first with decay 1.
-        If `grad_scale` is NaN or infinite nothing changes.
+        h = beta2 h + (1 - beta2) (grad_scale g)^2. For a mean of several estimates make the
+        gradients the root of their mean square, as training.py does. If `grad_scale` is NaN or
+        infinite nothing changes.
         """
-        if decay is not None and not 0 <= decay <= 1:
-            raise ValueError(f"decay = {decay}: a number from 0 to 1")
         for group, bucket in self._buckets():
             beta2 = float(group["betas"][1])
-            constants = dict(decay=beta2 if decay is None else float(decay), gain=1 - beta2)
+            constants = dict(decay=beta2, gain=1 - beta2)
             self._update(bucket, as_scalar(grad_scale, bucket.device), constants)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

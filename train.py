@@ -173,6 +173,11 @@ def build_model(
         raise UserError(str(error)) from None
 
 
+def described(rows: PackedRows) -> str:
+    """What tells this data from other: it must be the same on every rank and after a resume."""
+    return f"{rows.description} ({rows.fingerprint()})"
+
+
 def open_validation(
     config: Any, pretrain_data_dir: str, tokenizer: Tokenizer, block_size: int
 ) -> dict[str, PackedRows]:
@@ -212,6 +217,7 @@ def train(config: Any) -> dict[str, Any]:
     Interrupted when a signal ended the run, after saving it.
     """
     with joined(config.distributed_timeout_minutes) as ranks, ExitStack() as held:
+        ranks.check_same(dataclasses.asdict(config))  # other settings would be other messages
         pretrain_data_dir, config = config.data_dir, run_settings(config)
         check_settings(config)
         check_ranks(config, ranks.world_size)
@@ -244,8 +250,9 @@ def run_training(config: Any, pretrain_data_dir: str, ranks: Ranks) -> dict[str,
     n_prompt = len(prompt_ids(config.sample_prompt, config.finetune, tokenizer))
     check_sample_prompt(config, n_prompt, block_size)
 
-    origin = {"data": f"{rows.description} ({rows.fingerprint()})"}
-    ranks.check_same(dataclasses.asdict(config) | {"device": device.type, "dtype": dtype} | origin)
+    origin = {"data": described(rows)}
+    watched = "; ".join(f"{name} {described(packed)}" for name, packed in validation.items())
+    ranks.check_same({"device": device.type, "dtype": dtype, **origin, "validation": watched})
     origin["base"] = ranks.broadcast(lambda: base_of(config))
     run = Run(model.to(device), config, device, dtype, ranks)
     step, row, best = 0, 0, math.inf

@@ -158,7 +158,10 @@ class Run:
         if n_estimates == 0:
             return
         parameters = list(self.model.parameters())
-        squares = [torch.zeros_like(p, requires_grad=False) for p in parameters]
+        sizes = [p.numel() for p in parameters]
+        flat = torch.zeros(sum(sizes), device=self.device)  # in one piece: one message, one root
+        pieces = zip(flat.split(sizes), parameters, strict=True)
+        squares = [piece.view_as(p) for piece, p in pieces]
         for batch in estimated:
             loss = self.loss_sum(batch, sample_targets=True) / batch.n_labels
             self.scaler.scale(loss).backward()
@@ -167,11 +170,11 @@ class Run:
             gradients = [p.grad for p in parameters]
             torch._foreach_addcmul_(squares, gradients, gradients, value=weight)
             self.optimizer.zero_grad(set_to_none=True)
-        self.ranks.sum_(squares)
-        torch._foreach_sqrt_(squares)
+        self.ranks.sum_([flat])
+        flat.sqrt_()
         for p, root in zip(parameters, squares, strict=True):
             p.grad = root
-        _, usable = gradient_scale(self.model, squares[0].new_zeros(()), grad_clip=0.0)
+        _, usable = gradient_scale(self.model, flat.new_zeros(()), grad_clip=0.0)
         self.optimizer.update_hessian(grad_scale=usable)
         self.optimizer.zero_grad(set_to_none=True)
 

@@ -1,14 +1,24 @@
 #!/bin/sh
-# Everything that only a GPU can show, in one command of about ten minutes: the GPU tests, the
-# benchmarks, and the full model trained for 40 steps in float32 and in bfloat16.
+# Everything that only a GPU can show, in one command: the GPU tests, the full model trained for 40
+# steps in float32 and in bfloat16, and the benchmarks. A quarter of an hour, much of it compiling.
+# What fails is shown, and the rest goes on. requirements-bench.txt has the peers; `make gpu`
+# installs them. DEVICE=cpu and SETTINGS="--n_layers=2 ..." try this script out without a GPU.
 #
 #     sh tests/on_gpu.sh [output folder] [folder of shards] [python]
 set -eu
 out=${1:-checkpoints/on_gpu} data=${2:-data/demo/pretrain} python=${3:-.venv/bin/python}
+device=${DEVICE:-cuda} settings=${SETTINGS:-}
+failed=0
 mkdir -p "$out"
-nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | tee "$out/gpu.txt"
+if command -v nvidia-smi > /dev/null; then
+    nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader > "$out/gpu.txt" || true
+    cat "$out/gpu.txt"
+fi
+if [ "$device" = cuda ]; then
+    "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "no GPU for PyTorch")'
+fi
 
-"$python" -m pytest -m gpu -q > "$out/tests.txt" 2>&1 || true  # what fails is shown, not the end
+"$python" -m pytest -m gpu -q > "$out/tests.txt" 2>&1 || failed=1
 tail -n 15 "$out/tests.txt"
 
 if [ ! -d "$data" ]; then
@@ -17,9 +27,13 @@ if [ ! -d "$data" ]; then
         --output_dir="$data" --val_split=0.02
 fi
 for dtype in bfloat16 float32; do
-    "$python" train.py --data_dir="$data" --out_dir="$out/$dtype" --dtype=$dtype --max_steps=40 \
-        --num_epochs=100 --warmup_iters=10 --log_interval=1 --eval_interval=20 --sample_tokens=16 \
-        > "$out/train_$dtype.txt" 2>&1 || tail -n 15 "$out/train_$dtype.txt"
+    rm -rf "${out:?}/$dtype" # an earlier run's, which would be continued
+    # shellcheck disable=SC2086
+    "$python" train.py --data_dir="$data" --out_dir="$out/$dtype" --device="$device" \
+        --dtype=$dtype --max_steps=40 --num_epochs=100 --warmup_iters=10 --log_interval=1 \
+        --eval_interval=20 --eval_rows=128 --sample_tokens=16 $settings \
+        > "$out/train_$dtype.txt" 2>&1 || { failed=1; tail -n 15 "$out/train_$dtype.txt"; }
+    rm -f "$out/$dtype"/*.pt
 done
 "$python" - "$out" <<'END'
 import sys
@@ -27,14 +41,18 @@ from pathlib import Path
 
 from metrics import read_metrics
 
-runs = {
-    dtype: {row["step"]: row for row in read_metrics(Path(sys.argv[1], dtype, "metrics.jsonl"))}
-    for dtype in ("float32", "bfloat16")
-}
-for step, row in runs["bfloat16"].items():
-    losses = [run.get(step, {}).get("loss") for run in runs.values()]
-    speed = row.get("tokens_per_second"), row.get("mfu")
-    print(f"step {step}: loss float32 {losses[0]}, bfloat16 {losses[1]}, tokens/s, MFU {speed}")
+runs = {}
+for dtype in ("float32", "bfloat16"):
+    path = Path(sys.argv[1], dtype, "metrics.jsonl")
+    runs[dtype] = {row["step"]: row for row in read_metrics(path)} if path.exists() else {}
+for step in sorted(runs["float32"].keys() | runs["bfloat16"].keys()):
+    rows = [run.get(step, {}) for run in runs.values()]
+    losses = [row.get("loss") for row in rows]
+    speed = [(row.get("tokens_per_second"), row.get("mfu")) for row in rows]
+    print(f"step {step}: loss float32 {losses[0]}, bfloat16 {losses[1]}; tokens/s, MFU {speed}")
 END
-rm -f "$out"/*/*.pt
-"$python" benchmark.py --device=cuda --results="$out/results.jsonl" 2>&1 | tee "$out/benchmark.txt"
+# shellcheck disable=SC2086
+"$python" benchmark.py --device="$device" --results="$out/results.jsonl" $settings \
+    > "$out/benchmark.txt" 2>&1 || failed=1
+cat "$out/benchmark.txt"
+exit $failed

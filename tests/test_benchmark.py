@@ -106,6 +106,13 @@ def test_an_absent_peer_is_noted_once(capsys):
     assert measure.skipped == {"no_such_package": "is not installed"}
 
 
+def test_a_broken_peer_is_absent_too(tmp_path, monkeypatch, capsys):
+    (tmp_path / "broken_peer.py").write_text("raise OSError('no shared library')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert measure.peer("broken_peer") is None
+    assert "cannot be imported (OSError: no shared library)" in capsys.readouterr().out
+
+
 def test_the_wait_is_the_time_until_an_item_is_there(monkeypatch):
     clock = Clock(monkeypatch)
     make, use = clock.takes("make", 7.0, 2.0, 3.0), clock.takes("use", 9.0, 5.0)
@@ -173,6 +180,24 @@ def test_an_interrupted_run_keeps_what_it_has_measured(tmp_path, monkeypatch):
     assert line["tables"][0]["title"] == "answers" and line["seconds"] == {}
 
 
+def test_a_section_that_fails_leaves_the_others(tmp_path, monkeypatch, capsys):
+    def answers(config, device) -> None:
+        measure.report("decode", "answers", {"ours": [1.0]})
+
+    def no_data(config, device) -> None:
+        raise UserError("there is no data")
+
+    for name, section in {"train": lambda *_: broken(), "data": no_data, "decode": answers}.items():
+        monkeypatch.setitem(benchmark.SECTIONS, name, section)
+    path = tmp_path / "r.jsonl"
+    assert benchmark.main([*TINY, "--section=data, train,decode", f"--results={path}"]) == 1
+    (line,) = benchmark_results.read(path)
+    assert line["tables"][0]["title"] == "answers"
+    told = capsys.readouterr().err
+    assert "RuntimeError: no compiler" in told and "data: there is no data\n" in told
+    assert told.endswith("not finished, see above: train, data\n")
+
+
 class Shard:
     """Documents of these lengths."""
 
@@ -206,6 +231,11 @@ def test_mistakes_are_one_line():
         benchmark.main(["--block_size=64", "--new_tokens=60"])
     with pytest.raises(UserError, match="rounds=0 must be at least 1"):
         benchmark.main(["--rounds=0"])
+    for setting in ("batch_size=-1", "repeats=x", "repeats=0", "device=tpu", "block_size=1"):
+        with pytest.raises(UserError, match=setting.replace("=", "='?")):
+            benchmark.main([f"--{setting}", "--section=train"])
+    with pytest.raises(UserError, match="cannot make the folder"):
+        benchmark.main([*TINY, f"--results={__file__}/results.jsonl"])
     with pytest.raises(UserError, match="n_embd=63 must be n_heads=10 times"):
         benchmark.main(["--n_embd=63"])
     with pytest.raises(UserError, match="none.jsonl does not exist: run python benchmark.py first"):
@@ -265,9 +295,14 @@ def test_the_table_has_the_newest_of_each_on_each_machine(tmp_path):
 def test_a_damaged_record_is_named(tmp_path):
     path = tmp_path / "r.jsonl"
     saved(path)
-    path.write_bytes(path.read_bytes() + b'{"date": ')
-    with pytest.raises(UserError, match="r.jsonl, line 2 is no record: delete that line"):
-        benchmark_results.read(path)
+    good = path.read_bytes()
+    for damaged in (b'{"date": ', b'{"tables": []}\n', b"[]\n", b"\xff\n"):
+        path.write_bytes(good + damaged)
+        with pytest.raises(UserError, match="r.jsonl, line 2 is no record: delete that line"):
+            benchmark_results.read(path)
+    path.write_bytes(good + good[:-1])  # whole, but for the end of its line
+    saved(path)
+    assert len(benchmark_results.read(path)) == 3
 
 
 def test_the_readmes_table_is_what_the_command_writes():

@@ -33,6 +33,7 @@ from benchmark_train import (
     labels_per_step,
     make_documents,
     shares,
+    steps_of,
     steps_table,
     train_config,
 )
@@ -197,6 +198,20 @@ def test_tables_of_a_tiny_model(tmp_path, capsys):
     assert "ours" in head["rows"] and not head["left_out"]
     assert len(optimizers["rows"]) == 7 and not optimizers["left_out"]
     assert "liger-kernel's loss needs a GPU" in capsys.readouterr().out
+
+
+def test_a_step_that_fails_leaves_no_gradients_to_others():
+    model, batches = GPT(shape()), whole_rows()
+
+    def fails_second(forward, tensors) -> torch.Tensor:
+        if any(p.grad is not None for p in model.parameters()):
+            raise RuntimeError("out of memory")
+        return forward(*tensors)
+
+    trainer = PlainTrainer(model, fails_second, CONFIG, CPU, torch.float32)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        steps_of(trainer, batches.packed)()
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_the_demo_is_measured_as_it_trains():

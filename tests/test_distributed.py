@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -197,6 +198,31 @@ def test_a_mistake_is_said_once(text_data, tmp_path):
     assert "exitcode  : 2" in output and "[rank" not in output
 
 
+def test_what_ranks_must_have_in_common(whole, text_data, chat_data, tmp_path, monkeypatch):
+    """Every setting before the first message, and then all data, a fine-tune's second set too."""
+    compared = []
+
+    class Recording(Ranks):
+        def check_same(self, values):
+            compared.append(values)
+
+    monkeypatch.setattr(train, "joined", lambda minutes: nullcontext(Recording()))
+    changes = {
+        "finetune": True,
+        "finetune_checkpoint": whole / "best_model.pt",
+        "finetune_data_dir": chat_data,
+        "finetune_out_dir": tmp_path,
+        "finetune_warmup_iters": 0,
+        "max_steps": 1,
+    }
+    alone(text_data, whole, **changes)
+    settings, found = compared
+    assert settings["data_dir"] == str(text_data) and settings["finetune_data_dir"]
+    assert found["data"].startswith("54 documents") and found["device"] == "cpu"
+    assert "val 6 documents" in found["validation"]
+    assert "pretrain_val 12 documents" in found["validation"]
+
+
 def test_micro_batches_that_cannot_be_dealt_evenly_are_refused():
     config = config_from_constants(vars(train), ["--gradient_accumulation_steps=16"])
     check_ranks(config, 8)
@@ -241,7 +267,12 @@ def test_ranks_share_the_micro_batches_of_the_same_steps(world_size, text_data):
     [
         ({"WORLD_SIZE": "4"}, "RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT must be set"),
         ({"RANK": "1"}, "WORLD_SIZE, LOCAL_RANK"),
-        (dict.fromkeys(NEEDED, "2"), "RANK=2, WORLD_SIZE=2, LOCAL_RANK=2: ranks count from 0"),
+        (dict.fromkeys(NEEDED, "2"), "RANK=2, WORLD_SIZE=2, LOCAL_RANK=2.*ranks count from 0"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+            | {"MASTER_ADDR": "here", "MASTER_PORT": "port"},
+            "MASTER_PORT=port: these are numbers",
+        ),
         (dict.fromkeys(NEEDED, "x"), "RANK=x, .*start with torchrun"),
     ],
 )
