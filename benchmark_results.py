@@ -176,8 +176,9 @@ def cells(table: dict[str, Any]) -> tuple[str, str, str]:
         text = rate or f"{row['median_s']:.3g} s" if len(rows) == 1 else text
         return f"{name} {text}" if name else text
 
-    ours = [told(name, row) for name, row in rows.items() if is_ours(name)]
-    peers = [told(name, row) for name, row in rows.items() if not is_ours(name)]
+    alone = not any(map(is_ours, rows))  # facts of our own: there is nothing beside them
+    ours = [told(name, row) for name, row in rows.items() if alone or is_ours(name)]
+    peers = [told(name, row) for name, row in rows.items() if not (alone or is_ours(name))]
     shares = []
     if any("share" in row for row in table.get("rows", {}).values()):
         mine = [row for name, row in rows.items() if is_ours(name)]

@@ -416,12 +416,13 @@ def run(config: Any, device: torch.device) -> None:
     for n_embd in (small.n_embd, full.n_embd):
         n = 16384 if gpu else 1024
         head_table(n_embd, tokenizer.vocab_size, n, device, dtype, config.rounds, compile)
+        free(device)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         documents = make_documents(folder / "train.npz", 4000, tokenizer.n_text)
         for title, chosen, peers in (
-            ("full model", full, ("transformers", "litgpt", "original", "liger")),
             ("the demo's model", small, ("litgpt", "transformers")),
+            ("full model", full, ("transformers", "litgpt", "original", "liger")),
         ):
             rows = PackedRows([documents], chosen.block_size, tokenizer.pad_id)
             rounds = config.rounds if chosen is full else 2 * config.rounds

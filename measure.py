@@ -4,9 +4,11 @@ Contestants run in turn (A B A B ...), so that a machine that slows down slows a
 table that is printed is kept in `tables`, from which benchmark_results.py writes its record.
 """
 
+import ctypes
 import gc
 import importlib
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -26,10 +28,17 @@ skipped: dict[str, str] = {}  # optional packages that were looked for in vain, 
 
 
 def free(device: torch.device) -> None:
-    """Gives back the memory of what is no longer used: models and optimizers refer in circles."""
+    """Gives back the memory of what is no longer used: models and optimizers refer in circles.
+
+    Back to the system too, where the C library can (glibc). A table that begins with the free
+    memory of a larger one before it would not show the page faults that a training run pays for.
+    """
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 def begin() -> None:
