@@ -30,7 +30,7 @@ import benchmark_results
 import benchmark_train
 import measure
 from benchmark_decode import PROMPT
-from benchmark_train import SHAPE
+from benchmark_inputs import SHAPE
 from config import UserError, config_from_constants, run_script
 from model import GPTConfig
 from preflight import choose_device, make_folder

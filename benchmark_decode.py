@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 import measure
+from benchmark_inputs import SHAPE
 from benchmark_peers import llama_of, original_of
-from benchmark_train import SHAPE
 from decoding import Decoder
 from model import GPT, GPTConfig, KVCache
 from tokenizer import load_tokenizer

@@ -17,8 +17,8 @@ import torch
 
 import measure
 import train
+from benchmark_inputs import MEAN_LENGTH, SHAPE, SIGMA, demo_config, make_documents, train_config
 from benchmark_peers import padded_rows
-from benchmark_train import MEAN_LENGTH, SHAPE, SIGMA, demo_config, make_documents, train_config
 from dataset import NpzDataset, open_split
 from model import GPT, GPTConfig
 from packing import Batch, PackedRows, cut_documents, pack

@@ -90,6 +90,24 @@ def plain_rows(batch: Batch, pad_id: int) -> Batch:
     return Batch(batch.ids, targets, batch.positions, batch.cu_seqlens, n_labels)
 
 
+def beginnings(documents: Sequence[np.ndarray | None], block_size: int, pad_id: int) -> Batch:
+    """The original's rows: the first `block_size` tokens of each document, padded; None is padding.
+
+    A document that is cut off gives block_size - 1 labels, since its next token is cut off too. A
+    row is one piece: attention is causal, so no labelled token sees the padding behind it.
+    """
+    ids = torch.full((len(documents), block_size), pad_id)
+    targets = torch.full_like(ids, IGNORE_INDEX)
+    for row, document in enumerate(documents):
+        if document is not None:
+            tokens = torch.from_numpy(document[:block_size].astype(np.int64))
+            ids[row, : len(tokens)] = tokens
+            targets[row, : len(tokens) - 1] = tokens[1:]
+    positions = torch.arange(block_size).expand_as(ids)
+    borders = torch.arange(0, ids.numel() + 1, block_size, dtype=torch.int32)
+    return Batch(ids, targets, positions, borders, int((targets != IGNORE_INDEX).sum()))
+
+
 def padded_rows(
     documents: Sequence[np.ndarray],
     block_size: int,
@@ -97,19 +115,9 @@ def padded_rows(
     pad_id: int,
     rng: np.random.Generator,
 ) -> Batch:
-    """The original's micro-batch: the first `block_size` tokens of random documents, padded.
-
-    Documents are drawn with replacement; one that is cut off gives block_size - 1 labels, since its
-    next token is cut off too. What `positions` and `cu_seqlens` hold is not used.
-    """
-    ids = torch.full((batch_size, block_size), pad_id)
-    targets = torch.full_like(ids, IGNORE_INDEX)
-    for row, document in enumerate(rng.integers(len(documents), size=batch_size)):
-        tokens = torch.from_numpy(documents[document][:block_size].astype(np.int64))
-        ids[row, : len(tokens)] = tokens
-        targets[row, : len(tokens) - 1] = tokens[1:]
-    unused = torch.zeros(0, dtype=torch.int32)
-    return Batch(ids, targets, unused, unused, int((targets != IGNORE_INDEX).sum()))
+    """The original's micro-batch: documents drawn with replacement."""
+    drawn = rng.integers(len(documents), size=batch_size)
+    return beginnings([documents[i] for i in drawn], block_size, pad_id)
 
 
 def llama_loss(forward: Callable, tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:

@@ -12,9 +12,7 @@ padding too, at this machine's matmul rate: the column is the MFU.
 
 import copy
 import dataclasses
-import shutil
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -24,9 +22,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import demo
-import train
+from benchmark_inputs import SHAPE, demo_config, make_documents, train_config
 from benchmark_optimizer import LaunchPerParameter
+from benchmark_overhead import shares
 from benchmark_peers import (
     PlainTrainer,
     liger_loss,
@@ -39,40 +37,13 @@ from benchmark_peers import (
     padded_rows,
     plain_rows,
 )
-from checkpoint import CheckpointWriter
-from config import config_from_constants
 from cross_entropy import linear_cross_entropy
-from dataset import NpzDataset, ShardWriter
-from measure import compare, facts, free, limits, peer, seconds_of
+from dataset import NpzDataset
+from measure import compare, free, limits, peer
 from model import GPT, GPTConfig
 from packing import Batch, PackedRows
-from tokenizer import Tokenizer, load_tokenizer
+from tokenizer import load_tokenizer
 from training import Run
-
-MEAN_LENGTH, SIGMA = 1030, 1.08  # of FineWeb-Edu's documents, tokens, log-normal
-SHAPE = ("n_layers", "n_embd", "n_heads", "n_kv_heads", "block_size")
-
-
-def make_documents(path: Path, n: int, vocab_size: int, seed: int = 0) -> NpzDataset:
-    """A shard of `n` documents of random text ids, their lengths log-normal, at least 2."""
-    rng = np.random.default_rng(seed)
-    mu = np.log(MEAN_LENGTH) - SIGMA**2 / 2
-    lengths = np.maximum(2, rng.lognormal(mu, SIGMA, size=n).astype(np.int64))
-    with ShardWriter(path.parent) as writer:
-        writer.add_batch(rng.integers(vocab_size, size=k).astype(np.uint16) for k in lengths)
-        writer.write(path)
-    return NpzDataset(path)
-
-
-def train_config(settings: list[str], **changes: Any) -> Any:
-    """The settings of train.py with these command-line settings and changes."""
-    return dataclasses.replace(config_from_constants(vars(train), settings), **changes)
-
-
-def demo_config() -> Any:
-    """The settings with which the demo pretrains."""
-    commands = {title: command for title, command in demo.stages("data", "out")}
-    return train_config(commands["Pretrain"][1:])
 
 
 class Batches:
@@ -248,102 +219,6 @@ def steps_table(
             work=("tokens/s", useful),
             bound=dict.fromkeys(contestants, fastest),
         )
-
-
-def shares(
-    config: Any,
-    rows: PackedRows,
-    device: torch.device,
-    dtype: torch.dtype,
-    compile: bool,
-    steps: int,
-    folder: Path,
-) -> None:
-    """What a run of train.py spends beside its steps, as shares of its time at its own intervals.
-
-    `config` is a smaller batch of train.py's settings with SophiaG. The times of a step, of a
-    Hessian estimate and of an evaluation are measured on it and scaled to train.py's numbers of
-    rows; the wait for data is that of the real prefetching thread.
-    """
-    full, tokenizer = train_config([]), load_tokenizer()
-    shape = {name: getattr(config, name) for name in SHAPE}
-    model = GPT(GPTConfig(**shape, vocab_size=tokenizer.vocab_size)).to(device)
-    gpu = device.type == "cuda"
-    run = Run(model, config, device, dtype)
-    per_step = config.batch_size * config.gradient_accumulation_steps
-    if compile:
-        torch.compiler.reset()  # what it has seen of other batch sizes would make them dynamic
-        run.try_compile(rows.batch(range(config.batch_size)))
-    batches = train.batches_of(rows, 0, (steps + 1) * per_step, config, pin=gpu)
-    waited, turn = 0.0, iter(batches)
-    try:
-        first = next(turn)
-        run.update_hessian(first[0])
-        run.step(first, lr=1e-4)
-        synchronize(device)
-        started = time.perf_counter()
-        for _ in range(steps):
-            asked = time.perf_counter()
-            micro_batches = next(turn)
-            waited += time.perf_counter() - asked
-            run.step(micro_batches, lr=1e-4)
-        synchronize(device)
-        elapsed = time.perf_counter() - started
-    finally:
-        batches.close()
-    hessian = seconds_of(partial(run.update_hessian, first[0]), 10 if gpu else 1, device)
-    token_bytes = torch.from_numpy(tokenizer.token_bytes)
-    run.sample_text(tokenizer)  # the first one may compile the decoding step
-    if gpu:
-        run.evaluate(rows, token_bytes)
-    evaluation = seconds_of(partial(run.evaluate, rows, token_bytes), 1, device)
-    sample = seconds_of(partial(run.sample_text, tokenizer), 1, device)
-    save, write = checkpoint_seconds(run, tokenizer, folder)
-
-    full_rows = full.batch_size * full.gradient_accumulation_steps
-    step = elapsed / steps * full_rows / per_step  # of train.py
-    hessian *= full.batch_size / config.batch_size
-    evaluation *= full.eval_rows / min(config.eval_rows, rows.rows_per_epoch)
-    between = full.eval_interval * step
-    beside = evaluation + sample + save
-    facts(
-        "train",
-        f"a run of train.py, as measured on {steps} steps of {per_step} rows",
-        {
-            f"step of {full_rows * rows.block_size:,} tokens": {"seconds": step},
-            "wait for data": {"seconds": waited / steps, "share": waited / elapsed},
-            "Hessian estimate": {
-                "seconds": hessian,
-                "share": hessian / (hessian + full.hess_interval * step),
-            },
-            "evaluation": {
-                "seconds": evaluation + sample,
-                "share": (evaluation + sample) / (between + beside),
-            },
-            "checkpoint, blocking": {"seconds": save, "share": save / (between + beside)},
-            "checkpoint, in the background": {"seconds": write},
-        },
-    )
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def checkpoint_seconds(run: Run, tokenizer: Tokenizer, folder: Path) -> tuple[float, float]:
-    """How long one checkpoint stops the loop, and how long its thread then writes."""
-    needed = 16 * run.model.n_parameters()
-    if shutil.disk_usage(folder).free < needed:
-        print(f"skipped: a checkpoint needs {needed / 1e9:.1f} GB in {folder}")
-        return float("nan"), float("nan")
-    writer = CheckpointWriter(folder / "checkpoints", keep=1)
-    synchronize(run.device)
-    started = time.perf_counter()
-    writer.save(run.state(1, 0, 1.0, tokenizer), best=False)
-    save = time.perf_counter() - started
-    writer.wait()
-    return save, time.perf_counter() - started - save
 
 
 def head_table(

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmark_peers import beginnings
 from build_tokenizer import build_json
 from config import UserError
-from cross_entropy import IGNORE_INDEX
 from dataset import open_split
 from model import GPT
 from packing import Batch
@@ -80,22 +80,14 @@ class PaddedStarts:
         self.n_documents = self.rows_per_epoch = len(self.documents)
 
     def batch(self, rows: Iterable[int | None]) -> Batch:
-        rows = list(rows)
-        shape = (len(rows), self.block_size)
-        ids = np.full(shape, self.pad_id, dtype=np.int64)
-        targets = np.full(shape, IGNORE_INDEX, dtype=np.int64)
-        for r, row in enumerate(rows):
-            if row is None:
-                continue
-            if self.seed is not None:
-                row = np.random.default_rng((self.seed, row)).integers(len(self.documents))
-            start = self.documents[row][: self.block_size]
-            ids[r, : len(start)], targets[r, : len(start) - 1] = start, start[1:]
-        # One piece a row. Attention is causal, so no labelled token sees the padding behind it.
-        positions = np.broadcast_to(np.arange(self.block_size), shape).copy()
-        borders = np.arange(0, ids.size + 1, self.block_size, dtype=np.int32)
-        arrays = map(torch.from_numpy, (ids, targets, positions, borders))
-        return Batch(*arrays, n_labels=int((targets != IGNORE_INDEX).sum()))
+        chosen = [None if row is None else self.documents[self.place(row)] for row in rows]
+        return beginnings(chosen, self.block_size, self.pad_id)
+
+    def place(self, row: int) -> int:
+        """The document of a row."""
+        if self.seed is None:
+            return row
+        return int(np.random.default_rng((self.seed, row)).integers(len(self.documents)))
 
 
 class OriginalRun(Run):

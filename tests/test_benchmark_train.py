@@ -14,7 +14,9 @@ import torch
 from test_model import llama_twin
 
 import measure
+from benchmark_inputs import demo_config, make_documents, train_config
 from benchmark_optimizer import list_table, muon_and_adamw
+from benchmark_overhead import shares
 from benchmark_peers import (
     PlainTrainer,
     litgpt_loss,
@@ -25,18 +27,7 @@ from benchmark_peers import (
     padded_rows,
     plain_rows,
 )
-from benchmark_train import (
-    Batches,
-    CausalRun,
-    demo_config,
-    head_table,
-    labels_per_step,
-    make_documents,
-    shares,
-    steps_of,
-    steps_table,
-    train_config,
-)
+from benchmark_train import Batches, CausalRun, head_table, labels_per_step, steps_of, steps_table
 from cross_entropy import IGNORE_INDEX
 from model import GPT, GPTConfig
 from packing import Batch, PackedRows
