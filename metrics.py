@@ -193,3 +193,33 @@ class Progress:
 
     def close(self) -> None:
         self.bar.close()
+
+
+def print_summary(run: Any, rows: Any, total: int, validation: dict[str, Any]) -> None:
+    """What is about to be trained, on what and for how long."""
+    config, model = run.config, run.model
+    rows_per_step = config.batch_size * config.gradient_accumulation_steps
+    per_step = rows_per_step * rows.block_size
+    epochs = min(config.num_epochs, total * rows_per_step / rows.rows_per_epoch)
+    print(
+        f"{model.n_parameters():,} parameters on {run.device} ({str(run.dtype)[6:]}), "
+        f"{config.optimizer}, {total:,} steps of {per_step:,} tokens"
+        + (f", {run.ranks.world_size} ranks" if run.ranks.world_size > 1 else "")
+    )
+    print(
+        f"{config.data_dir}: {rows.description}; {rows.rows_per_epoch:,} rows of "
+        f"{rows.block_size}, {rows.fill:.2%} full, {epochs:.3g} epochs; validation on "
+        f"{min(config.eval_rows, validation['val'].rows_per_epoch):,} rows"
+    )
+    if rows.n_shortened or rows.n_dropped:
+        print(
+            f"{rows.n_shortened} conversations longer than {rows.block_size} tokens keep their "
+            f"most recent turns; {rows.n_dropped} whose last turn alone is too long are left out"
+        )
+
+
+def describe(step: int, results: dict[str, Any], is_best: bool) -> str:
+    """The lines that an evaluation prints."""
+    numbers = ", ".join(f"{k} {v:.4f}" for k, v in results.items() if isinstance(v, float))
+    line = f"step {step}: {numbers}" + (" (best so far)" if is_best else "")
+    return line + (f"\n    {results['sample']!r}" if "sample" in results else "")
