@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from backends import common_prefix
 from config import UserError
+from kv_cache import common_prefix
 
 MODEL, CONFIG = "model.onnx", "config.json"
 NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}

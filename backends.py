@@ -13,10 +13,12 @@ from typing import Any, Protocol
 
 import torch
 
+from backend_onnx import OnnxBackend
 from checkpoint import load_model
 from config import UserError
-from decoding import Decoder, KVCache
+from decoding import Decoder
 from hf_check import quiet_transformers
+from kv_cache import KVCache, common_prefix
 from model import GPT
 from pretrained import CONFIG, model_folder, read_json
 
@@ -38,14 +40,6 @@ class Backend(Protocol):
         Only what follows the longest prefix shared with the previous call is computed, at least
         the last token. Not for two threads at once.
         """
-
-
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many items at their beginning a and b share."""
-    shorter = min(len(a), len(b))
-    if a[:shorter] == b[:shorter]:  # each step of an answer: one comparison, not a loop
-        return shorter
-    return next(i for i in range(shorter) if a[i] != b[i])
 
 
 def checked(ids: Sequence[int], block_size: int) -> list[int]:
@@ -119,7 +113,7 @@ def open_backend(
     if kind == "onnx":
         if dtype is not None:
             raise UserError("an ONNX file has its own dtype: export it with --dtype instead")
-        return open_onnx(model, device)
+        return OnnxBackend(model, None if device is None else str(device))
     device = known_device(device)
     if kind == "huggingface":
         folder = transformers_folder(model)
@@ -191,9 +185,3 @@ def open_transformers(
             first = sorted(map(str, report[kind]))[0]
             raise UserError(f"{folder}: its tensors are not its config's, {kind}: {first}")
     return HuggingFaceBackend(model.to(device))
-
-
-def open_onnx(model: str | os.PathLike, device: str | torch.device | None) -> Backend:
-    from backend_onnx import OnnxBackend  # which imports this file
-
-    return OnnxBackend(model, None if device is None else str(device))

@@ -18,7 +18,8 @@ import measure
 from benchmark_inputs import SHAPE
 from benchmark_peers import llama_of, original_of
 from decoding import Decoder
-from model import GPT, GPTConfig, KVCache
+from kv_cache import KVCache
+from model import GPT, GPTConfig
 from tokenizer import load_tokenizer
 
 PROMPT = 16  # tokens
@@ -149,9 +150,10 @@ def run(config: Any, device: torch.device) -> None:
     gpt = GPT(GPTConfig(**{name: getattr(config, name) for name in SHAPE})).to(device, dtype).eval()
     prompt = torch.randint(gpt.config.vocab_size, (1, PROMPT), device=device)
     found = decoders(gpt, config.compile)
+    cache = KVCache.empty(gpt.config, 1, like=gpt.tok_embeddings.weight)
 
     def answer(decoder: Decoder) -> None:
-        (ids,) = gpt.generate(prompt, n, temperature=0, decoder=decoder)
+        (ids,) = gpt.generate(prompt, n, temperature=0, decoder=decoder, cache=cache)
         assert len(ids) == n
 
     with tempfile.TemporaryDirectory() as name:

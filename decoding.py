@@ -1,4 +1,4 @@
-"""Token by token: the KV cache, one decode step made fast, and the loop that generates.
+"""One decode step, made fast.
 
     decoder = Decoder(model)                          # or weights="bfloat16", "int8"
     cache = KVCache.empty(model.config, batch, like=model.tok_embeddings.weight)
@@ -12,60 +12,19 @@ CPU it is therefore one call of decode_step.cpp, compiled when first needed (som
 """
 
 import ctypes
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
 
+from kv_cache import KVCache
+from model import GPT, rope_tables
 from native import native_library
-from sampling import sample
-
-if TYPE_CHECKING:
-    from model import GPT, GPTConfig
 
 # Its sums may be taken in another order than it is written, for speed.
 LIBRARY = ("decode_step.cpp", "-ffp-contract=fast", "-fassociative-math", "-fno-signed-zeros")
 WEIGHT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # as in decode_step.cpp
 MODES = ("auto", "eager", "compile")
 LARGEST_NATIVE_BATCH = 8  # rows; above, PyTorch's matrix products are faster
-
-
-@dataclass
-class KVCache:
-    """Keys and values of the tokens seen so far, with room for `block_size` of them.
-
-    All memory is taken at once. Setting a row's length shortens it: what lies beyond is not read.
-    """
-
-    keys: torch.Tensor  # (n_layers, B, K, block_size, D)
-    values: torch.Tensor
-    lengths: torch.Tensor  # (B,) tokens cached in each row
-
-    @classmethod
-    def empty(cls, config: "GPTConfig", batch: int, like: torch.Tensor) -> "KVCache":
-        shape = (config.n_layers, batch, config.n_kv_heads, config.block_size, config.head_dim)
-        lengths = torch.zeros(batch, dtype=torch.long, device=like.device)
-        return cls(like.new_zeros(shape), like.new_zeros(shape), lengths)
-
-    def places(self, T: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Positions (B, T) of T more tokens, and which places they see, (B, 1, T, places)."""
-        positions = self.lengths[:, None] + torch.arange(T, device=self.lengths.device)
-        seen = self.keys.shape[3]
-        if self.lengths.is_cpu and not torch.compiler.is_compiling():
-            seen = min(seen, int(self.lengths.max()) + T)  # a GPU would have to be waited for
-        places = torch.arange(seen, device=self.lengths.device)
-        return positions, (places <= positions[:, :, None])[:, None]
-
-    def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor):
-        """Writes keys and values (B, K, T, D) at positions (B, T); returns the layer's, all places.
-
-        Under autocast they are narrower than the cache, which has the type of the weights.
-        """
-        rows = torch.arange(len(positions), device=positions.device)[:, None]
-        self.keys[layer][rows, :, positions] = k.transpose(1, 2).to(self.keys.dtype)
-        self.values[layer][rows, :, positions] = v.transpose(1, 2).to(self.values.dtype)
-        return self.keys[layer], self.values[layer]
 
 
 class Matrix(ctypes.Structure):
@@ -89,9 +48,7 @@ class Model(ctypes.Structure):
 class NativeStep:
     """The step as one call of decode_step.cpp; `weights` are copied in that type if they differ."""
 
-    def __init__(self, gpt: "GPT", native: ctypes.CDLL, weights: torch.dtype):
-        from model import rope_tables
-
+    def __init__(self, gpt: GPT, native: ctypes.CDLL, weights: torch.dtype):
         self.config, self.native, self.weights = gpt.config, native, weights
         native.decode_step.restype = ctypes.c_int64
         self.tensors: list[torch.Tensor] = []  # what the pointers below point to
@@ -199,7 +156,7 @@ class Decoder:
     Raises ValueError where `weights` cannot be had.
     """
 
-    def __init__(self, gpt: "GPT", weights: str | None = None, mode: str = "auto"):
+    def __init__(self, gpt: GPT, weights: str | None = None, mode: str = "auto"):
         if mode not in MODES:
             raise ValueError(f"mode={mode!r} must be one of {', '.join(MODES)}")
         if weights not in (None, "float32", "bfloat16", "int8"):
@@ -216,21 +173,11 @@ class Decoder:
                 f"weights={weights!r} needs the CPU and a C++ compiler (c++ or g++): install one, "
                 "or leave the weights as they are"
             )
-        self.spare: list[KVCache] = []  # of answers that are done: a CUDA graph knows their memory
         self.step = self.eager
         if mode == "compile":
             self.step = torch.compile(self.eager, dynamic=False, fullgraph=True)
         if weight.is_cuda and mode != "eager":
             self.step = GraphStep(self.step)
-
-    def empty_cache(self, batch: int) -> KVCache:
-        """A cache for `batch` new answers; put into `spare`, it serves the next ones."""
-        cache = self.spare.pop() if self.spare else None
-        weight = self.gpt.tok_embeddings.weight
-        if cache is None or cache.keys.shape[1] != batch or cache.keys.dtype != weight.dtype:
-            return KVCache.empty(self.gpt.config, batch, like=weight)
-        cache.lengths = torch.zeros_like(cache.lengths)
-        return cache
 
     def eager(self, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
         return self.gpt(tokens[:, None], cache=cache)[:, 0]
@@ -245,64 +192,3 @@ class Decoder:
         if self.native and few and cache.keys.is_cpu and cache.keys.dtype in WEIGHT_TYPES:
             return self.native(tokens, cache)
         return self.step(tokens, cache)
-
-
-@torch.inference_mode()
-def generate_steps(
-    gpt: "GPT",
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    generator: torch.Generator | None,
-    decoder: Decoder | None,
-) -> Iterator[list[int | None]]:
-    """See GPT.generate_steps."""
-    block_size, weight = gpt.config.block_size, gpt.tok_embeddings.weight
-    sizes = [len(prompt) for prompt in prompts]
-    if not sizes or min(sizes) == 0:
-        raise ValueError("nothing to continue: give at least one token in every prompt")
-    if max(sizes) > block_size:
-        raise ValueError(
-            f"the prompt has {max(sizes)} tokens and the context only {block_size}: shorten it"
-        )
-    budgets = [min(max_new_tokens, block_size + 1 - size) for size in sizes]
-    if decoder is None:  # a CUDA graph is worth its capture only to those who keep it
-        decoder = Decoder(gpt, mode="eager" if weight.is_cuda else "auto")
-    cache = decoder.empty_cache(len(prompts))
-    was_training = gpt.training
-    gpt.eval()
-    try:
-        padded = [prompt + [0] * (max(sizes) - len(prompt)) for prompt in prompts]
-        ids = torch.tensor(padded, device=weight.device)  # padded on the right: causality hides it
-        x = gpt.hidden(ids, cache=cache)
-        cache.lengths += torch.tensor(sizes, device=weight.device)
-        x = x[torch.arange(len(prompts), device=weight.device), cache.lengths - 1]  # (B, C)
-        logits = gpt.lm_head(x)
-
-        def after(tokens: torch.Tensor) -> torch.Tensor:
-            cache.lengths.clamp_(max=block_size - 1)  # only rows that are done are there
-            logits = decoder(tokens, cache)
-            cache.lengths += 1
-            return logits
-
-        for step in range(max(budgets)):
-            tokens = sample(logits, temperature, top_k, top_p, generator)  # (B,)
-            found = tokens.to("cpu", non_blocking=weight.is_cuda)
-            more = step + 1 < max(budgets)
-            if weight.is_cuda:  # the next step is queued before this one's tokens are waited for
-                copied = torch.cuda.Event()
-                copied.record()
-                if more:
-                    logits = after(tokens)
-                copied.synchronize()
-            yield [
-                token if step < budget else None
-                for token, budget in zip(found.tolist(), budgets, strict=True)
-            ]
-            if more and not weight.is_cuda:
-                logits = after(tokens)
-    finally:
-        decoder.spare[:] = [cache]
-        gpt.train(was_training)

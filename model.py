@@ -15,7 +15,7 @@ References: RoPE 2104.09864, GQA 2305.13245, SwiGLU 2002.05202, RMSNorm 1910.074
 
 import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -23,7 +23,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from cross_entropy import linear_cross_entropy
-from decoding import Decoder, KVCache, generate_steps
+from kv_cache import KVCache
+from sampling import sample
 
 
 @dataclass(frozen=True)
@@ -309,6 +310,7 @@ class GPT(nn.Module):
             x = block(x, cos, sin, mask, cu_seqlens, cache, layer, positions)
         return self.norm(x)
 
+    @torch.inference_mode()
     def generate(
         self,
         ids: torch.Tensor | Sequence[Sequence[int]],
@@ -318,41 +320,67 @@ class GPT(nn.Module):
         top_p: float | None = 0.95,
         stop_tokens: Sequence[int] = (),
         generator: torch.Generator | None = None,
-        decoder: Decoder | None = None,
+        decoder: Callable[[torch.Tensor, KVCache], torch.Tensor] | None = None,
+        cache: KVCache | None = None,
     ) -> list[list[int]]:
         """New token ids of each prompt, without the prompt and without the stop token.
 
         `ids` is (B, T) or B lists of any lengths. A row ends before a stop token, after
         `max_new_tokens`, or when the context is full. See `sample` for temperature, top_k, top_p.
+        `decoder` computes the logits (B, V) after one more token of each row, (B,), and appends
+        its keys and values to the cache, as generation/fast_decode.py does; by default it is the
+        forward pass. `cache`, of B rows, is overwritten; reuse one to keep its memory.
         Raises ValueError for an empty prompt and for one that does not fit the context.
         """
         prompts = ids.tolist() if isinstance(ids, torch.Tensor) else [list(row) for row in ids]
+        sizes = [len(prompt) for prompt in prompts]
+        block_size, weight = self.config.block_size, self.tok_embeddings.weight
+        if not sizes or min(sizes) == 0:
+            raise ValueError("nothing to continue: give at least one token in every prompt")
+        if max(sizes) > block_size:
+            raise ValueError(
+                f"the prompt has {max(sizes)} tokens and the context only {block_size}: shorten it"
+            )
+        budgets = [min(max_new_tokens, block_size + 1 - size) for size in sizes]
+        decoder = decoder or self.decode_step
+        cache = cache or KVCache.empty(self.config, len(prompts), like=weight)
         rows: list[list[int]] = [[] for _ in prompts]
-        open_rows = set(range(len(rows)))
-        settings = (max_new_tokens, temperature, top_k, top_p, generator)
-        for tokens in generate_steps(self, prompts, *settings, decoder):
-            for row in sorted(open_rows):
-                if tokens[row] is None or tokens[row] in stop_tokens:
-                    open_rows.remove(row)
-                else:
-                    rows[row].append(tokens[row])
-            if not open_rows:
-                break
+        open_rows = {row for row, budget in enumerate(budgets) if budget > 0}
+        was_training = self.training
+        self.eval()
+        try:
+            padded = [prompt + [0] * (max(sizes) - len(prompt)) for prompt in prompts]
+            ids = torch.tensor(padded, device=weight.device)  # right padding: causality hides it
+            cache.lengths.zero_()
+            x = self.hidden(ids, cache=cache)
+            cache.lengths += torch.tensor(sizes, device=weight.device)
+            last = cache.lengths - 1
+            logits = self.lm_head(x[torch.arange(len(prompts), device=weight.device), last])
+            while open_rows:
+                tokens = sample(logits, temperature, top_k, top_p, generator)  # (B,)
+                new_tokens = tokens.to("cpu", non_blocking=weight.is_cuda)
+                if weight.is_cuda:  # queue the next step before waiting for this one's tokens
+                    copied = torch.cuda.Event()
+                    copied.record()
+                    logits = self.advance(decoder, tokens, cache)
+                    copied.synchronize()
+                for row, token in enumerate(new_tokens.tolist()):
+                    if row in open_rows and token not in stop_tokens:
+                        rows[row].append(token)
+                    if token in stop_tokens or len(rows[row]) == budgets[row]:
+                        open_rows.discard(row)
+                if open_rows and not weight.is_cuda:
+                    logits = self.advance(decoder, tokens, cache)
+        finally:
+            self.train(was_training)
         return rows
 
-    def generate_steps(
-        self,
-        prompts: list[list[int]],
-        max_new_tokens: int,
-        temperature: float = 0.5,
-        top_k: int | None = None,
-        top_p: float | None = 0.95,
-        generator: torch.Generator | None = None,
-        decoder: Decoder | None = None,
-    ) -> Iterator[list[int | None]]:
-        """Yields one new token per prompt and step; None for a row whose context is full.
+    def decode_step(self, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """Logits (B, V) after one more token of each row, (B,); the caller advances the lengths."""
+        return self(tokens[:, None], cache=cache)[:, 0]
 
-        Several calls may share a `decoder`, such as one with int8 weights; by default it is new.
-        """
-        settings = (max_new_tokens, temperature, top_k, top_p, generator)
-        return generate_steps(self, prompts, *settings, decoder)
+    def advance(self, decoder: Callable, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        cache.lengths.clamp_(max=self.config.block_size - 1)  # only finished rows are full
+        logits = decoder(tokens, cache)
+        cache.lengths += 1
+        return logits

@@ -13,7 +13,8 @@ from test_model import greedy_without_cache, random_ids, tiny_model
 import decoding
 import native
 from decoding import LARGEST_NATIVE_BATCH, LIBRARY, Decoder
-from model import GPT, KVCache
+from kv_cache import KVCache
+from model import GPT
 from native import native_library
 from sampling import nucleus, sample
 
@@ -268,27 +269,20 @@ def test_a_graph_reads_and_writes_the_memory_it_was_captured_with(monkeypatch):
     assert len(captured) == 2
 
 
-def test_answers_in_turn_share_a_cache_and_answers_at_once_do_not(monkeypatch):
-    """So a decoder that keeps a CUDA graph captures it once, and no answer reads another's keys."""
+def test_answers_in_turn_may_share_a_cache(monkeypatch):
+    """So a decoder that keeps a CUDA graph captures it once; older answers' keys are not read."""
     model = tiny_model().eval()
-    made = mock.Mock(wraps=KVCache.empty)
-    monkeypatch.setattr(decoding.KVCache, "empty", made)
     prompts = [random_ids(1, n, seed=n)[0].tolist() for n in (9, 3, 6)]
     expected = [model.generate([p], 8, temperature=0)[0] for p in prompts]
-    decoder = Decoder(model)
-    made.reset_mock()
+    decoder, cache = Decoder(model), empty_cache(model, 1)
+    made = mock.Mock(wraps=KVCache.empty)
+    monkeypatch.setattr(KVCache, "empty", made)
     for prompt, tokens in zip(prompts, expected, strict=True):  # a longer answer's keys lie there
-        assert model.generate([prompt], 8, temperature=0, decoder=decoder) == [tokens]
+        rows = model.generate([prompt], 8, temperature=0, decoder=decoder, cache=cache)
+        assert rows == [tokens]
+    assert made.call_count == 0
+    assert model.generate(prompts, 8, temperature=0, decoder=decoder) == expected
     assert made.call_count == 1
-    steps = [
-        model.generate_steps([p], 8, temperature=0, top_k=None, top_p=None, decoder=decoder)
-        for p in prompts
-    ]
-    together = [[row[0] for row in turn] for turn in zip(*steps, strict=True)]
-    assert [list(tokens) for tokens in zip(*together, strict=True)] == expected
-    assert made.call_count == 3  # the spare one and two more
-    model.generate(prompts, 8, temperature=0, decoder=decoder)
-    assert made.call_count == 4  # three rows at once need another
 
 
 @pytest.mark.gpu

@@ -12,7 +12,8 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
 from benchmark_peers import llama_of
 from cross_entropy import IGNORE_INDEX, linear_cross_entropy
-from model import GPT, GPTConfig, KVCache, apply_rope, document_mask, rope_tables
+from kv_cache import KVCache
+from model import GPT, GPTConfig, apply_rope, document_mask, rope_tables
 from sampling import sample
 
 REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference"
