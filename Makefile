@@ -21,9 +21,9 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 
 gpu: $(VENV)/.installed-dev
-	grep -v -e '^-r' -e llama-cpp requirements-bench.txt > $(VENV)/peers.txt
+	grep -v -e '^-r' -e llama-cpp requirements/bench.txt > $(VENV)/peers.txt
 	-$(PIP) -r $(VENV)/peers.txt
-	-$(PIP) $$(sed -n 's/^# *pip install \(--no-deps .*\)/\1/p' requirements-bench.txt)
+	-$(PIP) $$(sed -n 's/^# *pip install \(--no-deps .*\)/\1/p' requirements/bench.txt)
 	sh tests/on_gpu.sh checkpoints/on_gpu data/demo/pretrain $(BIN)/python
 
 $(VENV)/.installed: requirements.txt
@@ -34,6 +34,6 @@ $(VENV)/.installed: requirements.txt
 	$(PIP) -r requirements.txt
 	touch $@
 
-$(VENV)/.installed-dev: requirements-dev.txt requirements-export.txt $(VENV)/.installed
-	$(PIP) -r requirements-dev.txt
+$(VENV)/.installed-dev: requirements/dev.txt requirements/export.txt $(VENV)/.installed
+	$(PIP) -r requirements/dev.txt
 	touch $@

@@ -7,7 +7,7 @@
 
 Each table has medians and ranges after a warm-up, how many times as fast as the table's first each
 contestant is, and what share that is of what this machine can do at most, measured in the same run.
-Every run adds a line to benchmarks/results.jsonl. Peers are optional (requirements-bench.txt). Run
+Every run adds a line to benchmarks/results.jsonl. Peers are optional (requirements/bench.txt). Run
 nothing else at the same time.
 """
 
@@ -22,18 +22,12 @@ from typing import Any
 
 import torch
 
-import benchmark_data
-import benchmark_decode
-import benchmark_optimizer
-import benchmark_packing
-import benchmark_results
-import benchmark_train
-import measure
-from benchmark_decode import PROMPT
-from benchmark_inputs import SHAPE
-from config import UserError, config_from_constants, run_script
+from benchmarks import decoding, optimizer, packing, report, timing, tokenizing, training_step
+from benchmarks.decoding import PROMPT
+from benchmarks.inputs import SHAPE
+from common.settings import UserError, config_from_constants, run_script
 from model import GPTConfig
-from preflight import choose_device, make_folder
+from training.checks import choose_device, make_folder
 
 section = "all"  # or some of train, optimizer, data, decode, packing, with commas between
 rounds = 4  # timed samples of each contestant, after one that is not counted
@@ -75,11 +69,11 @@ plot = False  # no measurement: draw benchmarks/results.png
 
 DEVICES, DTYPES = ("auto", "cuda", "cpu"), ("auto", "bfloat16", "float32")
 SECTIONS: dict[str, Callable[[Any, torch.device], None]] = {
-    "train": benchmark_train.run,
-    "optimizer": benchmark_optimizer.run,
-    "data": benchmark_data.run,
-    "decode": benchmark_decode.run,
-    "packing": benchmark_packing.run,
+    "train": training_step.run,
+    "optimizer": optimizer.run,
+    "data": tokenizing.run,
+    "decode": decoding.run,
+    "packing": packing.run,
 }
 
 
@@ -119,12 +113,12 @@ def check(config: Any) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     config = config_from_constants(globals(), argv)
-    path = Path(config.results) if config.results else benchmark_results.RESULTS
+    path = Path(config.results) if config.results else report.RESULTS
     if config.readme or config.plot:
         if config.readme:
-            benchmark_results.write_readme(path, benchmark_results.ROOT / "README.md")
+            report.write_readme(path, report.ROOT / "README.md")
         if config.plot:
-            benchmark_results.plot(path, path.with_suffix(".png"))
+            report.plot(path, path.with_suffix(".png"))
         return 0
     chosen = check(config)
     where, kind = choose_device(config)
@@ -134,12 +128,12 @@ def main(argv: list[str] | None = None) -> int:
         make_folder(path.parent)  # now rather than after the measurements
     config = dataclasses.replace(config, device=where.type, dtype=str(kind)[6:])
     torch.manual_seed(0)
-    measure.begin()
-    environment = benchmark_results.environment(argv, where)
-    limits = measure.limits(where)
+    timing.begin()
+    environment = report.environment(argv, where)
+    limits = timing.limits(where)
     rates = ", ".join(f"{k} {v / 1e12:.3g} TFLOP/s" for k, v in limits.matmul_rate.items())
     copied, read = limits.copy_bandwidth / 1e9, limits.read_bandwidth / 1e9
-    print(f"{benchmark_results.place(environment)}, torch {torch.__version__}, {config.dtype}")
+    print(f"{report.place(environment)}, torch {torch.__version__}, {config.dtype}")
     print(f"copy {copied:.1f} GB/s, read {read:.1f} GB/s, matrix product {rates}")
     busy = environment["load"]
     if busy is not None and busy > 0.3 * (os.cpu_count() or 1):
@@ -157,14 +151,14 @@ def main(argv: list[str] | None = None) -> int:
             except Exception:  # the other sections go on: what they measure is kept
                 traceback.print_exc()
                 failed.append(name)
-            measure.free(where)
+            timing.free(where)
             seconds[name] = time.perf_counter() - started
             print(f"\n{name} took {seconds[name]:.0f} s", flush=True)
         if len(chosen) > 1:
             print(f"all together {sum(seconds.values()):.0f} s")
     finally:  # what is measured is kept, whatever ends the run
-        if config.save and measure.tables:
-            benchmark_results.record(path, environment, seconds, where)
+        if config.save and timing.tables:
+            report.record(path, environment, seconds, where)
     if failed:
         print(f"not finished, see above: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0

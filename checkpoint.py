@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from config import UserError
-from files import atomic_file
+from common.files import atomic_file
+from common.settings import UserError
+from formats.pretrained import VERSIONS, gpt_of_folder, model_folder
 from model import GPT, GPTConfig
-from pretrained import VERSIONS, gpt_of_folder, model_folder
 
 BEST = "best_model.pt"
 KEY_PREFIXES = ("_orig_mod.", "module.")  # torch.compile, DistributedDataParallel

@@ -13,9 +13,9 @@ import sys
 import time
 from pathlib import Path
 
-from config import UserError, config_from_constants, run_script
-from demo_data import is_right
+from common.settings import UserError, config_from_constants, run_script
 from inference import Lille, lille
+from preparation.demo_data import is_right
 
 data_dir = "data/demo"  # texts and shards
 out_dir = "checkpoints_demo"  # checkpoints, metrics and loss curves
@@ -44,7 +44,7 @@ def stages(data: str, out: str) -> list[tuple[str, list[str]]]:
         f"--finetune_sample_prompt={QUESTION}",
     ]
     return [
-        ("Collect texts", ["demo_data.py", f"--output_dir={data}"]),
+        ("Collect texts", ["-m", "preparation.demo_data", f"--output_dir={data}"]),
         (
             "Prepare the texts",
             [

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint import load_checkpoint, load_model, model_of
-from config import UserError, config_from_constants, run_script
-from export_hf import export_hf
+from common.settings import UserError, config_from_constants, run_script
+from formats.write_hf import export_hf
 from model import GPT
 from tokenizer import load_tokenizer
 
@@ -109,11 +109,11 @@ def main(argv: list[str] | None = None) -> int:
             name = config.dtype or str(gpt.tok_embeddings.weight.dtype).removeprefix("torch.")
             export_hf(gpt, tokenizer, target, name, training_facts(state))
         elif config.format == "onnx":
-            from export_onnx import export_onnx
+            from formats.write_onnx import export_onnx
 
             export_onnx(gpt, tokenizer, target, config.dtype)
         else:
-            from export_gguf import export_gguf
+            from formats.write_gguf import export_gguf
 
             export_gguf(gpt, tokenizer, target, config.dtype)
     print(f"wrote {target}")

@@ -32,11 +32,10 @@ from dataclasses import dataclass
 
 import torch
 
-import chat_terminal
-import chat_web
-from backends import Backend, open_backend
-from config import UserError, config_from_constants, run_script
-from sampling import sample
+from common.settings import UserError, config_from_constants, run_script
+from generation import chat_terminal, chat_web
+from generation.backends import Backend, open_backend
+from ops.sampling import sample
 from tokenizer import Tokenizer, load_tokenizer
 
 backend = "torch"  # or "huggingface", "onnx"
@@ -47,7 +46,7 @@ dtype = ""  # "float32", "bfloat16", "float16"; "int8": torch on the CPU; empty:
 # What to do; with none of these, a chat in the terminal, or one answer to what is piped in
 prompt = ""  # answer this and exit
 completion = False  # True: continue the text, as a model that was only pretrained does
-web = False  # True: a chat page in the browser (pip install -r requirements-web.txt)
+web = False  # True: a chat page in the browser (pip install -r requirements/web.txt)
 port = 0  # of the chat page; 0: the first free one from 7860
 speed = False  # True: tokens per second after each answer
 

@@ -22,9 +22,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from cross_entropy import linear_cross_entropy
-from kv_cache import KVCache
-from sampling import sample
+from ops.cross_entropy import linear_cross_entropy
+from ops.kv_cache import KVCache
+from ops.sampling import sample
 
 
 @dataclass(frozen=True)
@@ -271,7 +271,7 @@ class GPT(nn.Module):
         CPU for a forward pass that is not compiled: where the pieces of the flattened batch begin,
         its end repeated to any fixed length.
         `cache` holds the tokens before `ids` and takes theirs; the caller advances its lengths.
-        `sample_targets` draws the labels from the model instead (see cross_entropy.py).
+        `sample_targets` draws the labels from the model instead (see ops/cross_entropy.py).
         Raises ValueError when the sequence is longer than `block_size`.
         """
         x = self.hidden(ids, positions, cu_seqlens, cache)

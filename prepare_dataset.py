@@ -28,12 +28,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from config import UserError, config_from_constants, run_script, settings_of
+from common.files import locked
+from common.manifest import make_manifest, publish
+from common.settings import UserError, config_from_constants, run_script, settings_of
 from dataset import ShardWriter
-from examples import ParquetFiles, TextFile, open_input
-from files import locked
-from hub_dataset import HubDataset
-from manifest import make_manifest, publish
+from preparation.example_readers import ParquetFiles, TextFile, open_input
+from preparation.hub_dataset import HubDataset
 from tokenizer import load_tokenizer
 
 # input and output

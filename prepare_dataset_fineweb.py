@@ -25,15 +25,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-import hub
-from config import UserError, config_from_constants, run_script
+from common.files import file_sha256, locked
+from common.manifest import read_manifest
+from common.prefetch import Prefetcher
+from common.settings import UserError, config_from_constants, run_script
 from dataset import ShardWriter
-from files import file_sha256, locked
-from filters import Documents
-from manifest import read_manifest
-from parts import DOWNLOAD, STAGING, Part, finish, part_of, read_record, refuse_if_different
-from prefetch import Prefetcher
-from sources import (
+from preparation import hub_download
+from preparation.filters import Documents
+from preparation.input_files import (
     InputFile,
     LocalFile,
     files_identity,
@@ -42,6 +41,15 @@ from sources import (
     local_files,
     note_little_room,
     refuse_if_changed,
+)
+from preparation.resumable_parts import (
+    DOWNLOAD,
+    STAGING,
+    Part,
+    finish,
+    part_of,
+    read_record,
+    refuse_if_different,
 )
 from tokenizer import load_tokenizer
 
@@ -131,7 +139,7 @@ def locked_and_fetched(
             path, sha256 = file.path, file_sha256(file.path)
         else:
             kept = config.download_dir and Path(config.download_dir, file.name)
-            path = hub.fetch(file, kept or folder / DOWNLOAD)
+            path = hub_download.fetch(file, kept or folder / DOWNLOAD)
             sha256 = file.sha256 or file_sha256(path)
         writer = own.enter_context(ShardWriter(folder))
         yield path, Part(folder, file, sha256, own, writer)

@@ -5,9 +5,10 @@
                       from the model, optimizer.update_hessian(), zero_grad(); then as always:
     every step:       backward of the training loss, optimizer.step(), zero_grad()
 
-The formula is in sophia_formula.py. Each update is one pass over memory for all parameters of a
-group together: on CUDA one launch of a Triton kernel, on a CPU one call of sophia_step.cpp, which
-is compiled when first needed. Without Triton or a C++ compiler it is plain PyTorch, and slower.
+The formula is in ops/sophia_reference.py. Each update is one pass over memory for all parameters
+of a group together: on CUDA one launch of a Triton kernel, on a CPU one call of
+ops/sophia_step.cpp, compiled when first needed. Without Triton or a C++
+compiler it is plain PyTorch, and slower.
 
 References: Liu et al., "Sophia: A Scalable Stochastic Second-order Optimizer for Language Model
 Pre-training", arXiv 2305.14342, Algorithms 2 (Gauss-Newton-Bartlett, GNB) and 3; the authors'
@@ -22,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parameter_table import BLOCK_SIZE, Bucket, ParameterTables
-from sophia_formula import cpp_library, run_cpp, run_eager, suits_cpp
+from ops.parameter_table import BLOCK_SIZE, Bucket, ParameterTables
+from ops.sophia_reference import cpp_library, run_cpp, run_eager, suits_cpp
 
 try:
     import triton
@@ -33,7 +34,7 @@ except ImportError:
 
 
 if triton is not None:
-    # parameter_table.py describes the table, its rows and what ALIGNED promises.
+    # ops/parameter_table.py describes the table, its rows and what ALIGNED promises.
 
     @triton.jit
     def locate(table_ptr, block_rows_ptr, scale, ALIGNED: tl.constexpr, BLOCK_SIZE: tl.constexpr):
@@ -299,8 +300,8 @@ class SophiaG(torch.optim.Optimizer):
         """Averages the squared gradients, now those of the sampled-label loss, into the Hessian.
 
         h = beta2 h + (1 - beta2) (grad_scale g)^2. For a mean of several estimates make the
-        gradients the root of their mean square, as training.py does. If `grad_scale` is NaN or
-        infinite nothing changes.
+        gradients the root of their mean square, as training/trainer.py does. If `grad_scale` is NaN
+        or infinite nothing changes.
         """
         for group, bucket in self._buckets():
             beta2 = float(group["betas"][1])

@@ -8,7 +8,8 @@
 GPT-2's byte-level BPE cut to 32,763 ids, then five control tokens. A conversation is
 `<|startoftext|><|user|>question<|assistant|>answer<|endoftext|><|user|>...`, a document is
 `text<|endoftext|>`, and only the code in this file inserts control tokens, so that text which
-spells one cannot forge a turn. hastings.json is the source of truth; build_tokenizer.py makes it.
+spells one cannot forge a turn. The tokenizer is hastings/hastings.json, which hastings/build.py
+makes.
 """
 
 import hashlib
@@ -25,8 +26,8 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer as HFTokenizer
 
-from config import UserError
-from files import interrupts_deferred
+from common.files import interrupts_deferred
+from common.settings import UserError
 
 CONTROL_TOKENS = ("<|pad|>", "<|endoftext|>", "<|assistant|>", "<|user|>", "<|startoftext|>")
 _, END_OF_TEXT, ASSISTANT, USER, START_OF_TEXT = CONTROL_TOKENS
@@ -65,7 +66,7 @@ def load_tokenizer(path: str | Path | None = None) -> "Tokenizer":
 
     Raises UserError when the file is missing or is not a byte-level BPE with our control tokens.
     """
-    path = Path(__file__).with_name("hastings.json") if path is None else Path(path)
+    path = Path(__file__).with_name("hastings") / "hastings.json" if path is None else Path(path)
     try:
         return Tokenizer(path.read_bytes())
     except OSError as error:

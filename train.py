@@ -22,15 +22,14 @@ from typing import Any
 import torch
 
 from checkpoint import BEST, CheckpointWriter, load_checkpoint, model_of
-from config import UserError, config_from_constants, run_script
+from common.files import file_sha256, locked
+from common.prefetch import Prefetcher
+from common.settings import UserError, config_from_constants, run_script
+from common.signals import SIGNALS, Interrupted, StopSignals
 from dataset import open_split
-from distributed import ALONE, Ranks, end, joined, ranks_of_environment, said_once
-from files import file_sha256, locked
-from metrics import Metrics, Progress, describe, last_metrics, print_summary
 from model import GPT, GPTConfig
-from packing import ChatFormat, PackedRows
-from prefetch import Prefetcher
-from preflight import (
+from tokenizer import Tokenizer, load_tokenizer
+from training.checks import (
     FINETUNE_NAMES,
     check_disk,
     check_ranks,
@@ -44,9 +43,10 @@ from preflight import (
     make_folder,
     setting,
 )
-from signals import SIGNALS, Interrupted, StopSignals
-from tokenizer import Tokenizer, load_tokenizer
-from training import Run, prompt_ids
+from training.distributed import ALONE, Ranks, end, joined, ranks_of_environment, said_once
+from training.metrics import Metrics, Progress, describe, last_metrics, print_summary
+from training.packing import ChatFormat, PackedRows
+from training.trainer import Run, prompt_ids
 
 # Where things are
 data_dir = "data/fineweb_edu_sample_10BT"  # shards to pretrain on

@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))  # as a script this folder is first, the project i
 
 from fake_hub import FakeHub  # noqa: E402
 
-from config import config_from_constants, run_script  # noqa: E402
+from common.settings import config_from_constants, run_script  # noqa: E402
 
 kills = 30
 processes = 1

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # as a script this folder is first, the project is its parent
 
 from checkpoint import load_checkpoint  # noqa: E402
-from config import config_from_constants, run_script  # noqa: E402
+from common.settings import config_from_constants, run_script  # noqa: E402
 
 kills = 20
 optimizer = "sophiag"

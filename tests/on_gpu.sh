@@ -1,7 +1,7 @@
 #!/bin/sh
 # Everything that only a GPU can show, in one command: the GPU tests, the full model trained for 40
 # steps in float32 and in bfloat16, and the benchmarks. A quarter of an hour, much of it compiling.
-# What fails is shown, and the rest goes on. requirements-bench.txt has the peers; `make gpu`
+# What fails is shown, and the rest goes on. requirements/bench.txt has the peers; `make gpu`
 # installs them. DEVICE=cpu and SETTINGS="--n_layers=2 ..." try this script out without a GPU.
 #
 #     sh tests/on_gpu.sh [output folder] [folder of shards] [python]
@@ -22,7 +22,7 @@ fi
 tail -n 15 "$out/tests.txt"
 
 if [ ! -d "$data" ]; then
-    "$python" demo_data.py --output_dir=data/demo
+    "$python" -m preparation.demo_data --output_dir=data/demo
     "$python" prepare_dataset.py --input_file_path=data/demo/pretrain.txt \
         --output_dir="$data" --val_split=0.02
 fi
@@ -39,7 +39,7 @@ done
 import sys
 from pathlib import Path
 
-from metrics import read_metrics
+from training.metrics import read_metrics
 
 runs = {}
 for dtype in ("float32", "bfloat16"):

@@ -17,11 +17,11 @@ sys.path.insert(0, str(ROOT))
 from kill_and_resume import TINY  # noqa: E402
 
 import train  # noqa: E402
-from config import UserError, config_from_constants  # noqa: E402
-from distributed import Ranks, end, joined  # noqa: E402
+from common.settings import UserError, config_from_constants  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from tokenizer import load_tokenizer  # noqa: E402
-from training import Run  # noqa: E402
+from training.distributed import Ranks, end, joined  # noqa: E402
+from training.trainer import Run  # noqa: E402
 
 N_MICRO_BATCHES, HESS_BATCHES, STEPS = 6, 3, 3
 

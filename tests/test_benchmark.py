@@ -12,12 +12,10 @@ import pytest
 import torch
 
 import benchmark
-import benchmark_data
-import benchmark_results
-import measure
-from benchmark_packing import use_of_slots
-from config import UserError
-from packing import PackedRows
+from benchmarks import report, timing, tokenizing
+from benchmarks.packing import use_of_slots
+from common.settings import UserError
+from training.packing import PackedRows
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = "--n_layers=2 --n_embd=64 --n_heads=2 --n_kv_heads=1 --block_size=64 --new_tokens=6".split()
@@ -26,15 +24,15 @@ TINY += "--rounds=1 --repeats=1 --n_documents=300 --n_planned=3000 --device=cpu"
 
 @pytest.fixture(autouse=True)
 def fresh():
-    measure.begin()
+    timing.begin()
 
 
 class Clock:
-    """A clock for measure.py that only contestants move on."""
+    """A clock for benchmarks/timing.py that only contestants move on."""
 
     def __init__(self, monkeypatch):
         self.now, self.calls = 0.0, []
-        monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: self.now))
+        monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: self.now))
 
     def takes(self, name: str, *seconds: float):
         """A contestant whose calls take these times in turn, the last of them from then on."""
@@ -59,9 +57,9 @@ def test_contestants_run_in_turn_and_ratios_say_how_many_times_as_fast(monkeypat
         "ours": clock.takes("ours", 5.0, 1.0, 2.0, 0.5),
     }
     work = ("naps/s", {"slow": 8, "ours": 3})
-    medians = measure.compare("decode", "naps", contestants, 3, work=work, bound={"ours": 0.25})
+    medians = timing.compare("decode", "naps", contestants, 3, work=work, bound={"ours": 0.25})
     assert clock.calls == ["slow", "ours"] * 4 and medians == {"slow": 4, "ours": 1}
-    (table,) = measure.tables
+    (table,) = timing.tables
     assert table["baseline"] == "slow"
     assert table["left_out"] == {"broken": "RuntimeError: no compiler"}
     assert table["rows"] == {
@@ -83,33 +81,33 @@ def test_short_calls_are_repeated_and_a_late_failure_ends_one_contestant(monkeyp
             raise MemoryError
 
     contestants = {"short": clock.takes("short", 3.0, 0.001), "late": fails_later}
-    medians = measure.compare("decode", "short", contestants, 4, baseline="late")
+    medians = timing.compare("decode", "short", contestants, 4, baseline="late")
     assert medians == {"short": pytest.approx(0.001)}
     assert len(clock.calls) == 1 + 1 + 4 * 20  # the first, one to see how short, 20 ms a sample
-    (table,) = measure.tables
+    (table,) = timing.tables
     assert table["left_out"] == {"late": "MemoryError"} and table["baseline"] == "short"
 
 
 def test_limits_are_this_machines():
-    limits = measure.limits()
-    assert limits is measure.limits(torch.device("cpu"))
+    limits = timing.limits()
+    assert limits is timing.limits(torch.device("cpu"))
     assert 5e8 < limits.read_bandwidth < 5e12 and 5e8 < limits.copy_bandwidth < 5e12
     assert 1e9 < limits.matmul_rate["float32"] < 1e15
 
 
 def test_an_absent_peer_is_noted_once(capsys):
     for _ in range(2):
-        assert measure.peer("no_such_package.model") is None
-    assert measure.peer("json") is json
-    note = "skipped: no_such_package.model is not installed (see requirements-bench.txt)\n"
+        assert timing.peer("no_such_package.model") is None
+    assert timing.peer("json") is json
+    note = "skipped: no_such_package.model is not installed (see requirements/bench.txt)\n"
     assert capsys.readouterr().out == note
-    assert measure.skipped == {"no_such_package": "is not installed"}
+    assert timing.skipped == {"no_such_package": "is not installed"}
 
 
 def test_a_broken_peer_is_absent_too(tmp_path, monkeypatch, capsys):
     (tmp_path / "broken_peer.py").write_text("raise OSError('no shared library')")
     monkeypatch.syspath_prepend(tmp_path)
-    assert measure.peer("broken_peer") is None
+    assert timing.peer("broken_peer") is None
     assert "cannot be imported (OSError: no shared library)" in capsys.readouterr().out
 
 
@@ -117,7 +115,7 @@ def test_the_wait_is_the_time_until_an_item_is_there(monkeypatch):
     clock = Clock(monkeypatch)
     make, use = clock.takes("make", 7.0, 2.0, 3.0), clock.takes("use", 9.0, 5.0)
     items = (make() for _ in range(3))
-    waited, whole = measure.waits(items, lambda item: use(), skipped=1)
+    waited, whole = timing.waits(items, lambda item: use(), skipped=1)
     assert waited == [2, 3] and whole == [7, 8]
 
 
@@ -125,9 +123,9 @@ def test_the_wait_is_the_time_until_an_item_is_there(monkeypatch):
 
 
 def test_sections_are_measured_printed_and_recorded(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(benchmark_data, "CHUNK_BYTES", 100_000)
+    monkeypatch.setattr(tokenizing, "CHUNK_BYTES", 100_000)
     results = tmp_path / "kept" / "results.jsonl"
-    benchmark_data.make_source(tmp_path, Path(json.__file__).parents[1] / "asyncio")
+    tokenizing.make_source(tmp_path, Path(json.__file__).parents[1] / "asyncio")
     arguments = [*TINY, "--section=packing,decode,data", f"--source={tmp_path}/*.parquet"]
     for _ in range(2):
         assert benchmark.main([*arguments, f"--results={results}"]) == 0
@@ -136,12 +134,12 @@ def test_sections_are_measured_printed_and_recorded(tmp_path, capsys, monkeypatc
     printed = capsys.readouterr().out
     assert printed.count(f"added to {results}") == 2
 
-    first, second = benchmark_results.read(results)
+    first, second = report.read(results)
     assert list(first["seconds"]) == ["data", "decode", "packing"]
     assert [*second["seconds"]] == ["decode"] and "--section=decode --source" in second["command"]
     assert first["versions"]["torch"] == torch.__version__ and first["hardware"]["threads"] >= 1
     assert first["limits"]["copy_bandwidth"] > 0
-    assert first["commit"] == benchmark_results.git("rev-parse", "HEAD")
+    assert first["commit"] == report.git("rev-parse", "HEAD")
     tables = {table["title"].partition(",")[0]: table for table in first["tables"]}
     for title, table in tables.items():
         assert title in printed and not table.get("left_out")
@@ -169,20 +167,20 @@ def test_sections_are_measured_printed_and_recorded(tmp_path, capsys, monkeypatc
 
 def test_an_interrupted_run_keeps_what_it_has_measured(tmp_path, monkeypatch):
     def interrupted(config, device) -> None:
-        measure.report("decode", "answers", {"ours": [1.0]})
+        timing.report("decode", "answers", {"ours": [1.0]})
         raise KeyboardInterrupt
 
     monkeypatch.setitem(benchmark.SECTIONS, "decode", interrupted)
     path = tmp_path / "r.jsonl"
     with pytest.raises(KeyboardInterrupt):
         benchmark.main([*TINY, "--section=decode", f"--results={path}"])
-    (line,) = benchmark_results.read(path)
+    (line,) = report.read(path)
     assert line["tables"][0]["title"] == "answers" and line["seconds"] == {}
 
 
 def test_a_section_that_fails_leaves_the_others(tmp_path, monkeypatch, capsys):
     def answers(config, device) -> None:
-        measure.report("decode", "answers", {"ours": [1.0]})
+        timing.report("decode", "answers", {"ours": [1.0]})
 
     def no_data(config, device) -> None:
         raise UserError("there is no data")
@@ -191,7 +189,7 @@ def test_a_section_that_fails_leaves_the_others(tmp_path, monkeypatch, capsys):
         monkeypatch.setitem(benchmark.SECTIONS, name, section)
     path = tmp_path / "r.jsonl"
     assert benchmark.main([*TINY, "--section=data, train,decode", f"--results={path}"]) == 1
-    (line,) = benchmark_results.read(path)
+    (line,) = report.read(path)
     assert line["tables"][0]["title"] == "answers"
     told = capsys.readouterr().err
     assert "RuntimeError: no compiler" in told and "data: there is no data\n" in told
@@ -240,8 +238,8 @@ def test_mistakes_are_one_line():
         benchmark.main(["--n_embd=63"])
     with pytest.raises(UserError, match="none.jsonl does not exist: run python benchmark.py first"):
         benchmark.main(["--results=none.jsonl", "--plot=True"])
-    command = [sys.executable, ROOT / "benchmark_prepare.py"]
-    result = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "benchmarks.tokenizing_worker"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 2 and "run python benchmark.py --section=data" in result.stderr
     assert result.stderr.count("\n") == 1
 
@@ -250,25 +248,25 @@ def test_mistakes_are_one_line():
 
 
 def saved(path: Path, **changes) -> dict:
-    environment = benchmark_results.environment(["--section=decode"], torch.device("cpu"))
-    benchmark_results.record(path, environment | changes, {"decode": 1.0}, torch.device("cpu"))
-    return benchmark_results.read(path)[-1]
+    environment = report.environment(["--section=decode"], torch.device("cpu"))
+    report.record(path, environment | changes, {"decode": 1.0}, torch.device("cpu"))
+    return report.read(path)[-1]
 
 
 def test_the_table_has_the_newest_of_each_on_each_machine(tmp_path):
     path = tmp_path / "r.jsonl"
     for seconds, gpu in ((0.5, None), (0.25, None), (0.125, "H|100")):
-        measure.begin()
+        timing.begin()
         times = {"theirs": [1.0, 1.0], "ours": [seconds] * 2, "ours, int8": [0.1, 0.1]}
         work, bound = ("tokens/s", 100.0), {"ours": 0.2 * seconds}
-        measure.report("decode", "answers", times, work=work, bound=bound)
-        measure.facts("packing", "rows", {"ours": {"filled": 0.5, "none": float("nan")}})
+        timing.report("decode", "answers", times, work=work, bound=bound)
+        timing.facts("packing", "rows", {"ours": {"filled": 0.5, "none": float("nan")}})
         hardware = {"cpu": "a CPU", "cores": 4, "threads": 2, "gpu": gpu}
         saved(path, hardware=hardware, commit="0123456789", changed=True, load=None)
-    measure.begin()
+    timing.begin()
     saved(path)  # without tables
-    table = benchmark_results.readme_table(benchmark_results.read(path))
-    date = benchmark_results.read(path)[0]["date"][:10]
+    table = report.readme_table(report.read(path))
+    date = report.read(path)[0]["date"][:10]
     assert table.count("decode: answers") == 2 and " 2.00 ×" not in table
     assert (
         "| decode: answers | 4.00 × (400 tokens/s)<br>int8 10.00 × (1000 tokens/s) | "
@@ -280,16 +278,16 @@ def test_the_table_has_the_newest_of_each_on_each_machine(tmp_path):
     assert "| packing: rows | filled 0.5; none - |  |  |" in table
 
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{benchmark_results.START}\nold\n{benchmark_results.END}\nafter\n")
-    benchmark_results.write_readme(path, readme)
+    readme.write_text(f"before\n{report.START}\nold\n{report.END}\nafter\n")
+    report.write_readme(path, readme)
     text = readme.read_text()
     assert table in text and "old" not in text
     assert text.startswith("before\n") and text.endswith("-->\nafter\n")
-    benchmark_results.write_readme(path, readme)
+    report.write_readme(path, readme)
     assert readme.read_text() == text
     readme.write_text("no place")
     with pytest.raises(UserError, match="README.md has no place for the table"):
-        benchmark_results.write_readme(path, readme)
+        report.write_readme(path, readme)
 
 
 def test_a_damaged_record_is_named(tmp_path):
@@ -299,15 +297,13 @@ def test_a_damaged_record_is_named(tmp_path):
     for damaged in (b'{"date": ', b'{"tables": []}\n', b"[]\n", b"\xff\n"):
         path.write_bytes(good + damaged)
         with pytest.raises(UserError, match="r.jsonl, line 2 is no record: delete that line"):
-            benchmark_results.read(path)
+            report.read(path)
     path.write_bytes(good + good[:-1])  # whole, but for the end of its line
     saved(path)
-    assert len(benchmark_results.read(path)) == 3
+    assert len(report.read(path)) == 3
 
 
 def test_the_readmes_table_is_what_the_command_writes():
     readme = (ROOT / "README.md").read_text("utf-8")
-    table = benchmark_results.readme_table(benchmark_results.read(benchmark_results.RESULTS))
-    assert benchmark_results.with_table(readme, table) == readme, (
-        "run python benchmark.py --readme=True"
-    )
+    table = report.readme_table(report.read(report.RESULTS))
+    assert report.with_table(readme, table) == readme, "run python benchmark.py --readme=True"

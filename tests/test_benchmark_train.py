@@ -1,6 +1,6 @@
 """The training and optimizer benchmarks compare what they say: equal weights give equal losses.
 
-Peers that are not installed are skipped (requirements-bench.txt); transformers always takes part.
+Peers that are not installed are skipped (requirements/bench.txt); transformers always takes part.
 """
 
 import os
@@ -13,11 +13,10 @@ import pytest
 import torch
 from test_model import llama_twin
 
-import measure
-from benchmark_inputs import demo_config, make_documents, train_config
-from benchmark_optimizer import list_table, muon_and_adamw
-from benchmark_overhead import shares
-from benchmark_peers import (
+from benchmarks import timing
+from benchmarks.inputs import demo_config, make_documents, train_config
+from benchmarks.optimizer import list_table, muon_and_adamw
+from benchmarks.peers import (
     PlainTrainer,
     litgpt_loss,
     litgpt_of,
@@ -27,12 +26,20 @@ from benchmark_peers import (
     padded_rows,
     plain_rows,
 )
-from benchmark_train import Batches, CausalRun, head_table, labels_per_step, steps_of, steps_table
-from cross_entropy import IGNORE_INDEX
+from benchmarks.training_overhead import shares
+from benchmarks.training_step import (
+    Batches,
+    CausalRun,
+    head_table,
+    labels_per_step,
+    steps_of,
+    steps_table,
+)
 from model import GPT, GPTConfig
-from packing import Batch, PackedRows
+from ops.cross_entropy import IGNORE_INDEX
 from tokenizer import load_tokenizer
-from training import Run
+from training.packing import Batch, PackedRows
+from training.trainer import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU, PAD, T = torch.device("cpu"), 510, 32
@@ -168,7 +175,7 @@ def test_useful_tokens_are_counted_as_labels(tmp_path):
 
 def test_tables_of_a_tiny_model(tmp_path, capsys):
     torch.manual_seed(0)
-    measure.begin()
+    timing.begin()
     documents = make_documents(tmp_path / "train.npz", 40, vocab_size=32000)
     rows = PackedRows([documents], T, load_tokenizer().pad_id)
     names = ("transformers", "litgpt", "original", "liger")
@@ -178,7 +185,7 @@ def test_tables_of_a_tiny_model(tmp_path, capsys):
     head_table(16, 300, 64, CPU, torch.float32, 1, compile=False)
     list_table("tiny", GPT(shape()), CPU, 1, muon=True)
 
-    steps, rest, head, optimizers = measure.tables
+    steps, rest, head, optimizers = timing.tables
     assert {"transformers Llama", "ours"} <= steps["rows"].keys() and not steps["left_out"]
     for row in steps["rows"].values():
         assert 0 < row["share"] < 1 and row["rate"] > 0
@@ -222,7 +229,7 @@ def test_muon_and_adamw_share_all_parameters():
 
 INTERPRETED = """
 import torch
-from benchmark_optimizer import LaunchPerParameter
+from benchmarks.optimizer import LaunchPerParameter
 from sophia_triton import SophiaG
 torch.manual_seed(0)
 sizes = [(37, 71), (5,)]

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from config import UserError, config_from_constants, run_script
+from common.settings import UserError, config_from_constants, run_script
 
 CONSTANTS = {
     "__name__": "script",

@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 
 import dataset
-import files
-import manifest as manifest_module
-from config import UserError
+from common import files
+from common import manifest as manifest_module
+from common.manifest import make_manifest, publish, read_manifest, write_manifest
+from common.settings import UserError
 from dataset import NpzDataset, ShardWriter, open_split
-from manifest import make_manifest, publish, read_manifest, write_manifest
 
 ROOT = Path(dataset.__file__).parent
 TOKENIZER = SimpleNamespace(sha256="a" * 64, vocab_size=1000)

@@ -10,13 +10,13 @@ import pytest
 import torch
 from test_model import greedy_without_cache, random_ids, tiny_model
 
-import decoding
-import native
-from decoding import LARGEST_NATIVE_BATCH, LIBRARY, Decoder
-from kv_cache import KVCache
+from generation import fast_decode
+from generation.fast_decode import LARGEST_NATIVE_BATCH, LIBRARY, Decoder
 from model import GPT
-from native import native_library
-from sampling import nucleus, sample
+from ops import cpp_build
+from ops.cpp_build import native_library
+from ops.kv_cache import KVCache
+from ops.sampling import nucleus, sample
 
 needs_compiler = pytest.mark.skipif(native_library(*LIBRARY) is None, reason="needs a C++ compiler")
 
@@ -173,7 +173,7 @@ def test_settings_that_cannot_be_had_are_refused_and_nothing_else_needs_a_compil
     with pytest.raises(ValueError, match="weights='int8' needs"):
         Decoder(model, "int8", mode="eager")
     before = model.generate([[1, 2, 3]], 10, temperature=0)
-    monkeypatch.setattr(decoding, "native_library", lambda *library: None)
+    monkeypatch.setattr(fast_decode, "native_library", lambda *library: None)
     with pytest.raises(ValueError, match="weights='int8' needs"):
         Decoder(model, "int8")
     assert Decoder(model).native is None
@@ -192,7 +192,7 @@ def test_the_library_is_compiled_once_and_a_broken_compiler_is_no_error(monkeypa
         return subprocess_run(command, **options)
 
     subprocess_run = subprocess.run
-    monkeypatch.setattr(native.subprocess, "run", run)
+    monkeypatch.setattr(cpp_build.subprocess, "run", run)
     assert build() is not None and build() is not None
     assert len(ran) == 1 and len(list((tmp_path / "lille").iterdir())) == 1
     monkeypatch.setenv("CXX", "/bin/false")
@@ -257,7 +257,7 @@ def test_a_graph_reads_and_writes_the_memory_it_was_captured_with(monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph", capturing)
     model, ids = tiny_model(), random_ids(2, 20)
     decoder = Decoder(model, mode="eager")
-    graph_step = decoder.step = decoding.GraphStep(decoder.step)
+    graph_step = decoder.step = fast_decode.GraphStep(decoder.step)
     with torch.inference_mode():
         expected = model(ids)
         for _ in range(2):  # the second cache is captured anew

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-import demo_data
-from config import UserError
-from demo_data import HELD_OUT_QUESTION, TOPICS, is_right, questions
+from common.settings import UserError
+from preparation import demo_data
+from preparation.demo_data import HELD_OUT_QUESTION, TOPICS, is_right, questions
+
+ROOT = Path(__file__).resolve().parents[1]
 
 CONTROL_TOKEN = re.compile(r"<\|\w+\|>")
 FILES = ("pretrain.txt", "conversations.jsonl", "conversations_heldout.jsonl")
@@ -54,8 +56,8 @@ def user_texts(conversations: list[dict]) -> set[str]:
 
 def test_two_runs_are_byte_identical_even_with_other_hash_seeds(folder, tmp_path):
     environment = os.environ | {"PYTHONHASHSEED": "12345"}
-    command = [sys.executable, demo_data.__file__, f"--output_dir={tmp_path}"]
-    subprocess.run(command, check=True, env=environment)
+    command = [sys.executable, "-m", "preparation.demo_data", f"--output_dir={tmp_path}"]
+    subprocess.run(command, check=True, env=environment, cwd=ROOT)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FILES)  # no temporary files
     for name in FILES:
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes(), name

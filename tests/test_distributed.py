@@ -18,10 +18,10 @@ from kill_and_resume import TINY, newest
 
 import train
 from checkpoint import load_checkpoint
-from config import UserError, config_from_constants
-from distributed import NEEDED, Ranks, ranks_of_environment
-from preflight import check_ranks, check_settings, choose_device
+from common.settings import UserError, config_from_constants
 from tokenizer import load_tokenizer
+from training.checks import check_ranks, check_settings, choose_device
+from training.distributed import NEEDED, Ranks, ranks_of_environment
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = TINY | {"batch_size": 2, "gradient_accumulation_steps": 4, "eval_interval": 4}

@@ -10,13 +10,13 @@ import pytest
 import torch
 from test_export_onnx import TOKENIZER, prompts, small_gpt
 
-import export_gguf
-from config import UserError
-from export_gguf import neighbouring_pairs
+from common.settings import UserError
+from formats import write_gguf
+from formats.write_gguf import neighbouring_pairs
 from tokenizer import CONTROL_TOKENS, HARD_STRINGS
 
-gguf = pytest.importorskip("gguf", reason="pip install -r requirements-export.txt")
-pytest.importorskip("accelerate", reason="pip install -r requirements-export.txt")
+gguf = pytest.importorskip("gguf", reason="pip install -r requirements/export.txt")
+pytest.importorskip("accelerate", reason="pip install -r requirements/export.txt")
 
 REFERENCE_IDS = Path(__file__).resolve().parents[2] / "shared" / "reference" / "hastings_ids.jsonl"
 
@@ -29,7 +29,7 @@ def gpt():
 @pytest.fixture(scope="module")
 def file(gpt, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("gguf") / "small-f32.gguf"
-    export_gguf.export_gguf(gpt, TOKENIZER, path, "")
+    write_gguf.export_gguf(gpt, TOKENIZER, path, "")
     return path
 
 
@@ -66,9 +66,9 @@ def test_logits_and_greedy_tokens(gpt, file):
 
 @pytest.mark.parametrize("dtype", ["f16", "q8_0"])
 def test_smaller_dtypes(dtype, gpt, file, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(export_gguf, "check_tokenizer", lambda *_: None)  # the same in every dtype
+    monkeypatch.setattr(write_gguf, "check_tokenizer", lambda *_: None)  # the same in every dtype
     path = tmp_path / "small.gguf"
-    export_gguf.export_gguf(gpt, TOKENIZER, path, dtype)
+    write_gguf.export_gguf(gpt, TOKENIZER, path, dtype)
     assert f"GGUF {dtype} checked" in capsys.readouterr().out
     assert path.stat().st_size < 0.62 * file.stat().st_size
     reader = gguf.GGUFReader(path)
@@ -182,37 +182,37 @@ def test_a_wrong_file_is_refused(gpt, tmp_path, monkeypatch):
     """q and k in the wrong order: nothing is left, and an earlier file is as it was."""
     path = tmp_path / "model.gguf"
     path.write_text("GGUF of earlier")
-    monkeypatch.setattr(export_gguf, "neighbouring_pairs", lambda weight, head_dim: weight)
+    monkeypatch.setattr(write_gguf, "neighbouring_pairs", lambda weight, head_dim: weight)
     with pytest.raises(UserError, match="not the checkpoint, nothing was written"):
-        export_gguf.export_gguf(gpt, TOKENIZER, path, "q8_0")
+        write_gguf.export_gguf(gpt, TOKENIZER, path, "q8_0")
     assert [entry.name for entry in tmp_path.iterdir()] == ["model.gguf"]
     assert path.read_text() == "GGUF of earlier"
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
 def test_an_interrupted_write_leaves_nothing(error, gpt, tmp_path, monkeypatch):
-    path, tensors = tmp_path / "new" / "model.gguf", export_gguf.gguf_tensors
+    path, tensors = tmp_path / "new" / "model.gguf", write_gguf.gguf_tensors
 
     def interrupted(gpt):
         yield from list(tensors(gpt))[:3]
         raise error
 
-    monkeypatch.setattr(export_gguf, "gguf_tensors", interrupted)
+    monkeypatch.setattr(write_gguf, "gguf_tensors", interrupted)
     with pytest.raises(error):
-        export_gguf.export_gguf(gpt, TOKENIZER, path, "f32")
+        write_gguf.export_gguf(gpt, TOKENIZER, path, "f32")
     assert list(path.parent.iterdir()) == []
 
 
 def test_a_wrong_tokenizer_is_refused(file, monkeypatch):
     monkeypatch.setattr(TOKENIZER, "encode", lambda text, allow_special=False: [0])
     with pytest.raises(UserError, match="tokenizer"):
-        export_gguf.check_tokenizer(file, TOKENIZER)
+        write_gguf.check_tokenizer(file, TOKENIZER)
 
 
 def test_refusals(gpt, tmp_path, monkeypatch):
     def refusal(model, dtype: str) -> str:
         with pytest.raises(UserError) as error:
-            export_gguf.export_gguf(model, TOKENIZER, tmp_path / "model.gguf", dtype)
+            write_gguf.export_gguf(model, TOKENIZER, tmp_path / "model.gguf", dtype)
         assert "\n" not in str(error.value) and list(tmp_path.iterdir()) == []
         return str(error.value)
 
@@ -220,7 +220,7 @@ def test_refusals(gpt, tmp_path, monkeypatch):
     checkpoint = tmp_path / "best_model.pt"
     checkpoint.write_bytes(b"PK weights")
     with pytest.raises(UserError, match="no earlier export"):
-        export_gguf.export_gguf(gpt, TOKENIZER, checkpoint, "f32")
+        write_gguf.export_gguf(gpt, TOKENIZER, checkpoint, "f32")
     assert checkpoint.read_bytes() == b"PK weights"
     checkpoint.unlink()
     lille = refusal(small_gpt("lille", n_layers=1), "f32")

@@ -14,20 +14,17 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import export
-import export_gguf
-import export_hf
-import export_onnx
-import hf_check
 from checkpoint import load_model
-from config import UserError
-from files import atomic_file
-from hf_format import llama_config
+from common.files import atomic_file
+from common.settings import UserError
+from formats import verify_hf, write_gguf, write_hf, write_onnx
+from formats.llama import llama_config
 from model import GPT, GPTConfig
 from tokenizer import CONTROL_TOKENS, HARD_STRINGS, load_tokenizer
 
 REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference"
 TOKENIZER = load_tokenizer()
-MARK = export_hf.MARK
+MARK = write_hf.MARK
 # Pieces of text in which a control token, a mark or half of one may arise.
 PIECES = [*CONTROL_TOKENS, "<|", "|>", "<", "|", MARK, MARK + "0", MARK + "1", f"<{MARK}1|user|>"]
 PIECES += [
@@ -81,7 +78,7 @@ def theirs(tmp_path_factory):
     """transformers' tokenizer of an exported folder; no model is needed for it."""
     folder = tmp_path_factory.mktemp("tokenizer")
     gpt = GPT(GPTConfig(n_embd=8, n_layers=1, n_heads=1, n_kv_heads=1))
-    export_hf.write_folder(gpt, TOKENIZER, folder, "float32", {})
+    write_hf.write_folder(gpt, TOKENIZER, folder, "float32", {})
     return AutoTokenizer.from_pretrained(folder)
 
 
@@ -183,12 +180,10 @@ def test_configuration_has_old_and_new_keys():
         "eos_token_id": [32764, 32766],
     }
     assert expected.items() <= config.items()
-    generation = export_hf.generation_config(TOKENIZER)
+    generation = write_hf.generation_config(TOKENIZER)
     assert (generation["temperature"], generation["top_p"]) == (0.5, 0.95)
     assert generation["do_sample"] and generation["eos_token_id"] == [32764, 32766]
-    assert (
-        export_hf.tokenizer_config(TOKENIZER, 512)["tokenizer_class"] == "PreTrainedTokenizerFast"
-    )
+    assert write_hf.tokenizer_config(TOKENIZER, 512)["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
 def test_card_tells_what_the_checkpoint_knows(exported):
@@ -276,7 +271,7 @@ def test_chat_template_refuses_what_encode_chat_refuses(theirs, messages, prompt
 def test_template_without_marks(theirs):
     """For runtimes without the normalizer: the same ids as long as no text has a "<|"."""
     messages = [{"role": "user", "content": "a < b"}, {"role": "assistant", "content": "yes\n"}]
-    plain = export_hf.chat_template(marked=False)
+    plain = write_hf.chat_template(marked=False)
     assert MARK not in plain
     found = theirs.apply_chat_template(messages, chat_template=plain, return_dict=True)
     assert found["input_ids"] == TOKENIZER.encode_chat(messages)
@@ -311,14 +306,14 @@ def test_an_export_that_is_wrong_is_not_kept(tmp_path, monkeypatch):
     write_checkpoint(tmp_path / "m.pt", "llama")
     target = tmp_path / "out"
     arguments = [f"--model={tmp_path / 'm.pt'}", f"--output={target}"]
-    plain, unmerged = export_hf.chat_template(marked=False), export_hf.tokenizer_json(TOKENIZER)
+    plain, unmerged = write_hf.chat_template(marked=False), write_hf.tokenizer_json(TOKENIZER)
     unmerged["model"]["merges"] = unmerged["model"]["merges"][1:]
 
     def interrupt(*_):
         raise KeyboardInterrupt
 
     spoilers = [
-        ("llama_state_dict", swapped(export_hf.llama_state_dict), UserError, "logits differ by"),
+        ("llama_state_dict", swapped(write_hf.llama_state_dict), UserError, "logits differ by"),
         ("chat_template", lambda: plain, UserError, "chat template gives other ids"),
         ("tokenizer_json", lambda _: unmerged, UserError, "tokenizer gives other ids"),
         ("check_folder", interrupt, KeyboardInterrupt, None),
@@ -326,14 +321,14 @@ def test_an_export_that_is_wrong_is_not_kept(tmp_path, monkeypatch):
     ]
     for name, spoiler, error, message in spoilers:
         with monkeypatch.context() as patch:
-            patch.setattr(export_hf, name, spoiler)
+            patch.setattr(write_hf, name, spoiler)
             with pytest.raises(error, match=message):
                 export.main(arguments)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["m.pt"]
 
     assert export.main(arguments) == 0
     before = {path.name: path.read_bytes() for path in target.iterdir()}
-    monkeypatch.setattr(hf_check, "check_greedy", interrupt)
+    monkeypatch.setattr(verify_hf, "check_greedy", interrupt)
     with pytest.raises(KeyboardInterrupt):
         export.main(arguments)
     assert {path.name: path.read_bytes() for path in target.iterdir()} == before
@@ -353,12 +348,12 @@ def test_an_export_that_is_wrong_is_not_kept(tmp_path, monkeypatch):
 def test_greedy_check_sees_other_tokens(exported):
     gpt, folder, model, _ = exported
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    assert hf_check.check_greedy(gpt, model, tokenizer, 1e-4) > 64
-    assert 0 < hf_check.float32_noise(gpt) < 1e-4
+    assert verify_hf.check_greedy(gpt, model, tokenizer, 1e-4) > 64
+    assert 0 < verify_hf.float32_noise(gpt) < 1e-4
     model.generation_config.repetition_penalty = 1.5
     try:
         with pytest.raises(UserError, match="greedy tokens are others"):
-            hf_check.check_greedy(gpt, model, tokenizer, 1e-4)
+            verify_hf.check_greedy(gpt, model, tokenizer, 1e-4)
     finally:
         model.generation_config.repetition_penalty = None
 
@@ -396,9 +391,9 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch):
         assert message in str(caught.value) and "\n" not in str(caught.value)
     monkeypatch.setattr(export, "load_checkpoint", lambda path: 1 / 0)  # refused before any work
     for format, dtypes in {
-        "onnx": export_onnx.TOLERANCES,
-        "gguf": export_gguf.TOLERANCES,
-        "hf": export_hf.DTYPES,
+        "onnx": write_onnx.TOLERANCES,
+        "gguf": write_gguf.TOLERANCES,
+        "hf": write_hf.DTYPES,
     }.items():
         assert list(export.DTYPES_OF[format]) == list(dtypes)
         with pytest.raises(UserError, match=f"int4: expected {', '.join(dtypes)} for .*={format}"):
@@ -428,7 +423,7 @@ def test_full_disk_is_one_line(format, tmp_path):
         "import resource, signal, sys; sys.path.insert(0, sys.argv.pop(1));"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (3 << 20, 3 << 20));"
-        "import config, export; config.run_script(export.main)"
+        "import export; from common import settings; settings.run_script(export.main)"
     )
     root = str(Path(export.__file__).parent)
     command = [sys.executable, "-c", code, root, "--model=m.pt", f"--format={format}"]

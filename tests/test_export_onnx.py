@@ -11,17 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-import export_check
-import export_onnx
-from backend_onnx import OnnxBackend
-from config import UserError
-from export_onnx import QuantizedEmbedding
+from common.settings import UserError
+from formats import verify, write_onnx
+from formats.onnx_runtime import OnnxBackend
+from formats.write_onnx import QuantizedEmbedding
 from model import GPT, GPTConfig
 from tokenizer import HARD_STRINGS, load_tokenizer
 
-onnx = pytest.importorskip("onnx", reason="pip install -r requirements-export.txt")
-pytest.importorskip("onnxscript", reason="pip install -r requirements-export.txt")
-onnxruntime = pytest.importorskip("onnxruntime", reason="pip install -r requirements-export.txt")
+onnx = pytest.importorskip("onnx", reason="pip install -r requirements/export.txt")
+pytest.importorskip("onnxscript", reason="pip install -r requirements/export.txt")
+onnxruntime = pytest.importorskip("onnxruntime", reason="pip install -r requirements/export.txt")
 
 TOKENIZER = load_tokenizer()
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,7 +61,7 @@ def gpt() -> GPT:
 @pytest.fixture(scope="module")
 def folder(gpt, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("onnx") / "fp32"
-    export_onnx.export_onnx(gpt, TOKENIZER, path, "")
+    write_onnx.export_onnx(gpt, TOKENIZER, path, "")
     return path
 
 
@@ -90,7 +89,7 @@ def test_greedy_tokens(gpt, backend):
 def test_lille_rope_style_and_a_batch(tmp_path):
     """The original's position encoding works too; so do several rows, and any cut of the text."""
     gpt = small_gpt("lille", n_layers=1)
-    export_onnx.export_onnx(gpt, TOKENIZER, tmp_path / "model", "fp32")
+    write_onnx.export_onnx(gpt, TOKENIZER, tmp_path / "model", "fp32")
     session = onnxruntime.InferenceSession(tmp_path / "model" / "model.onnx")
     ids = torch.randint(gpt.config.vocab_size, (3, 24))
     expected = gpt(ids).detach().numpy()
@@ -157,7 +156,7 @@ def test_folder_and_graph(gpt, folder):
     assert {name: config[name] for name in gpt.config.to_dict()} == gpt.config.to_dict()
     assert config["weights"] == "fp32"
     assert sorted(path.name for path in folder.iterdir()) == sorted(
-        {*export_onnx.NAMES} - {"model.onnx.data"}
+        {*write_onnx.NAMES} - {"model.onnx.data"}
     )
     model = onnx.load(folder / "model.onnx")
     onnx.checker.check_model(model)
@@ -190,8 +189,8 @@ def test_its_tokenizer_is_ours(folder):
 def test_smaller_dtypes(dtype, tmp_path, monkeypatch, capsys):
     """Smaller, and close to the model but not the same; int8 with its weights beside the graph."""
     gpt, ids = small_gpt(n_layers=1), [*range(40)]
-    monkeypatch.setattr(export_onnx, "LARGE", 0 if dtype == "int8" else 1 << 30)
-    export_onnx.export_onnx(gpt, TOKENIZER, tmp_path / "small", dtype)
+    monkeypatch.setattr(write_onnx, "LARGE", 0 if dtype == "int8" else 1 << 30)
+    write_onnx.export_onnx(gpt, TOKENIZER, tmp_path / "small", dtype)
     assert f"ONNX {dtype} checked" in capsys.readouterr().out
     assert (tmp_path / "small" / "model.onnx.data").exists() == (dtype == "int8")
     size = sum(path.stat().st_size for path in (tmp_path / "small").glob("model.onnx*"))
@@ -214,15 +213,15 @@ def test_quantized_embedding():
 
 def test_a_wrong_graph_is_refused(tmp_path, monkeypatch):
     """A graph whose RoPE is off by one position leaves nothing, not even a folder."""
-    gpt, tables = small_gpt(n_layers=1), export_onnx.rope_tables
+    gpt, tables = small_gpt(n_layers=1), write_onnx.rope_tables
 
     def shifted(config):
         cos, sin = tables(config)
         return cos, sin.roll(1, dims=0)
 
-    monkeypatch.setattr(export_onnx, "rope_tables", shifted)
+    monkeypatch.setattr(write_onnx, "rope_tables", shifted)
     with pytest.raises(UserError, match="not the checkpoint, nothing was written") as error:
-        export_onnx.export_onnx(gpt, TOKENIZER, tmp_path / "model", "int8")
+        write_onnx.export_onnx(gpt, TOKENIZER, tmp_path / "model", "int8")
     assert "\n" not in str(error.value)
     assert list(tmp_path.iterdir()) == []
 
@@ -232,7 +231,7 @@ def test_an_earlier_export_survives_a_failure_and_is_replaced_by_success(tmp_pat
     names, optional = ("a",), ("b",)
 
     def export(content: str, fail: type | None = None):
-        with export_check.written_beside(target, names, optional) as folder:
+        with verify.written_beside(target, names, optional) as folder:
             (folder / "a").write_text(content)
             if fail:
                 raise fail
@@ -260,7 +259,7 @@ def test_an_earlier_export_survives_a_failure_and_is_replaced_by_success(tmp_pat
     export("fourth")
     assert {path.name for path in tmp_path.iterdir()} == {"model", "model.old", "model.tmp"}
 
-    with export_check.written_beside(target, names) as folder:
+    with verify.written_beside(target, names) as folder:
         (folder / "a").write_text("sixth")
         with pytest.raises(UserError, match=f"another export is writing to {target}: wait"):
             export("seventh")
@@ -268,11 +267,11 @@ def test_an_earlier_export_survives_a_failure_and_is_replaced_by_success(tmp_pat
     assert (target / "a").read_text() == "sixth"
     link = tmp_path / "link"
     link.symlink_to(target)
-    with export_check.written_beside(link, names) as folder:
+    with verify.written_beside(link, names) as folder:
         (folder / "a").write_text("eighth")
     assert link.is_symlink() and (target / "a").read_text() == "eighth"
     with pytest.raises(UserError, match="holds late.txt"):  # it came while the export ran
-        with export_check.written_beside(target, names) as folder:
+        with verify.written_beside(target, names) as folder:
             (folder / "a").write_text("ninth")
             (target / "late.txt").write_text("precious")
     assert (target / "late.txt").exists() and (target / "a").read_text() == "eighth"
@@ -283,10 +282,10 @@ def test_an_earlier_export_survives_a_failure_and_is_replaced_by_success(tmp_pat
         export("fifth")
     assert (target / "thesis.txt").read_text() == "precious"
     with pytest.raises(UserError, match="is a file"):
-        with export_check.written_beside(target / "thesis.txt", names):
+        with verify.written_beside(target / "thesis.txt", names):
             pass
     with pytest.raises(UserError, match="is a folder"):
-        with export_check.written_beside(target):
+        with verify.written_beside(target):
             pass
 
 
@@ -295,14 +294,15 @@ def test_ctrl_c_in_the_middle_leaves_nothing(tmp_path):
     code = f"""
 import sys, time
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-import export_onnx, test_export_onnx as t
+import test_export_onnx as t
+from formats import write_onnx
 from pathlib import Path
 def slow(folder, expected):
     print(sorted(path.name for path in folder.iterdir()), flush=True)
     time.sleep(60)
-export_onnx.write_graph = lambda gpt, path, dtype: path.write_bytes(b"graph")
-export_onnx.check = slow
-export_onnx.export_onnx(t.small_gpt(n_layers=1), t.TOKENIZER, Path("target"), "fp32")
+write_onnx.write_graph = lambda gpt, path, dtype: path.write_bytes(b"graph")
+write_onnx.check = slow
+write_onnx.export_onnx(t.small_gpt(n_layers=1), t.TOKENIZER, Path("target"), "fp32")
 """
     process = subprocess.Popen(
         [sys.executable, "-c", code],
@@ -326,7 +326,7 @@ def test_refusals(gpt, folder, tmp_path, monkeypatch):
         assert "\n" not in str(error.value)
         return str(error.value)
 
-    export = export_onnx.export_onnx
+    export = write_onnx.export_onnx
     target = tmp_path / "model"
     assert "fp32, fp16, int8" in refusal(export, gpt, TOKENIZER, target, "f16")
     other = small_gpt(vocab_size=100)
@@ -351,9 +351,9 @@ def test_refusals(gpt, folder, tmp_path, monkeypatch):
     for name in ("onnxscript", "onnxruntime"):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, name, None)
-            assert "requirements-export" in refusal(export, gpt, TOKENIZER, target, "fp32")
+            assert "requirements/export" in refusal(export, gpt, TOKENIZER, target, "fp32")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    assert "requirements-export" in refusal(OnnxBackend, folder)
+    assert "requirements/export" in refusal(OnnxBackend, folder)
 
 
 def test_comparison_sees_what_is_wrong():
@@ -361,7 +361,7 @@ def test_comparison_sees_what_is_wrong():
     width = float((expected.max(dim=-1).values - expected.min(dim=-1).values).max())
 
     def verdict(found, tolerance=1e-5):
-        comparison = export_check.Comparison()
+        comparison = verify.Comparison()
         comparison.add(expected, expected)
         comparison.add(expected, found)
         comparison.add(expected, expected)

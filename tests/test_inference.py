@@ -17,13 +17,13 @@ import torch
 from test_model import llama_twin
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import backends
 import inference
-from backends import HuggingFaceBackend, TorchBackend, common_prefix, open_backend
-from benchmark_peers import llama_of
-from config import UserError
-from decoding import Decoder
-from export_onnx import export_onnx
+from benchmarks.peers import llama_of
+from common.settings import UserError
+from formats.write_onnx import export_onnx
+from generation import backends
+from generation.backends import HuggingFaceBackend, TorchBackend, common_prefix, open_backend
+from generation.fast_decode import Decoder
 from inference import Lille, lille
 from model import GPT, GPTConfig
 from prepare_dataset import main as prepare_dataset
@@ -80,7 +80,7 @@ def opened(checkpoint, llama_folder, tmp_path_factory) -> dict[str, Lille]:
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError:
-        return models  # pip install -r requirements-export.txt
+        return models  # pip install -r requirements/export.txt
     folder = tmp_path_factory.mktemp("onnx") / "model"
     export_onnx(small_gpt(), TOKENIZER, folder, "")
     return models | {"onnx": lille("onnx", folder, "cpu")}

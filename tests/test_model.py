@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
-from benchmark_peers import llama_of
-from cross_entropy import IGNORE_INDEX, linear_cross_entropy
-from kv_cache import KVCache
+from benchmarks.peers import llama_of
 from model import GPT, GPTConfig, apply_rope, document_mask, rope_tables
-from sampling import sample
+from ops.cross_entropy import IGNORE_INDEX, linear_cross_entropy
+from ops.kv_cache import KVCache
+from ops.sampling import sample
 
 REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference"
 TINY = GPTConfig(
@@ -284,7 +284,7 @@ def test_attention_by_piece_equals_the_document_mask():
 
 @pytest.mark.parametrize("compiling", [False, True])
 def test_linear_cross_entropy_equals_the_plain_formula(compiling, monkeypatch):
-    monkeypatch.setattr("cross_entropy.MIN_CHUNK", 1)  # so that there are three, of 32 tokens
+    monkeypatch.setattr("ops.cross_entropy.MIN_CHUNK", 1)  # so that there are three, of 32 tokens
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     torch.manual_seed(0)
     x = torch.randn(70, 32, requires_grad=True)

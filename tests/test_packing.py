@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cross_entropy import IGNORE_INDEX
+from common.prefetch import Prefetcher
 from dataset import NpzDataset, ShardWriter
-from packing import ChatFormat, PackedRows, cut_documents, pack
-from prefetch import Prefetcher
+from ops.cross_entropy import IGNORE_INDEX
 from tokenizer import load_tokenizer
+from training.packing import ChatFormat, PackedRows, cut_documents, pack
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 PAD = 65535

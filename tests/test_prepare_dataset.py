@@ -15,12 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import examples
 import prepare_dataset
-from config import UserError
+from common.files import locked
+from common.manifest import read_manifest
+from common.settings import UserError
 from dataset import ShardWriter, open_split
-from files import locked
-from manifest import read_manifest
+from preparation import example_readers
 from tokenizer import load_tokenizer
 
 ROOT = Path(prepare_dataset.__file__).parent
@@ -172,7 +172,7 @@ def test_small_chunks_and_batches_change_nothing(monkeypatch):
     content = "<|endoftext|>".join(texts)
     bytes_of = {}
     for chunk, characters in ((1 << 20, 1 << 20), (1, 50), (7, 1), (64, 500)):
-        monkeypatch.setattr(examples, "CHUNK_BYTES", chunk)
+        monkeypatch.setattr(example_readers, "CHUNK_BYTES", chunk)
         monkeypatch.setattr(prepare_dataset, "BATCH_CHARACTERS", characters)
         out = prepare(content)
         bytes_of[chunk] = [path.read_bytes() for path in sorted(out.iterdir())]
@@ -588,7 +588,7 @@ def test_file_size_limit():
 SLOW = """
 import sys, time, pathlib
 import prepare_dataset
-from config import run_script
+from common.settings import run_script
 
 def sleep(*args):
     pathlib.Path("working").touch()

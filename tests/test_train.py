@@ -19,13 +19,13 @@ from kill_and_resume import TINY, difference, kill_and_resume, newest
 
 import train
 from checkpoint import CheckpointWriter, load_checkpoint, load_model
-from config import UserError, config_from_constants
-from cross_entropy import IGNORE_INDEX
-from files import locked
+from common.files import locked
+from common.settings import UserError, config_from_constants
 from model import GPT, GPTConfig
-from packing import Batch
+from ops.cross_entropy import IGNORE_INDEX
 from tokenizer import load_tokenizer
-from training import MAX_BAD_STEPS, Run, gradient_scale
+from training.packing import Batch
+from training.trainer import MAX_BAD_STEPS, Run, gradient_scale
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLED = {"eval_interval": 4, "sample_tokens": 4}

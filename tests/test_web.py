@@ -1,6 +1,6 @@
 """The chat page in a real browser, headless.
 
-    pip install -r requirements-web.txt playwright
+    pip install -r requirements/web.txt playwright
 
 It also takes a Chromium, such as Debian's package; without one of these the tests are skipped.
 """
@@ -23,8 +23,8 @@ from pathlib import Path
 import pytest
 from test_inference import ROOT, TOKENIZER, Scripted, saved, small_gpt, turns
 
-import chat_web
-from config import UserError
+from common.settings import UserError
+from generation import chat_web
 from inference import Lille
 
 OPTIONS = {"max_new_tokens": 500, "temperature": 0.5, "top_p": 0.95, "top_k": None}
@@ -33,7 +33,7 @@ ANSWER = "One two 東京 🚀 three:\n\n    four five."
 
 def test_without_gradio_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setattr(chat_web, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install -r requirements-web.txt$") as error:
+    with pytest.raises(UserError, match="pip install -r requirements/web.txt$") as error:
         chat_web.require_gradio()
     assert "\n" not in str(error.value)
 
@@ -69,7 +69,7 @@ class Slow(Scripted):
 
 @pytest.fixture(scope="module")
 def browser():
-    pytest.importorskip("gradio", reason="needs requirements-web.txt")
+    pytest.importorskip("gradio", reason="needs requirements/web.txt")
     api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
     names = ("chromium", "chromium-browser", "google-chrome", "chrome")
     path = next(filter(None, map(shutil.which, names)), None)
@@ -256,7 +256,7 @@ def test_a_backend_that_fails_does_not_lock_the_page(visitor, served, monkeypatc
 
 
 def test_the_command_serves_this_machine_only(tmp_path):
-    pytest.importorskip("gradio", reason="needs requirements-web.txt")
+    pytest.importorskip("gradio", reason="needs requirements/web.txt")
     model = saved(small_gpt(n_layers=1), tmp_path / "model.pt")
     command = [sys.executable, str(ROOT / "inference.py"), "--web", f"--model={model}"]
     process = subprocess.Popen(

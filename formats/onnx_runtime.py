@@ -1,0 +1,142 @@
+"""Runs a folder that `export.py --format=onnx` wrote, in onnxruntime.
+
+backend = OnnxBackend("lille-onnx")
+logits = backend.logits(ids)  # of the token after ids, (V,)
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from common.settings import UserError
+from ops.kv_cache import common_prefix
+
+MODEL, CONFIG = "model.onnx", "config.json"
+NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+
+class OnnxBackend:
+    """The graph with its keys and values kept on the device between calls (IO binding).
+
+    Attributes: `block_size`, `vocab_size`, `device` ("cpu" or "cuda"), `session`.
+    """
+
+    def __init__(self, path: str | Path, device: str | None = None):
+        """`path` is the folder or its model.onnx; `device` None is CUDA if onnxruntime has it.
+
+        Raises UserError when onnxruntime is not installed and for what is not such a folder.
+        """
+        file = Path(path) / MODEL if Path(path).is_dir() else Path(path)
+        config = read_config(file)
+        self.block_size, self.vocab_size = config["block_size"], config["vocab_size"]
+        self.session = open_session(file, device)
+        self.device = "cuda" if "CUDAExecutionProvider" in self.session.get_providers() else "cpu"
+        inputs = self.session.get_inputs()
+        self.past_names = [value.name for value in inputs if value.name.startswith("past_")]
+        self.present_names = [name.replace("past", "present", 1) for name in self.past_names]
+        outputs = [value.name for value in self.session.get_outputs()]
+        if not self.past_names or set(outputs) != {"logits", *self.present_names}:
+            raise UserError(f"{file} is not a model with a KV cache that export.py wrote")
+
+        past = next(value for value in inputs if value.name == self.past_names[0])
+        _, kv_heads, _, head_dim = past.shape
+        self.nothing = self.on_device(np.zeros((1, kv_heads, 0, head_dim), NUMPY_TYPES[past.type]))
+        self.cached: tuple[list[int], list[Any]] = ([], [])  # ids, and the keys and values of them
+
+    def on_device(self, array: np.ndarray):
+        from onnxruntime import OrtValue
+
+        return OrtValue.ortvalue_from_numpy(array, self.device)
+
+    def logits(self, ids: Sequence[int]) -> torch.Tensor:
+        """Float32 logits (V,) of the token after `ids` (1 to block_size of them).
+
+        Only what follows the longest prefix shared with the previous call is computed, at least
+        the last token. Raises ValueError for too few or too many ids, and for unknown ones.
+        """
+        ids = [int(token) for token in ids]
+        if not 1 <= len(ids) <= self.block_size:
+            raise ValueError(f"{len(ids)} ids: the context takes 1 to {self.block_size}")
+        known = min(common_prefix(self.cached[0], ids), len(ids) - 1)
+        if not all(0 <= token < self.vocab_size for token in ids[known:]):
+            raise ValueError(f"an id is not in 0..{self.vocab_size - 1}")
+        outputs = self.run(ids[known:], self.past(known))
+        self.cached = (ids, outputs[1:])
+        return torch.from_numpy(outputs[0].numpy()[0, -1].astype(np.float32))
+
+    def all_logits(self, ids: Sequence[int]) -> torch.Tensor:
+        """Float32 logits (T, V) at every position of `ids`, computed in one call, not cached."""
+        return torch.from_numpy(self.run(list(ids), self.past(0))[0].numpy()[0]).float()
+
+    def past(self, length: int) -> list[Any]:
+        """The first `length` cached keys and values; a cut is one copy through host memory."""
+        ids, values = self.cached
+        if length == 0:
+            return [self.nothing] * len(self.past_names)
+        if length < len(ids):
+            values = [
+                self.on_device(np.ascontiguousarray(value.numpy()[:, :, :length]))
+                for value in values
+            ]
+            self.cached = (ids[:length], values)
+        return values
+
+    def run(self, ids: list[int], past: list[Any]) -> list[Any]:
+        """Logits (1, T, V) on the host, and keys and values on the device, as OrtValues."""
+        binding = self.session.io_binding()
+        binding.bind_cpu_input("input_ids", np.array([ids], dtype=np.int64))
+        for name, value in zip(self.past_names, past, strict=True):
+            binding.bind_ortvalue_input(name, value)
+        binding.bind_output("logits", "cpu")
+        for name in self.present_names:
+            binding.bind_output(name, self.device)
+        self.session.run_with_iobinding(binding)
+        return binding.get_outputs()
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """The config.json beside a model.onnx, checked; UserError says what is missing."""
+    config = file.with_name(CONFIG)
+    for path in (file, config):
+        if not path.is_file():
+            raise UserError(f"{path} is not there: export a checkpoint with --format=onnx first")
+    try:
+        values = json.loads(config.read_text("utf-8"))
+        sizes = {name: values[name] for name in ("block_size", "vocab_size")}
+    except (KeyError, TypeError, ValueError):
+        sizes = {}
+    if not sizes or not all(type(size) is int and size > 0 for size in sizes.values()):
+        raise UserError(f"{config} is not one that export.py wrote: export the checkpoint again")
+    return values
+
+
+def open_session(file: Path, device: str | None):
+    """The onnxruntime session of a file, with as many threads as torch uses."""
+    try:
+        import onnxruntime
+    except ModuleNotFoundError:
+        raise UserError(
+            "onnxruntime is not installed: pip install -r requirements/export.txt"
+        ) from None
+    available = onnxruntime.get_available_providers()
+    providers = ["CPUExecutionProvider"]
+    if device not in (None, "cpu", "cuda"):
+        raise UserError(f"device={device!r}: the onnx backend runs on 'cpu' or 'cuda'")
+    if device == "cuda" and "CUDAExecutionProvider" not in available:
+        raise UserError("this onnxruntime has no CUDA: install onnxruntime-gpu, or use the CPU")
+    if device != "cpu" and "CUDAExecutionProvider" in available:
+        providers.insert(0, "CUDAExecutionProvider")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3  # errors; what it warns of here is how it placed the nodes
+    try:
+        return onnxruntime.InferenceSession(file, options, providers=providers)
+    except Exception as error:  # onnxruntime's own classes derive from Exception alone
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{file} cannot be loaded by onnxruntime ({reason}): export it again"
+        ) from None

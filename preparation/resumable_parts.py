@@ -1,0 +1,288 @@
+"""A dataset that is prepared in parts, one for each input file, by any number of processes.
+
+Part i lies in `output`/.preparing/part-0000i: its shards, and part.json as soon as they are
+complete; `Part` makes one. Once all parts are there, `finish` names the shards, moves them and
+writes manifest.json. Whatever is there is complete and on disk, so that a run may end anywhere and
+another one go on.
+"""
+
+import json
+import os
+import shutil
+from array import array
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from common.files import atomic_file
+from common.manifest import make_manifest, write_manifest
+from common.prefetch import Prefetcher
+from common.settings import UserError
+from dataset import NpzDataset, ShardWriter
+from preparation.filters import EMPTY, Counts, read_documents
+from preparation.input_files import InputFile, modified
+
+STAGING = ".preparing"
+DOWNLOAD = "input.parquet"  # in a part's folder
+DUPLICATE = "duplicate text"
+SOURCE = ("name", "bytes", "sha256")
+DUPLICATES_AT_A_TIME = 4 << 20  # documents compared at a time
+
+
+@dataclass
+class Part:
+    """The part of one input file while it is made: first encoded, then stored."""
+
+    folder: Path
+    file: InputFile
+    sha256: str
+    held: ExitStack  # the lock and the writer
+    writer: ShardWriter
+    counts: Counts = field(default_factory=Counts)
+    keys: array = field(default_factory=lambda: array("Q"))
+    text_hashes: bytearray = field(default_factory=bytearray)
+    text_bytes: int = 0
+
+    def encode(self, path: Path, config: Any, tokenizer: Any, on_batch: Callable) -> None:
+        """Encodes the documents of the file at `path` that pass the filters into the writer.
+
+        Calls `on_batch(batch, tokens, bytes of the file)` after each batch.
+        """
+        batches = Prefetcher(read_documents(path, config, self.counts))
+        try:
+            for batch in batches:
+                ids, ends = tokenizer.encode_documents(batch.texts)
+                self.writer.add_flat(ids, ends)
+                self.keys.frombytes(batch.keys.tobytes())
+                self.text_hashes += batch.text_hashes.tobytes()
+                self.text_bytes += batch.text_bytes
+                on_batch(batch, len(ids), self.file.bytes)
+        finally:
+            batches.close()
+
+    def store(self, config: Any, identity: dict[str, Any]) -> dict[str, Any]:
+        """Writes the shards in the order of the keys, then part.json; returns what that says."""
+        keys = np.frombuffer(self.keys, dtype=np.uint64)
+        order = np.argsort(keys, kind="stable")
+        n_val = int(np.searchsorted(keys[order], np.uint64(config.val_split * 2.0**64)))
+        val, train = np.split(order, [n_val])
+        with self.held:
+            writer = self.writer
+            shards = [
+                writer.write(self.folder / f"train-{i:05d}.npz", documents)
+                for i, documents in enumerate(cut(train, writer.lengths(train), config.shard_size))
+            ]
+            val_entry = writer.write(self.folder / "val.npz", val)
+            if config.remove_duplicates:
+                hashes = np.frombuffer(self.text_hashes, dtype="<u8").reshape(-1, 2)
+                with atomic_file(self.folder / "text_hashes.npy") as file:
+                    np.save(file, hashes[np.concatenate([train, val])])
+            record = {
+                "identity": identity,
+                "source": {
+                    "name": self.file.name,
+                    "bytes": self.file.bytes,
+                    "sha256": self.sha256,
+                    "modified": modified(self.file),
+                },
+                "documents": self.counts.documents,
+                "text_bytes": self.text_bytes,
+                "dropped": self.counts.dropped,
+                "shards": shards,
+                "val": val_entry,
+            }
+            write_record(self.folder / "part.json", record)
+        (self.folder / DOWNLOAD).unlink(missing_ok=True)
+        kept = sum(entry["documents"] for entry in [*shards, val_entry])
+        tokens = sum(entry["tokens"] for entry in [*shards, val_entry])
+        empty = self.counts.dropped[EMPTY]["documents"]
+        note = f"; {empty:,} without text, from row group {self.counts.first_empty} on"
+        tqdm.write(
+            f"{self.file.name}: {kept:,} of {self.counts.documents:,} documents kept, "
+            f"{tokens:,} tokens{note if empty else ''}"
+        )
+        return record
+
+
+def cut(order: np.ndarray, lengths: np.ndarray, shard_size: int) -> list[np.ndarray]:
+    """Splits documents into runs of about `shard_size` tokens, none of them empty."""
+    if not len(order):
+        return []
+    shard = (np.cumsum(lengths) - 1) // shard_size
+    return np.split(order, np.flatnonzero(np.diff(shard)) + 1)
+
+
+def part_of(output: Path, index: int) -> Path:
+    return output / STAGING / f"part-{index:05d}"
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """What a JSON file of the staging folder records, None if it is not there yet."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        raise UserError(f"{path} is damaged: delete it and run again") from None
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    with atomic_file(path) as file:
+        file.write(json.dumps(record, indent=1).encode("ascii"))
+
+
+def refuse_if_different(
+    output: Path, state: str, remove: Path, old: dict[str, Any], new: dict[str, Any]
+) -> None:
+    """UserError with every setting that differs, if one does."""
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    if names:
+        found = ", ".join(f"{name} was {old.get(name)!r}, is {new.get(name)!r}" for name in names)
+        raise UserError(
+            f"{output} holds {state} dataset with other settings ({found}): set them back, choose "
+            f"another --output_dir, or delete {remove}"
+        )
+
+
+def duplicates(hashes: list[np.ndarray]) -> list[np.ndarray]:
+    """Which documents (n,) bool of each part repeat the text of an earlier one.
+
+    `hashes` are (n, 2) uint64 of every part. Works on a slice of the values at a time, so that
+    memory stays flat.
+    """
+    repeated = [np.zeros(len(part), dtype=bool) for part in hashes]
+    starts = np.cumsum([0, *map(len, hashes)])
+    n_slices = 1 + int(starts[-1]) // DUPLICATES_AT_A_TIME
+    for number in range(n_slices):
+        chosen = [np.flatnonzero(part[:, 0] % n_slices == number) for part in hashes]
+        values = np.concatenate([part[i] for part, i in zip(hashes, chosen, strict=True)])
+        places = np.concatenate([start + i for start, i in zip(starts, chosen, strict=False)])
+        order = np.lexsort((values[:, 1], values[:, 0]))  # stable: the first one stays first
+        values, places = values[order], places[order]
+        again = places[1:][(values[1:] == values[:-1]).all(axis=1)]
+        part = np.searchsorted(starts, again, side="right") - 1
+        for i in np.unique(part):
+            repeated[i][again[part == i] - starts[i]] = True
+    return repeated
+
+
+def without(path: Path, dropped: np.ndarray, target: Path) -> dict[str, Any]:
+    """Writes the documents of a shard that are not `dropped` (n,) bool as another shard."""
+    with ShardWriter(target.parent) as writer:
+        copy(NpzDataset(path), np.flatnonzero(~dropped), writer)
+        return writer.write(target)
+
+
+def copy(data: NpzDataset, documents: np.ndarray, writer: ShardWriter) -> None:
+    """Adds the `documents` of a shard to `writer`, some at a time."""
+    for start in range(0, len(documents), 256):
+        writer.add_batch([data[i] for i in documents[start : start + 256]])
+
+
+def sizes(data: NpzDataset, documents: np.ndarray, token_bytes: np.ndarray) -> tuple[int, int]:
+    """(tokens, bytes of text) of the `documents` of a shard."""
+    tokens = sum(len(data[i]) for i in documents)
+    return tokens, sum(int(token_bytes[data[i]].sum()) for i in documents)
+
+
+def arrange(
+    output: Path, config: Any, tokenizer: Any, records: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Decides where every shard goes, once all parts are there: {"moves", "manifest"}.
+
+    Merges the validation documents, and removes duplicates. Nothing that it reads is changed.
+    """
+    staging = output / STAGING
+    dropped: Counter[tuple[str, str]] = Counter()
+    for record in records:
+        for reason, counts in record["dropped"].items():
+            dropped.update({(reason, what): count for what, count in counts.items()})
+    text_bytes = sum(record["text_bytes"] for record in records)
+    parts = [Path(part_of(output, index).name) for index in range(len(records))]
+    repeated: list[np.ndarray] = []
+    if config.remove_duplicates:
+        hashes = [np.load(staging / part / "text_hashes.npy", mmap_mode="r") for part in parts]
+        repeated = duplicates(hashes)
+        dropped.update({(DUPLICATE, "documents"): 0, (DUPLICATE, "tokens"): 0})
+
+    shards: list[tuple[Path, dict[str, Any]]] = []
+    with ShardWriter(staging) as val:
+        for index, (part, record) in enumerate(zip(parts, records, strict=True)):
+            start = 0
+            names = [f"train-{i:05d}.npz" for i in range(len(record["shards"]))] + ["val.npz"]
+            for name, entry in zip(names, [*record["shards"], record["val"]], strict=True):
+                path, end = part / name, start + entry["documents"]
+                drop = repeated[index][start:end] if repeated else np.zeros(end - start, bool)
+                start = end
+                data = NpzDataset(staging / path)
+                if drop.any():
+                    tokens, lost_bytes = sizes(data, np.flatnonzero(drop), tokenizer.token_bytes)
+                    dropped[DUPLICATE, "documents"] += int(drop.sum())
+                    dropped[DUPLICATE, "tokens"] += tokens
+                    text_bytes -= lost_bytes
+                if name == "val.npz":
+                    copy(data, np.flatnonzero(~drop), val)
+                elif not drop.any():
+                    shards.append((path, entry))
+                elif not drop.all():
+                    unique = path.with_suffix(".unique.npz")
+                    entry = without(staging / path, drop, staging / unique)
+                    shards.append((unique, entry))
+        val_entry = val.write(staging / "val.npz")
+
+    reasons = {reason: {} for reason, _ in dropped}
+    for (reason, what), count in dropped.items():
+        reasons[reason][what] = count
+    n_read = sum(record["documents"] for record in records)
+    if not shards:
+        counts = ", ".join(f"{count['documents']:,} {why}" for why, count in reasons.items())
+        raise UserError(
+            f"none of the {n_read:,} documents passed the filters ({counts}): loosen them and "
+            f"delete {staging}"
+        )
+    if not val_entry["documents"]:
+        raise UserError(
+            f"val_split={config.val_split} leaves no document for validation: set a larger one and "
+            f"delete {staging}"
+        )
+    moves, entries = {}, {}
+    for i, (path, entry) in enumerate(shards):
+        name = f"train-{i:05d}-of-{len(shards):05d}.npz"
+        moves[name], entries[name] = path.as_posix(), entry
+    moves["val.npz"], entries["val.npz"] = "val.npz", val_entry
+    manifest = make_manifest(
+        kind="text",
+        tokenizer=tokenizer,
+        sources=[{name: record["source"][name] for name in SOURCE} for record in records],
+        settings=records[0]["identity"],
+        dropped=reasons,
+        files=entries,
+    ) | {"documents_read": n_read, "text_bytes": text_bytes}
+    return {"moves": moves, "manifest": manifest}
+
+
+def finish(
+    output: Path, config: Any, tokenizer: Any, records: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Moves the shards into place and writes the manifest; safe to run again wherever it ended."""
+    staging = output / STAGING
+    layout = read_record(staging / "layout.json")
+    if layout is None:
+        layout = arrange(output, config, tokenizer, records)
+        write_record(staging / "layout.json", layout)
+    for name, path in layout["moves"].items():
+        with suppress(FileNotFoundError):  # an earlier run has moved it
+            os.replace(staging / path, output / name)
+    for name, entry in layout["manifest"]["files"].items():
+        path = output / name
+        if not path.exists() or path.stat().st_size != entry["bytes"]:
+            raise UserError(f"{path} is missing or damaged: delete {output} and run again")
+    write_manifest(output / "manifest.json", layout["manifest"])
+    shutil.rmtree(staging, ignore_errors=True)
+    return layout["manifest"]

@@ -1,0 +1,259 @@
+"""Packs documents into rows of `block_size` tokens, so that an epoch trains on every token once.
+
+Documents longer than a row are cut into pieces and the pieces are packed best-fit into rows, which
+leaves rows over 99.5 % full; attention and positions stay within a piece (see model.py). The order
+of an epoch is a pure function of (seed, epoch), so a position in it is a single number, the row.
+
+    rows = PackedRows(open_split("data/x", "train"), block_size=512, pad_id=tokenizer.pad_id)
+    batch = rows.batch(range(0, 16))         # the first 16 rows of the first epoch
+
+Best-fit packing against truncation: Ding et al., "Fewer Truncations Improve Language Modeling",
+2404.10830.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from dataset import NpzDataset
+from ops.cross_entropy import IGNORE_INDEX
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """What packing must know of conversations; tokenizer.py owns the format itself."""
+
+    bos_id: int
+    user_id: int
+    assistant_mask: Callable[[np.ndarray], np.ndarray]  # ids -> True where a token is a label
+
+
+@dataclass
+class Batch:
+    """A packed micro-batch; tensors are (B, T) int64 except cu_seqlens (pieces + 1, padded) int32.
+
+    `targets` are the next tokens within each piece, IGNORE_INDEX elsewhere; `positions` count from
+    0 in each piece; `cu_seqlens` are the pieces' borders in the flattened batch. `seed` is that of
+    dropout and sampled labels; None leaves the random state as it is.
+    """
+
+    ids: torch.Tensor
+    targets: torch.Tensor
+    positions: torch.Tensor
+    cu_seqlens: torch.Tensor
+    n_labels: int
+    seed: int | None = None
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return self.ids, self.targets, self.positions, self.cu_seqlens
+
+    def pin_memory(self) -> "Batch":
+        pinned = (tensor.pin_memory() for tensor in self.tensors())
+        return Batch(*pinned, n_labels=self.n_labels, seed=self.seed)
+
+
+def cut_documents(offsets: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Starts and lengths of the pieces, each of at most `block_size` tokens, of all documents."""
+    offsets = offsets.astype(np.int64)
+    counts = -(-np.diff(offsets) // block_size)  # pieces of each document, 0 for an empty one
+    first_piece = np.cumsum(counts) - counts
+    within = np.arange(counts.sum()) - np.repeat(first_piece, counts)
+    starts = np.repeat(offsets[:-1], counts) + within * block_size
+    lengths = np.minimum(np.repeat(offsets[1:], counts) - starts, block_size)
+    return starts, lengths
+
+
+def cut_conversations(
+    dataset: NpzDataset, block_size: int, user_id: int
+) -> tuple[np.ndarray, np.ndarray, int, int]:
+    """Starts and lengths of the conversations, how many were shortened and how many left out.
+
+    A conversation that is too long keeps its most recent turns. Its piece then begins one token
+    before a user turn; PackedRows writes `<|startoftext|>` there. One whose last turn alone is too
+    long is left out.
+    """
+    offsets = np.asarray(dataset.offsets, dtype=np.int64)
+    starts, lengths = offsets[:-1].copy(), np.diff(offsets)
+    n_shortened = n_dropped = 0
+    for i in np.flatnonzero(lengths > block_size):
+        turns = offsets[i] + np.flatnonzero(dataset[i] == user_id) - 1
+        fitting = turns[offsets[i + 1] - turns <= block_size]
+        n_shortened, n_dropped = n_shortened + bool(len(fitting)), n_dropped + (not len(fitting))
+        starts[i] = fitting[0] if len(fitting) else offsets[i + 1]
+        lengths[i] = offsets[i + 1] - starts[i]
+    kept = lengths > 0
+    return starts[kept], lengths[kept], n_shortened, n_dropped
+
+
+def pack(
+    lengths: np.ndarray, block_size: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Best-fit decreasing: (order, borders); row r holds pieces order[borders[r]:borders[r + 1]].
+
+    Pieces of one length are interchangeable, so all of them are placed at once: into the fullest
+    rows with room first, into new rows last. `rng` decides which of them meet and the rows' order.
+    """
+    shuffled = rng.permutation(len(lengths))
+    pieces = shuffled[np.argsort(-lengths[shuffled], kind="stable")]  # longest first
+    row_of = np.empty(len(pieces), dtype=np.int64)
+    room: list[list[np.ndarray]] = [[] for _ in range(block_size + 1)]  # rows by free places
+    n_rows = placed = 0
+    counts = np.bincount(lengths, minlength=block_size + 1)
+    for length in np.flatnonzero(counts)[::-1].tolist():
+        left = int(counts[length])
+        while left:
+            free = next((c for c in range(length, block_size + 1) if room[c]), block_size)
+            per_row = free // length
+            needed = -(-left // per_row)
+            if room[free]:
+                rows = np.concatenate(room[free])
+                room[free] = [rows[needed:]] if len(rows) > needed else []
+                rows = rows[:needed]
+            else:
+                rows = np.arange(n_rows, n_rows + needed)
+                n_rows += needed
+            n = min(left, len(rows) * per_row)
+            row_of[placed : placed + n] = np.repeat(rows, per_row)[:n]
+            in_last = n - (len(rows) - 1) * per_row
+            room[free - in_last * length].append(rows[-1:])
+            if len(rows) > 1:
+                room[free - per_row * length].append(rows[:-1])
+            placed, left = placed + n, left - n
+    row_of = rng.permutation(n_rows)[row_of]
+    by_row = np.argsort(row_of, kind="stable")
+    borders = np.concatenate(([0], np.cumsum(np.bincount(row_of, minlength=n_rows))))
+    return pieces[by_row], borders
+
+
+class PackedRows:
+    """All shards of a split as an endless sequence of packed rows, epoch after epoch.
+
+    Row numbers run on across epochs: row r belongs to epoch r // rows_per_epoch. Every epoch packs
+    the same pieces anew. `chat` selects conversations, which are never cut in the middle.
+    """
+
+    def __init__(
+        self,
+        datasets: Sequence[NpzDataset],
+        block_size: int,
+        pad_id: int,
+        seed: int = 0,
+        chat: ChatFormat | None = None,
+    ):
+        self.block_size, self.pad_id, self.seed, self.chat = block_size, pad_id, seed, chat
+        self.tokens = [np.asarray(dataset.tokens) for dataset in datasets]  # cheap to slice
+        self.bases = np.cumsum([0] + [len(tokens) for tokens in self.tokens])
+        self.n_documents = sum(len(dataset) for dataset in datasets)
+        self.n_shortened = self.n_dropped = 0
+        starts, lengths = [], []
+        for dataset, base in zip(datasets, self.bases, strict=False):
+            if chat is None:
+                s, n = cut_documents(np.asarray(dataset.offsets), block_size)
+            else:
+                s, n, shortened, dropped = cut_conversations(dataset, block_size, chat.user_id)
+                self.n_shortened += shortened
+                self.n_dropped += dropped
+            starts.append(s + base)
+            lengths.append(n)
+        self.starts, self.lengths = np.concatenate(starts), np.concatenate(lengths)
+        self.epoch = -1
+        self.plan_epoch(0)
+        # Lengths alone decide which lengths share a row, so these are the same in every epoch.
+        self.rows_per_epoch = len(self.borders) - 1
+        self.max_pieces = int(np.diff(self.borders).max(initial=0)) + 1  # with padding
+
+    @property
+    def description(self) -> str:
+        """How many documents and tokens there are; a resumed run must find the same."""
+        return f"{self.n_documents:,} documents, {int(self.bases[-1]):,} tokens"
+
+    def fingerprint(self) -> str:
+        """Tells data sets apart: a hash of the documents' borders and of 4,096 tokens."""
+        digest = hashlib.sha256(self.starts.tobytes() + self.lengths.tobytes())
+        for tokens in self.tokens:
+            picked = np.linspace(0, len(tokens) - 1, num=min(4096, len(tokens)), dtype=np.int64)
+            digest.update(tokens[picked].tobytes())
+        return digest.hexdigest()[:16]
+
+    @property
+    def fill(self) -> float:
+        """Share of the places of an epoch's rows that hold a token."""
+        return float(self.lengths.sum() / max(1, self.rows_per_epoch * self.block_size))
+
+    def plan_epoch(self, epoch: int) -> None:
+        if epoch != self.epoch:
+            rng = np.random.default_rng((self.seed, epoch))
+            self.order, self.borders = pack(self.lengths, self.block_size, rng)
+            self.epoch = epoch
+
+    def pieces(self, row: int) -> list[np.ndarray]:
+        """The token ids of the pieces of a row."""
+        epoch, row = divmod(row, self.rows_per_epoch)
+        self.plan_epoch(epoch)
+        found = []
+        for piece in self.order[self.borders[row] : self.borders[row + 1]]:
+            start, length = self.starts[piece], self.lengths[piece]
+            shard = int(np.searchsorted(self.bases, start, side="right")) - 1
+            begin = start - self.bases[shard]
+            ids = np.array(self.tokens[shard][begin : begin + length], dtype=np.int64)
+            if self.chat is not None:
+                ids[0] = self.chat.bos_id  # already so, unless earlier turns were left out
+            found.append(ids)
+        return found
+
+    def batch(self, rows: Iterable[int | None]) -> Batch:
+        """The batch of these rows; None stands for a row of padding, without labels."""
+        rows = list(rows)
+        shape = (len(rows), self.block_size)
+        ids = np.full(shape, self.pad_id, dtype=np.int64)
+        targets = np.full(shape, IGNORE_INDEX, dtype=np.int64)
+        positions = np.zeros(shape, dtype=np.int64)
+        borders = []
+        for r, row in enumerate(rows):
+            end = 0
+            for piece in self.pieces(row) if row is not None else []:
+                start, end = end, end + len(piece)
+                borders.append(r * self.block_size + start)
+                ids[r, start:end] = piece
+                positions[r, start:end] = np.arange(len(piece))
+                labels = piece[1:]
+                if self.chat is not None:
+                    labels = np.where(self.chat.assistant_mask(piece)[1:], labels, IGNORE_INDEX)
+                targets[r, start : end - 1] = labels
+            if end < self.block_size:  # the padding is one more piece that nothing else sees
+                borders.append(r * self.block_size + end)
+                positions[r, end:] = np.arange(self.block_size - end)
+        # Of one length whatever the batch, so that a compiled model is compiled once.
+        cu_seqlens = np.full(len(rows) * self.max_pieces + 1, ids.size, dtype=np.int32)
+        cu_seqlens[: len(borders)] = borders
+        arrays = map(torch.from_numpy, (ids, targets, positions, cu_seqlens))
+        return Batch(*arrays, n_labels=int((targets != IGNORE_INDEX).sum()))
+
+    def steps(
+        self,
+        first_row: int,
+        end_row: int,
+        batch_size: int,
+        accumulation: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> Iterator[list[Batch]]:
+        """Yields the micro-batches of each optimizer step; the last one is filled with padding.
+
+        A step has `accumulation` micro-batches, dealt to the ranks in turn: these are every
+        `world_size`-th from `rank` on. Each has a seed of its own, a pure function of its place in
+        the data, so that a run is the same on any number of ranks and after any resume.
+        """
+        for start in range(first_row, end_row, batch_size * accumulation):
+            batches = []
+            for i in range(rank, accumulation, world_size):
+                first = start + i * batch_size
+                rows = range(first, first + batch_size)
+                batch = self.batch([row if row < end_row else None for row in rows])
+                (seed,) = np.random.SeedSequence((self.seed, first)).generate_state(1, np.uint64)
+                batch.seed = int(seed)
+                batches.append(batch)
+            yield batches
