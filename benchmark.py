@@ -25,7 +25,8 @@ import torch
 from benchmarks import decoding, optimizer, packing, report, timing, tokenizing, training_step
 from benchmarks.decoding import PROMPT
 from benchmarks.inputs import SHAPE
-from common.settings import UserError, config_from_constants, run_script
+from common.errors import UserError
+from common.settings import config_from_constants, run_script
 from model import GPTConfig
 from training.checks import choose_device, make_folder
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
+from common.errors import UserError
 from common.files import atomic_file
-from common.settings import UserError
 from formats.pretrained import VERSIONS, gpt_of_folder, model_folder
 from model import GPT, GPTConfig
 

@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
+from common.errors import UserError
 from common.files import atomic_file, file_sha256, named_errors
 from common.manifest import check_manifest, read_manifest
-from common.settings import UserError
 
 CHUNK = 1 << 20  # values checked, or bytes copied, at a time
 

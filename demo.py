@@ -13,7 +13,8 @@ import sys
 import time
 from pathlib import Path
 
-from common.settings import UserError, config_from_constants, run_script
+from common.errors import UserError
+from common.settings import config_from_constants, run_script
 from inference import Lille, lille
 from preparation.demo_data import is_right
 

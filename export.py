@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint import load_checkpoint, load_model, model_of
-from common.settings import UserError, config_from_constants, run_script
+from common.errors import UserError
+from common.settings import config_from_constants, run_script
 from formats.write_hf import export_hf
 from model import GPT
 from tokenizer import load_tokenizer

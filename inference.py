@@ -32,7 +32,8 @@ from dataclasses import dataclass
 
 import torch
 
-from common.settings import UserError, config_from_constants, run_script
+from common.errors import UserError
+from common.settings import config_from_constants, run_script
 from generation import chat_terminal, chat_web
 from generation.backends import Backend, open_backend
 from ops.sampling import sample

@@ -28,9 +28,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from common.errors import UserError
 from common.files import locked
 from common.manifest import make_manifest, publish
-from common.settings import UserError, config_from_constants, run_script, settings_of
+from common.settings import config_from_constants, run_script, settings_of
 from dataset import ShardWriter
 from preparation.example_readers import ParquetFiles, TextFile, open_input
 from preparation.hub_dataset import HubDataset

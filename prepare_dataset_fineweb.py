@@ -25,10 +25,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from common.errors import UserError
 from common.files import file_sha256, locked
 from common.manifest import read_manifest
 from common.prefetch import Prefetcher
-from common.settings import UserError, config_from_constants, run_script
+from common.settings import config_from_constants, run_script
 from dataset import ShardWriter
 from preparation import hub_download
 from preparation.filters import Documents

@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer as HFTokenizer
 
+from common.errors import UserError
 from common.files import interrupts_deferred
-from common.settings import UserError
 
 CONTROL_TOKENS = ("<|pad|>", "<|endoftext|>", "<|assistant|>", "<|user|>", "<|startoftext|>")
 _, END_OF_TEXT, ASSISTANT, USER, START_OF_TEXT = CONTROL_TOKENS

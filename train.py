@@ -22,9 +22,10 @@ from typing import Any
 import torch
 
 from checkpoint import BEST, CheckpointWriter, load_checkpoint, model_of
+from common.errors import UserError
 from common.files import file_sha256, locked
 from common.prefetch import Prefetcher
-from common.settings import UserError, config_from_constants, run_script
+from common.settings import config_from_constants, run_script
 from common.signals import SIGNALS, Interrupted, StopSignals
 from dataset import open_split
 from model import GPT, GPTConfig

@@ -40,8 +40,9 @@ from benchmarks.learning_recipes import (
     load_documents,
     small_tokenizer,
 )
+from common.errors import UserError
 from common.files import atomic_file
-from common.settings import UserError, config_from_constants, run_script
+from common.settings import config_from_constants, run_script
 from model import GPT, GPTConfig
 from training.metrics import read_metrics
 from training.packing import PackedRows

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from benchmarks.peers import beginnings
-from common.settings import UserError
+from common.errors import UserError
 from dataset import open_split
 from hastings.build import build_json
 from model import GPT

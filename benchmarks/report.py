@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from benchmarks import timing
+from common.errors import UserError
 from common.files import atomic_file, locked
-from common.settings import UserError
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results.jsonl"

@@ -26,7 +26,7 @@ import torch
 
 from benchmarks import timing
 from benchmarks.tokenizing_worker import CONTESTANTS, OURS, tiktoken_encoding
-from common.settings import UserError
+from common.errors import UserError
 from dataset import NpzDataset
 from preparation.input_files import local_files
 from tokenizer import load_tokenizer

@@ -14,7 +14,8 @@ import numpy as np
 import pyarrow.parquet as pq
 
 import prepare_dataset_fineweb
-from common.settings import UserError, config_from_constants, run_script
+from common.errors import UserError
+from common.settings import config_from_constants, run_script
 from tokenizer import Tokenizer, load_tokenizer
 
 contestant = ""

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from common.settings import UserError
+from common.errors import UserError
 
 try:
     import fcntl

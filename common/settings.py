@@ -18,6 +18,8 @@ from collections.abc import Callable
 from dataclasses import field, make_dataclass
 from typing import Any
 
+from common.errors import UserError
+
 SETTING_TYPES = (bool, int, float, str)
 BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 NO_ROOM = {
@@ -25,10 +27,6 @@ NO_ROOM = {
     errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "a file is larger than this disk or `ulimit -f` allows",
 }
-
-
-class UserError(ValueError):
-    """A user's mistake; its message is one line that says what to do next."""
 
 
 def settings_of(namespace: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from common.settings import UserError
+from common.errors import UserError
 from model import GPT, GPTConfig
 from tokenizer import Tokenizer
 

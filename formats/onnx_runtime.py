@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from common.settings import UserError
+from common.errors import UserError
 from ops.kv_cache import common_prefix
 
 MODEL, CONFIG = "model.onnx", "config.json"

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from common.errors import UserError
 from common.files import file_sha256
-from common.settings import UserError
 from formats.llama import gpt_from_llama
 from model import GPT
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
+from common.errors import UserError
 from common.files import interrupts_deferred, locked, named_errors, sync_directory
-from common.settings import UserError
 from model import GPT
 from tokenizer import Tokenizer
 

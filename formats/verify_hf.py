@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from common.settings import UserError
+from common.errors import UserError
 from model import GPT, rope_tables
 from tokenizer import CONTROL_TOKENS, HARD_STRINGS, Tokenizer
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.settings import UserError
+from common.errors import UserError
 from formats.llama import llama_state_dict
 from formats.verify import (
     Comparison,

@@ -22,7 +22,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common.settings import UserError
+from common.errors import UserError
 from formats.onnx_runtime import CONFIG, MODEL, OnnxBackend
 from formats.verify import (
     Comparison,

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from checkpoint import load_model
-from common.settings import UserError
+from common.errors import UserError
 from formats.onnx_runtime import OnnxBackend
 from formats.pretrained import CONFIG, model_folder, read_json
 from formats.verify_hf import quiet_transformers

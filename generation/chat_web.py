@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
 
-from common.settings import UserError
+from common.errors import UserError
 
 ADDRESS = "127.0.0.1"  # not reachable from other machines
 # The browser refuses to load anything from elsewhere.

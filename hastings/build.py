@@ -12,8 +12,9 @@ import importlib.util
 import json
 from pathlib import Path
 
+from common.errors import UserError
 from common.files import atomic_file
-from common.settings import UserError, config_from_constants, run_script
+from common.settings import config_from_constants, run_script
 from tokenizer import CONTROL_TOKENS, bytes_to_unicode
 
 # output

@@ -24,8 +24,9 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
+from common.errors import UserError
 from common.files import atomic_file
-from common.settings import UserError, config_from_constants, run_script
+from common.settings import config_from_constants, run_script
 from tokenizer import END_OF_TEXT
 
 output_dir = "data/demo"

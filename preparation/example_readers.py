@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from common.errors import UserError
 from common.files import file_sha256
-from common.settings import UserError
 from preparation.parquet import ANY, ParquetFile, rows_of
 from tokenizer import END_OF_TEXT, START_OF_TEXT, check_messages, parse_chat, to_utf8
 

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from common.settings import UserError
+from common.errors import UserError
 from preparation.parquet import NUMBER, STRING, ParquetFile
 
 COLUMNS = {

@@ -15,8 +15,9 @@ from typing import Any
 
 import pyarrow as pa
 
+from common.errors import UserError
 from common.files import file_sha256
-from common.settings import NO_ROOM, UserError
+from common.settings import NO_ROOM
 from preparation.example_readers import Example, example_columns, table_example
 from preparation.parquet import ParquetFile
 

@@ -27,8 +27,8 @@ from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers, filter_repo_objects, get_session
 from tqdm import tqdm
 
+from common.errors import UserError
 from common.files import file_sha256, named_errors
-from common.settings import UserError
 
 TIMEOUT = 30  # seconds without an answer
 WAITS = (1, 2, 4, 8, 15, 30, 60, 60, 60)  # seconds before another try without progress

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.errors import UserError
 from common.files import file_sha256
-from common.settings import UserError
 from preparation import hub_download
 from preparation.parquet import STRING, ParquetFile
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pyarrow.types as pt
 
-from common.settings import UserError
+from common.errors import UserError
 
 BATCH_ROWS, BATCH_BYTES = 512, 2 << 20  # at most, though one row may have more
 STRING, NUMBER, ANY = "string", "number", "any"

@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from common.errors import UserError
 from common.files import atomic_file
 from common.manifest import make_manifest, write_manifest
 from common.prefetch import Prefetcher
-from common.settings import UserError
 from dataset import NpzDataset, ShardWriter
 from preparation.filters import EMPTY, Counts, read_documents
 from preparation.input_files import InputFile, modified

@@ -17,7 +17,8 @@ sys.path.insert(0, str(ROOT))
 from kill_and_resume import TINY  # noqa: E402
 
 import train  # noqa: E402
-from common.settings import UserError, config_from_constants  # noqa: E402
+from common.errors import UserError
+from common.settings import config_from_constants  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from tokenizer import load_tokenizer  # noqa: E402
 from training.distributed import Ranks, end, joined  # noqa: E402

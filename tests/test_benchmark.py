@@ -14,7 +14,7 @@ import torch
 import benchmark
 from benchmarks import report, timing, tokenizing
 from benchmarks.packing import use_of_slots
-from common.settings import UserError
+from common.errors import UserError
 from training.packing import PackedRows
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from common.settings import UserError, config_from_constants, run_script
+from common.errors import UserError
+from common.settings import config_from_constants, run_script
 
 CONSTANTS = {
     "__name__": "script",

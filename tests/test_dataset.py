@@ -19,8 +19,8 @@ import pytest
 import dataset
 from common import files
 from common import manifest as manifest_module
+from common.errors import UserError
 from common.manifest import make_manifest, publish, read_manifest, write_manifest
-from common.settings import UserError
 from dataset import NpzDataset, ShardWriter, open_split
 
 ROOT = Path(dataset.__file__).parent

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from common.settings import UserError
+from common.errors import UserError
 from preparation import demo_data
 from preparation.demo_data import HELD_OUT_QUESTION, TOPICS, is_right, questions
 

@@ -18,7 +18,8 @@ from kill_and_resume import TINY, newest
 
 import train
 from checkpoint import load_checkpoint
-from common.settings import UserError, config_from_constants
+from common.errors import UserError
+from common.settings import config_from_constants
 from tokenizer import load_tokenizer
 from training.checks import check_ranks, check_settings, choose_device
 from training.distributed import NEEDED, Ranks, ranks_of_environment

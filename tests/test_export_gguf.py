@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_export_onnx import TOKENIZER, prompts, small_gpt
 
-from common.settings import UserError
+from common.errors import UserError
 from formats import write_gguf
 from formats.write_gguf import neighbouring_pairs
 from tokenizer import CONTROL_TOKENS, HARD_STRINGS

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import export
 from checkpoint import load_model
+from common.errors import UserError
 from common.files import atomic_file
-from common.settings import UserError
 from formats import verify_hf, write_gguf, write_hf, write_onnx
 from formats.llama import llama_config
 from model import GPT, GPTConfig

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.settings import UserError
+from common.errors import UserError
 from formats import verify, write_onnx
 from formats.onnx_runtime import OnnxBackend
 from formats.write_onnx import QuantizedEmbedding

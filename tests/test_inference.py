@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import inference
 from benchmarks.peers import llama_of
-from common.settings import UserError
+from common.errors import UserError
 from formats.write_onnx import export_onnx
 from generation import backends
 from generation.backends import HuggingFaceBackend, TorchBackend, common_prefix, open_backend

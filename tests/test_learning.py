@@ -17,7 +17,8 @@ from benchmarks.learning_recipes import (
     PaddedStarts,
     small_tokenizer,
 )
-from common.settings import UserError, config_from_constants
+from common.errors import UserError
+from common.settings import config_from_constants
 from model import GPT, GPTConfig
 from ops.cross_entropy import IGNORE_INDEX
 from ops.sampling import sample

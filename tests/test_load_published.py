@@ -15,7 +15,7 @@ from fake_hub import COMMIT, FakeHub
 from safetensors.torch import load_file, save_file
 
 from checkpoint import load_model
-from common.settings import UserError
+from common.errors import UserError
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -329,7 +329,7 @@ LOAD = """
 import json, sys, torch
 sys.path.insert(0, sys.argv[1])
 from checkpoint import load_model
-from common.settings import UserError
+from common.errors import UserError
 ids = torch.arange(32)[None]
 for name in sys.argv[2:]:
     try:

@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 
 import prepare_dataset
+from common.errors import UserError
 from common.files import locked
 from common.manifest import read_manifest
-from common.settings import UserError
 from dataset import ShardWriter, open_split
 from preparation import example_readers
 from tokenizer import load_tokenizer

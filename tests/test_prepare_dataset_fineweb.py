@@ -22,8 +22,8 @@ from kill_and_prepare import SETTINGS, contents, kill_and_prepare, make_source, 
 
 import prepare_dataset_fineweb as script
 from common import files
+from common.errors import UserError
 from common.manifest import read_manifest
-from common.settings import UserError
 from dataset import open_split
 from preparation import hub_download, input_files, resumable_parts
 from tokenizer import load_tokenizer

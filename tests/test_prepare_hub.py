@@ -75,7 +75,7 @@ sleep = time.sleep
 time.sleep = lambda seconds: sleep(min(seconds, 0.01))
 
 import prepare_dataset
-from common.settings import UserError
+from common.errors import UserError
 
 tokenizer = prepare_dataset.load_tokenizer()
 prepare_dataset.load_tokenizer = lambda: tokenizer

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import tokenizer as module
-from common.settings import UserError
+from common.errors import UserError
 from tokenizer import CONTROL_TOKENS, load_tokenizer, parse_chat
 
 REFERENCE = Path(__file__).parents[2] / "shared" / "reference" / "hastings_ids.jsonl"

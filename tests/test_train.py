@@ -19,8 +19,9 @@ from kill_and_resume import TINY, difference, kill_and_resume, newest
 
 import train
 from checkpoint import CheckpointWriter, load_checkpoint, load_model
+from common.errors import UserError
 from common.files import locked
-from common.settings import UserError, config_from_constants
+from common.settings import config_from_constants
 from model import GPT, GPTConfig
 from ops.cross_entropy import IGNORE_INDEX
 from tokenizer import load_tokenizer

@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 from test_inference import ROOT, TOKENIZER, Scripted, saved, small_gpt, turns
 
-from common.settings import UserError
+from common.errors import UserError
 from generation import chat_web
 from inference import Lille
 

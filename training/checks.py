@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from checkpoint import BEST, checkpoints_in, latest_checkpoint, load_checkpoint
-from common.settings import UserError
+from common.errors import UserError
 from model import GPT
 from training.distributed import ALONE, Ranks
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from common.settings import UserError
+from common.errors import UserError
 from model import GPT
 from ops.cross_entropy import IGNORE_INDEX
 from sophia_triton import SophiaG
