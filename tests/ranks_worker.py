@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 from kill_and_resume import TINY  # noqa: E402
 
 import train  # noqa: E402
-from common.errors import UserError
+from common.errors import UserError  # noqa: E402
 from common.settings import config_from_constants  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from tokenizer import load_tokenizer  # noqa: E402
