@@ -39,7 +39,7 @@ from model import GPT, GPTConfig
 from ops.cross_entropy import IGNORE_INDEX
 from tokenizer import load_tokenizer
 from training.packing import Batch, PackedRows
-from training.trainer import Run
+from training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU, PAD, T = torch.device("cpu"), 510, 32
@@ -54,7 +54,7 @@ def shape(**changes) -> GPTConfig:
     return GPTConfig(n_embd=64, n_layers=2, n_heads=4, n_kv_heads=2, block_size=T, **changes)
 
 
-def our_run(model: GPT, kind: type[Run] = Run) -> Run:
+def our_run(model: GPT, kind: type[Trainer] = Trainer) -> Trainer:
     return kind(model, CONFIG, CPU, torch.float32)
 
 
