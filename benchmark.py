@@ -27,7 +27,7 @@ from benchmarks.learning_plot import study_table
 from benchmarks.timing import free_memory, limits
 from common.errors import UserError
 from common.settings import config_from_constants, run_script
-from training.checks import choose_device, make_folder
+from training.setup import choose_device, make_folder
 
 section = "all"  # or some of train, optimizer, data, decode, with commas between
 rounds = 4  # timed samples of each implementation, after one that is not counted
@@ -72,7 +72,8 @@ SECTIONS = {
 
 def check_settings(config: Any) -> list[str]:
     """The sections to run; UserError for settings that cannot be."""
-    names = list(SECTIONS) if config.section == "all" else config.section.replace(" ", "").split(",")
+    names = config.section.replace(" ", "").split(",")
+    names = list(SECTIONS) if names == ["all"] else names
     for name in names:
         if name not in SECTIONS:
             raise UserError(f"section={name!r}: expected all, or some of {','.join(SECTIONS)}")

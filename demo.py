@@ -47,7 +47,7 @@ def stages(data: str, out: str) -> list[tuple[str, list[str]]]:
     finetune = [
         *flags(SMALL_STEPS),
         "--finetune=True",
-        f"--finetune_checkpoint={base}/best_model.pt",
+        f"--model={base}/best_model.pt",
         f"--finetune_data_dir={data}/conversations",
         f"--finetune_out_dir={tuned}",
         "--batch_size=8",

@@ -157,9 +157,10 @@ def run(config: Any, device: torch.device) -> None:
         elif config.exports:
             print("decode: onnxruntime and llama.cpp are timed on the CPU only (--device=cpu)")
         rate = limits(device).read_bandwidth
+        size = f"{gpt.n_parameters():,} parameters, {config.dtype}"
         compare(
             "decode",
-            f"{gpt.n_parameters():,} parameters, {config.dtype}, {prompt.numel()} tokens in, {n} out",
+            f"{size}, {config.prompt_tokens} tokens in, {n} out",
             {name: function for name, (function, _) in answers.items()},
             config.rounds,
             device,

@@ -30,9 +30,9 @@ from benchmarks.learning_recipes import (
     RECIPES,
     SOPHIAG,
     TWO_RATES,
-    TwoOptimizers,
     OriginalTrainer,
     PaddedStarts,
+    TwoOptimizers,
     load_documents,
     small_tokenizer,
 )
@@ -41,7 +41,7 @@ from common.errors import UserError
 from common.settings import config_from_constants, run_script
 from model import GPT, GPTConfig
 from training.packing import PackedRows
-from training.trainer import Run
+from training.trainer import Trainer
 
 data_dir = "data/learning"  # shards with a train and a val split
 results = "benchmarks/learning.jsonl"  # a line for each finished run
@@ -87,7 +87,7 @@ class RecipeRun:
         model = GPT(GPTConfig(**shape))
         self.rows_per_step = config.batch_size * config.gradient_accumulation_steps
         self.tokens_per_step = self.rows_per_step * config.block_size
-        kind = OriginalTrainer if settings.get("hessian") == "original" else Run
+        kind = OriginalTrainer if settings.get("hessian") == "original" else Trainer
         self.trainer = kind(model, config, torch.device("cpu"), torch.float32)
         if config.optimizer == "muon" or "hidden_rate" in settings:
             rate = settings.get("hidden_rate", 1.0)

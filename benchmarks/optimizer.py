@@ -7,7 +7,7 @@ machine's copy bandwidth. Gradients are made outside the timed calls; the optimi
 share parameters and gradients, and each has its own moments.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,85 +17,11 @@ from benchmarks.inputs import demo_config, model_config
 from benchmarks.timing import compare, limits, peer
 from model import GPT
 from sophia_triton import SophiaG
-from training.trainer import gradient_scale
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
+from training.optimizers import gradient_scale
 
 # Bytes that a formula moves per float32 parameter: reads of p, g and moments, writes of p, moments
 ADAMW, SOPHIA, SOPHIA_BF16, HESSIAN = 28, 24, 18, 12
 NORM, SCALE = 4, 8  # the gradients' norm; their multiplication by the clip factor
-
-if triton is not None:
-
-    @triton.jit
-    def one_step_kernel(
-        p_ptr, g_ptr, m_ptr, h_ptr, lr, weight_decay, beta1, rho_bs, eps, n_elements,
-        BLOCK_SIZE: tl.constexpr,
-    ):  # fmt: skip
-        """m = beta1 m + (1 - beta1) g; p = p (1 - lr wd) - lr clip(m / max(rho bs h, eps), 1)."""
-        offsets = tl.program_id(0) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
-        mask = offsets < n_elements
-
-        p, g = tl.load(p_ptr + offsets, mask=mask), tl.load(g_ptr + offsets, mask=mask)
-        m, h = tl.load(m_ptr + offsets, mask=mask), tl.load(h_ptr + offsets, mask=mask)
-
-        m = beta1 * m + (1 - beta1) * g
-        ratio = m / tl.maximum(rho_bs * h, eps)
-        p = p * (1 - lr * weight_decay) - lr * tl.minimum(tl.maximum(ratio, -1.0), 1.0)
-
-        tl.store(p_ptr + offsets, p, mask=mask)
-        tl.store(m_ptr + offsets, m, mask=mask)
-
-    @triton.jit
-    def one_hessian_kernel(g_ptr, h_ptr, beta2, n_elements, BLOCK_SIZE: tl.constexpr):
-        """h = beta2 h + (1 - beta2) g^2."""
-        offsets = tl.program_id(0) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
-        mask = offsets < n_elements
-
-        g, h = tl.load(g_ptr + offsets, mask=mask), tl.load(h_ptr + offsets, mask=mask)
-
-        tl.store(h_ptr + offsets, beta2 * h + (1 - beta2) * g * g, mask=mask)
-
-
-class LaunchPerParameter(torch.optim.Optimizer):
-    """A baseline: SophiaG as the original designs it, one launch per float32 parameter.
-
-    Blocks of 1,024 elements, settings passed as numbers, a grid computed in Python for each launch.
-    """
-
-    def __init__(self, params: Iterable, lr=1e-4, betas=(0.965, 0.99), rho=0.05, weight_decay=0.1):
-        defaults = dict(lr=lr, betas=betas, rho=rho, weight_decay=weight_decay, eps=1e-15, bs=8192)
-        super().__init__(params, defaults)
-
-    def items(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    state = self.state[p]
-                    if not state:
-                        state["exp_avg"] = torch.zeros_like(p)
-                        state["hessian"] = torch.zeros_like(p)
-                    yield group, p, state["exp_avg"], state["hessian"], p.numel()
-
-    @torch.no_grad()
-    def step(self, closure: Callable | None = None) -> None:
-        assert closure is None
-        for group, p, m, h, n in self.items():
-            one_step_kernel[lambda meta, n=n: (triton.cdiv(n, meta["BLOCK_SIZE"]),)](
-                p, p.grad, m, h, group["lr"], group["weight_decay"], group["betas"][0],
-                float(group["rho"] * group["bs"]), group["eps"], n, BLOCK_SIZE=1024,
-            )  # fmt: skip
-
-    @torch.no_grad()
-    def update_hessian(self) -> None:
-        for group, p, _, h, n in self.items():
-            one_hessian_kernel[lambda meta, n=n: (triton.cdiv(n, meta["BLOCK_SIZE"]),)](
-                p.grad, h, group["betas"][1], n, BLOCK_SIZE=1024
-            )
 
 
 def give_gradients(parameters: list[nn.Parameter]) -> None:
@@ -133,29 +59,20 @@ def compare_updates(title: str, model: GPT, device: torch.device, rounds: int, m
         if n_bytes:
             traffic[name] = n_bytes
 
-    def clip_and(step: Callable[[], Any]) -> Callable[[], None]:
-        def run() -> None:
-            nn.utils.clip_grad_norm_(parameters, 1e6)  # no effect: gradients stay as they are
-            step()
-
-        return run
+    def clip_and_adamw() -> None:
+        nn.utils.clip_grad_norm_(parameters, 1e6)  # no effect: gradients stay as they are
+        adamw.step()
 
     def clip_and_ours() -> None:
-        _, scale = gradient_scale(model, loss, 1.0)
+        _, scale = gradient_scale(parameters, loss, 1.0)
         ours.step(grad_scale=scale)
 
     add("torch.optim.AdamW(fused=True)", adamw.step, ADAMW)
-    add("clip_grad_norm_ and AdamW", clip_and(adamw.step), NORM + SCALE + ADAMW)
+    add("clip_grad_norm_ and AdamW", clip_and_adamw, NORM + SCALE + ADAMW)
     if (sophia_opt := peer("sophia_opt")) is not None:
         official = sophia_opt.SophiaG(parameters)  # a loop over the tensors in plain PyTorch
         official.update_hessian()
         add("SophiaG of its authors", official.step, SOPHIA)
-    if device.type == "cuda" and triton is not None:
-        single = LaunchPerParameter(parameters)
-        single.update_hessian()
-        add("SophiaG, a launch per parameter", single.step, SOPHIA)
-        add("  with clip_grad_norm_", clip_and(single.step), NORM + SCALE + SOPHIA)
-        add("  Hessian update", single.update_hessian, HESSIAN)
     if muon and hasattr(torch.optim, "Muon"):
         add("torch.optim.Muon and AdamW", muon_and_adamw(model))
     for optimizer in (ours, ours_bf16):  # a Hessian of zeros would clip every coordinate

@@ -244,7 +244,7 @@ def newest_tables(records: list[dict[str, Any]]) -> dict[str, list[tuple[dict, d
                 key = table["section"], table["title"]
                 newest.setdefault(hardware_name(record), {})[key] = record, table
     return {
-        hardware: [pair for section in SECTIONS for key, pair in by_key.items() if key[0] == section]
+        hardware: sorted(by_key.values(), key=lambda pair: SECTIONS.index(pair[1]["section"]))
         for hardware, by_key in newest.items()
     }
 
@@ -255,17 +255,20 @@ def readme_text(records: list[dict[str, Any]], study: list[list[str]]) -> str:
     for hardware, pairs in newest_tables(records).items():
         parts.append(f"## Speed: {hardware}\n")
         for record, table in pairs:
-            commit = (record["commit"] or "none")[:7] + (" with changes" * bool(record["changed"]))
-            parts.append(
-                f"**{table['section']}: {table['title']}**\n\n{markdown_table(table_cells(table))}\n\n"
+            commit = (record["commit"] or "none")[:7] + " with changes" * bool(record["changed"])
+            parts += [
+                f"**{table['section']}: {table['title']}**\n",
+                markdown_table(table_cells(table)) + "\n",
                 f"`{record['command']}`, {record['date'][:10]}, commit {commit}, torch "
-                f"{record['versions']['torch']}, load before it {number_text(record['load'])}\n"
-            )
+                f"{record['versions']['torch']}, load before it {number_text(record['load'])}\n",
+            ]
     if len(study) > 1:
-        parts.append(
-            "## Learning per token\n\n`python -m benchmarks.learning`; losses in nats per token of "
-            f"the same held-out text.\n\n{markdown_table(study)}\n\n![curves](learning.png)\n"
-        )
+        parts += [
+            "## Learning per token\n",
+            "`python -m benchmarks.learning`: nats per token of the same held-out text.\n",
+            markdown_table(study) + "\n",
+            "![curves](learning.png)\n",
+        ]
     return "\n".join(parts)
 
 

@@ -75,7 +75,7 @@ def prepare(name: str, folder: Path, output: Path) -> dict[str, float]:
 
 
 def compare_preparing(originals: list[Path], config: Any, directory: Path) -> None:
-    """Times preparations of `config.repeats` copies of the files; UserError on unequal documents."""
+    """Times preparations of `config.repeats` copies of the files; UserError if documents differ."""
     folder = directory / "source"
     folder.mkdir()
     for number in range(config.repeats):

@@ -12,10 +12,9 @@ from benchmarks.report import record_values
 from benchmarks.timing import seconds_of, time_waits
 from checkpoint import CheckpointWriter
 from model import GPT
-from tokenizer import Tokenizer, load_tokenizer
-from train import batches_of
+from tokenizer import load_tokenizer
 from training.packing import PackedRows
-from training.trainer import Run
+from training.trainer import Trainer, prefetch_steps
 
 
 def measure_overhead(
@@ -34,14 +33,15 @@ def measure_overhead(
     rows; the wait for data is that of the real prefetching thread.
     """
     full, tokenizer, gpu = train_config(), load_tokenizer(), device.type == "cuda"
-    trainer = Run(GPT(model_config(config)).to(device), config, device, dtype)
+    trainer = Trainer(GPT(model_config(config)).to(device), config, device, dtype)
     batch, rows_per_step = config.batch_size, config.batch_size * config.gradient_accumulation_steps
     if compile:
         torch.compiler.reset()  # what it has seen of other batch sizes would make them dynamic
         trainer.try_compile(rows.batch(range(batch)))
     first = rows.batch(range(batch))
     trainer.update_hessian(first)
-    batches = batches_of(rows, 0, (steps + 1) * rows_per_step, config, pin=gpu)
+    shape = (batch, config.gradient_accumulation_steps)
+    batches = prefetch_steps(rows, 0, (steps + 1) * rows_per_step, *shape, pin=gpu)
     try:
         times = time_waits(iter(batches), partial(trainer.step, lr=1e-4), device, warmup=1)
         wait, elapsed = map(sum, times)
@@ -54,7 +54,7 @@ def measure_overhead(
         trainer.evaluate(rows, token_bytes)
     evaluation = seconds_of(partial(trainer.evaluate, rows, token_bytes), 1, device)
     sample = seconds_of(partial(trainer.sample_text, tokenizer), 1, device)
-    save, write = checkpoint_seconds(trainer, tokenizer, folder)
+    save, write = checkpoint_seconds(trainer, folder)
 
     full_rows = full.batch_size * full.gradient_accumulation_steps
     step = elapsed / steps * full_rows / rows_per_step  # of train.py
@@ -74,13 +74,13 @@ def measure_overhead(
     record_values("train", title, values)
 
 
-def checkpoint_seconds(trainer: Run, tokenizer: Tokenizer, folder: Path) -> tuple[float, float]:
+def checkpoint_seconds(trainer: Trainer, folder: Path) -> tuple[float, float]:
     """Seconds that one checkpoint stops the loop, and that its thread then writes."""
     writer = CheckpointWriter(folder / "checkpoints", keep=1)
     if trainer.device.type == "cuda":
         torch.cuda.synchronize(trainer.device)
     started = time.perf_counter()
-    writer.save(trainer.state(1, 0, 1.0, tokenizer), best=False)
+    writer.save(trainer.state(1, 0, 1.0, "", "", None), best=False)
     save = time.perf_counter() - started
     writer.wait()
     return save, time.perf_counter() - started - save

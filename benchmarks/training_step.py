@@ -1,4 +1,4 @@
-"""Training speed: whole steps of ours and of its peers, the output head, overheads of a run.
+"""Training speed: whole steps of ours and of its peers, tokens in use, overheads of a run.
 
     python benchmark.py --section=train
 
@@ -19,10 +19,8 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from benchmarks.inputs import SHAPE, demo_config, make_documents, model_config, train_config
-from benchmarks.optimizer import LaunchPerParameter
 from benchmarks.peers import (
     PlainTrainer,
     liger_loss,
@@ -37,14 +35,13 @@ from benchmarks.peers import (
     plain_rows,
 )
 from benchmarks.report import record_values
-from benchmarks.timing import compare, free_memory, limits, peer
+from benchmarks.timing import compare, free_memory, limits
 from benchmarks.training_overhead import measure_overhead
 from dataset import NpzDataset
 from model import GPT
-from ops.cross_entropy import linear_cross_entropy
 from tokenizer import load_tokenizer
 from training.packing import Batch, PackedRows
-from training.trainer import Run
+from training.trainer import Trainer
 
 N_DOCUMENTS = 20_000
 Steps = list[list[Batch]]  # the micro-batches of each step
@@ -78,7 +75,7 @@ def labels_per_step(steps: Steps) -> float:
     return sum(batch.n_labels for step in steps for batch in step) / len(steps)
 
 
-def step_function(trainer: Run | PlainTrainer, steps: Steps) -> Callable[[], None]:
+def step_function(trainer: Trainer | PlainTrainer, steps: Steps) -> Callable[[], None]:
     """A function that trains on the next step's batches, in a circle."""
     turn = 0
 
@@ -94,7 +91,7 @@ def step_function(trainer: Run | PlainTrainer, steps: Steps) -> Callable[[], Non
     return run
 
 
-def with_compiled(trainer: Run | PlainTrainer, mode: str) -> Run | PlainTrainer:
+def with_compiled(trainer: Trainer | PlainTrainer, mode: str) -> Trainer | PlainTrainer:
     """The trainer with a compiled forward pass, sharing weights and optimizer.
 
     For static shapes: several batch sizes of one model must not make them dynamic.
@@ -131,7 +128,7 @@ def compare_steps(
     functions: dict[str, Callable[[], None]] = {}
     labels: dict[str, float] = {}
 
-    def add(name: str, trainer: Run | PlainTrainer, form: str, larger: bool = False) -> None:
+    def add(name: str, trainer: Trainer | PlainTrainer, form: str, larger: bool = False) -> None:
         for mode in (None, *modes):
             variant = with_compiled(trainer, mode) if mode else trainer
             mode_name = {None: "", "default": ", torch.compile"}.get(mode, f", {mode}")
@@ -154,16 +151,13 @@ def compare_steps(
         model = original_of(dataclasses.replace(shape, dropout=0.1))
         loss_of = original_loss(rows.pad_id)
         add_peer("original Lille, padded", model, loss_of, "padded", larger=True)
-        if gpu and model is not None:
-            own = LaunchPerParameter(model.parameters())
-            add_peer("original Lille, its optimizer", model, loss_of, "padded", optimizer=own)
     if "liger" in peers and gpu:
         if (llama := llama_of(shape)) is not None:
             name = "transformers Llama, liger loss"
             add_peer(name, llama, liger_loss(llama), "plain", forward=llama.model)
     elif "liger" in peers:
         print("skipped: liger-kernel's loss needs a GPU")
-    ours = Run(GPT(shape).to(device), config, device, dtype)
+    ours = Trainer(GPT(shape).to(device), config, device, dtype)
     add("ours", ours, "packed", larger=True)
     if gpu:
         add("ours, no document masks", ours, "causal")
@@ -185,57 +179,6 @@ def compare_steps(
         )
 
 
-def compare_heads(
-    n_embd: int,
-    vocab_size: int,
-    n: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    rounds: int,
-    compile: bool,
-) -> None:
-    """Times output head and cross-entropy of `n` tokens, forward and backward."""
-    gpu = device.type == "cuda"
-    weight = (torch.randn(vocab_size, n_embd, device=device) * 0.02).requires_grad_()
-    x = torch.randn(n, n_embd, device=device, requires_grad=True)
-    targets = torch.randint(vocab_size, (n,), device=device)
-
-    def plain() -> torch.Tensor:
-        return F.cross_entropy(F.linear(x, weight), targets)
-
-    def ours() -> torch.Tensor:
-        return linear_cross_entropy(x, weight, targets) / n
-
-    losses = {"F.cross_entropy": plain}
-    if hasattr(torch.nn, "LinearCrossEntropyOptions"):  # PyTorch 2.13
-        options = torch.nn.LinearCrossEntropyOptions()
-        losses["F.linear_cross_entropy, chunked"] = lambda: F.linear_cross_entropy(
-            x, weight, targets, options=options
-        )
-    if gpu and (liger := peer("liger_kernel.transformers")) is not None:
-        criterion = liger.LigerFusedLinearCrossEntropyLoss()
-        losses["liger-kernel"] = lambda: criterion(weight, x, targets)
-    if gpu and compile:
-        losses["F.cross_entropy, torch.compile"] = torch.compile(plain, dynamic=False)
-        losses["ours, torch.compile"] = torch.compile(ours, dynamic=False)
-    losses["ours"] = ours
-
-    def forward_backward(loss_of: Callable[[], torch.Tensor]) -> Callable[[], None]:
-        def run() -> None:
-            x.grad = weight.grad = None
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                loss = loss_of()
-            loss.backward()
-
-        return run
-
-    (rate,) = limits(device).matmul_rate.values()
-    functions = {name: forward_backward(loss_of) for name, loss_of in losses.items()}
-    title = f"output head and cross-entropy, {n:,} tokens, n_embd {n_embd}, {vocab_size:,} logits"
-    bound = dict.fromkeys(functions, 6 * n * n_embd * vocab_size / rate)
-    compare("train", title, functions, rounds, device, work=("tokens/s", float(n)), bound=bound)
-
-
 def token_use(rows: PackedRows, documents: NpzDataset) -> dict[str, dict[str, float]]:
     """Share of filled positions and of tokens ever trained on, the original's and ours.
 
@@ -251,7 +194,7 @@ def token_use(rows: PackedRows, documents: NpzDataset) -> dict[str, dict[str, fl
 
 
 def run(config: Any, device: torch.device) -> None:
-    """The section: the head, steps of the full and of the demo's model, the rest of a run.
+    """The section: steps of the full and of the demo's model, overheads of a run.
 
     `config` has the shape (n_layers, n_embd, ...), batch_size (0: 2 rows on a CPU, 16 on a GPU),
     gradient_accumulation_steps (0: 1 and 16), dtype, rounds, compile.
@@ -268,9 +211,6 @@ def run(config: Any, device: torch.device) -> None:
     compile = config.compile or gpu
     # CUDA graphs are the mode in which the original trains; trying kernels out takes minutes.
     modes = ("default", "max-autotune") if gpu and config.compile else ("default",) * compile
-    n = 16384 if gpu else 1024
-    compare_heads(full.n_embd, tokenizer.vocab_size, n, device, dtype, config.rounds, compile)
-    free_memory(device)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         documents = make_documents(folder / "train.npz", N_DOCUMENTS, tokenizer.n_text)
