@@ -26,6 +26,7 @@ from benchmarks.inputs import model_config
 from benchmarks.learning_plot import study_table
 from benchmarks.timing import free_memory, limits
 from common.errors import UserError
+from common.files import atomic_file
 from common.settings import config_from_constants, run_script
 from training.setup import choose_device, make_folder
 
@@ -102,8 +103,9 @@ def main(argv: list[str] | None = None) -> int:
     config = config_from_constants(globals(), argv)
     path = Path(config.results) if config.results else report.RESULTS
     if config.readme:
-        study = report.read_records(path.with_name("learning.jsonl"))
-        report.write_readme(path, study_table(study))
+        study = study_table(report.read_records(path.with_name("learning.jsonl")))
+        with atomic_file(path.with_name("README.md")) as file:
+            file.write(report.readme_text(report.read_records(path), study).encode())
         return 0
     names = check_settings(config)
     device, dtype = choose_device(config)

@@ -1,4 +1,4 @@
-"""Training speed: whole steps of ours and of its peers, tokens in use, overheads of a run.
+"""Training speed: whole steps of ours and of its peers, and the use of tokens.
 
     python benchmark.py --section=train
 
@@ -36,7 +36,6 @@ from benchmarks.peers import (
 )
 from benchmarks.report import record_values
 from benchmarks.timing import compare, free_memory, limits
-from benchmarks.training_overhead import measure_overhead
 from dataset import NpzDataset
 from model import GPT
 from tokenizer import load_tokenizer
@@ -194,7 +193,7 @@ def token_use(rows: PackedRows, documents: NpzDataset) -> dict[str, dict[str, fl
 
 
 def run(config: Any, device: torch.device) -> None:
-    """The section: steps of the full and of the demo's model, overheads of a run.
+    """The section: steps of the full and of the demo's model, and the use of tokens.
 
     `config` has the shape (n_layers, n_embd, ...), batch_size (0: 2 rows on a CPU, 16 on a GPU),
     gradient_accumulation_steps (0: 1 and 16), dtype, rounds, compile.
@@ -226,6 +225,4 @@ def run(config: Any, device: torch.device) -> None:
         compare_steps("full model", full, rows, documents, *where, config.rounds, modes, peers)
         torch.compiler.reset()  # and the memory of its CUDA graphs
         free_memory(device)
-        sophia = dataclasses.replace(full, optimizer="sophiag", eval_rows=2 * full.batch_size)
-        measure_overhead(sophia, rows, *where, compile, 20 if gpu else 2, folder)
         del rows, documents  # the mapped file, before its folder

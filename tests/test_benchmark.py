@@ -113,14 +113,6 @@ def test_an_absent_or_broken_peer_is_noted_once(tmp_path, monkeypatch, capsys):
     assert "cannot be imported (OSError: no shared library)" in capsys.readouterr().out
 
 
-def test_the_wait_is_the_time_until_an_item_is_there(monkeypatch):
-    clock = Clock(monkeypatch)
-    make, use = clock.takes("make", 7.0, 2.0, 3.0), clock.takes("use", 9.0, 5.0)
-    items = (make() for _ in range(3))
-    waits, totals = timing.time_waits(items, lambda item: use(), warmup=1)
-    assert waits == [2, 3] and totals == [7, 8]
-
-
 # Sections
 
 
@@ -179,7 +171,7 @@ sys.exit(benchmark.main({arguments!r}))
     assert "data: import of pyarrow halted" in result.stderr
     assert result.stderr.endswith("not finished, see above: data\n")
     (record,) = report.read_records(tmp_path / "r.jsonl")
-    assert [t["section"] for t in record["tables"]] == 4 * ["train"] + 2 * ["optimizer"] + [
+    assert [t["section"] for t in record["tables"]] == 3 * ["train"] + 2 * ["optimizer"] + [
         "decode"
     ]
     for table in record["tables"]:
