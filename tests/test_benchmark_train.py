@@ -162,7 +162,7 @@ def test_useful_tokens_are_counted_as_labels(tmp_path):
     assert batches.slots == 2 * 3 * T
     for step in range(3):
         numbers = range(step * 6, step * 6 + 6)
-        pieces = [piece for row in numbers for piece in rows.pieces(row)]
+        pieces = [piece for row in numbers for piece in rows.segments(row)]
         tokens = sum(map(len, pieces))
         assert sum(batch.n_labels for batch in batches.packed[step]) == tokens - len(pieces)
         # transformers makes a label of every token that has one before it in its row
