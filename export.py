@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from checkpoint import load_checkpoint, load_model, model_of
+from checkpoint import load_checkpoint, load_model, model_from_checkpoint
 from common.errors import UserError
 from common.settings import config_from_constants, run_script
 from formats.write_hf import export_hf
@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
     check_settings(config, target)
     tokenizer = load_tokenizer()
     state = load_checkpoint(config.model) if Path(config.model).is_file() else {}
-    gpt = model_of(state, config.model).eval() if state else load_model(config.model)
+    gpt = model_from_checkpoint(state, config.model).eval() if state else load_model(config.model)
     check_vocabulary(config.model, gpt, state, tokenizer)
     with terminated_as_interrupted():
         if config.format == "hf":
