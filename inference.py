@@ -31,26 +31,24 @@ from generation.backends import open_backend
 from generation.conversation import Lille, Sampling
 from tokenizer import load_tokenizer
 
-backend = "torch"  # or "huggingface", "onnx"
+backend = "torch"  # "torch", "huggingface" or "onnx"
 model = "checkpoints_ft/best_model.pt"  # a .pt, an exported folder, a hub id, "130m-instruct"
 device = ""  # "cpu", "cuda"; empty: the GPU where there is one
 dtype = ""  # "float32", "bfloat16", "float16"; "int8": torch on the CPU; empty: the model's
 
-# What to do; with none of these, a chat in the terminal, or one answer to piped text
+# What to do: with none of these, a chat in the terminal, or one answer to piped text
 prompt = ""  # answer this and exit
-completion = False  # True: continue the text, as a model that was only pretrained does
-web = False  # True: a chat page in the browser (pip install -r requirements/web.txt)
-port = 0  # of the chat page; 0: the first free one from 7860
-speed = False  # True: tokens per second after each answer
+completion = False  # continue the text, as a model that was only pretrained does
+web = False  # a chat page in the browser (pip install -r requirements/web.txt)
+port = 0  # port of the chat page; 0: the first free one from 7860
+speed = False  # print tokens per second after each answer
 
 # Sampling
-max_new_tokens = 500
+max_new_tokens = 500  # longest answer, tokens
 temperature = 0.5  # 0: always the most likely token
 top_p = 0.95  # keep the fewest tokens whose probabilities reach this; 1: all
 top_k = 0  # keep this many tokens; 0: all
-seed = 0  # of the sampling; -1: another one in every run
-
-SWITCHES = ("--completion", "--speed", "--web")  # these may stand without =True
+seed = 0  # seed of the sampling; -1: a new one in each run
 
 
 def lille(
@@ -90,8 +88,6 @@ def piped_text() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    argv = [f"{argument}=True" if argument in SWITCHES else argument for argument in argv]
     config = config_from_constants(globals(), argv)
     prompt = config.prompt
     if config.web:
