@@ -26,7 +26,7 @@ from common.errors import UserError
 from common.files import file_sha256, locked
 from common.prefetch import Prefetcher
 from common.settings import config_from_constants, run_script
-from common.signals import SIGNALS, Interrupted, StopSignals
+from common.signals import SIGNALS, GracefulStop, Interrupted
 from dataset import open_split
 from model import GPT, GPTConfig
 from tokenizer import Tokenizer, load_tokenizer
@@ -289,11 +289,11 @@ def run_training(config: Any, pretrain_data_dir: str, ranks: Ranks) -> dict[str,
     window: list[torch.Tensor] = []
     evaluating = False
     try:
-        with StopSignals(alone=n_ranks == 1, speaks=ranks.first) as stop:
+        with GracefulStop(exit_on_second=n_ranks == 1, verbose=ranks.first) as stop:
             for micro_batches in batches:
                 # The one message of a step between the hosts.
                 n_labels = sum(batch.n_labels for batch in micro_batches)
-                n_labels, *stopped = map(int, ranks.total(n_labels, *stop.seen))
+                n_labels, *stopped = map(int, ranks.total(n_labels, *stop.counts))
                 if any(stopped):
                     if not evaluating:
                         saved = writer.save(run.state(step, row, best, tokenizer) | origin, False)
