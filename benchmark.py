@@ -28,7 +28,7 @@ from benchmarks.inputs import SHAPE
 from common.errors import UserError
 from common.settings import config_from_constants, run_script
 from model import GPTConfig
-from training.checks import choose_device, make_folder
+from training.setup import choose_device, make_folder
 
 section = "all"  # or some of train, optimizer, data, decode, packing, with commas between
 rounds = 4  # timed samples of each contestant, after one that is not counted

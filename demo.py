@@ -35,7 +35,7 @@ def stages(data: str, out: str) -> list[tuple[str, list[str]]]:
     pretrain += ["--warmup_iters=30", "--eval_interval=50", "--sample_prompt=Return the"]
     finetune = [
         "--finetune=True",
-        f"--finetune_checkpoint={base}/best_model.pt",
+        f"--model={base}/best_model.pt",
         f"--finetune_data_dir={data}/conversations",
         f"--finetune_out_dir={tuned}",
         "--batch_size=8",

@@ -13,7 +13,7 @@ with rope_style="lille", as the original's, cannot be a Llama: "hf" then writes 
 from pathlib import Path
 from typing import Any
 
-from checkpoint import load_checkpoint, load_model, model_of
+from checkpoint import load_checkpoint, load_model, model_from_checkpoint
 from common.errors import UserError
 from common.settings import config_from_constants, run_script
 from common.signals import terminated_as_interrupted
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     check_settings(config, target)
     tokenizer = load_tokenizer()
     state = load_checkpoint(config.model) if Path(config.model).is_file() else {}
-    gpt = model_of(state, config.model).eval() if state else load_model(config.model)
+    gpt = model_from_checkpoint(state, config.model).eval() if state else load_model(config.model)
     check_vocabulary(config.model, gpt, state, tokenizer)
     with terminated_as_interrupted():
         if config.format == "hf":

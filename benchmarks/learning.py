@@ -46,7 +46,7 @@ from common.settings import config_from_constants, run_script
 from model import GPT, GPTConfig
 from training.metrics import read_metrics
 from training.packing import PackedRows
-from training.trainer import Run
+from training.trainer import Trainer
 
 data_dir = "data/learning"  # shards with a train and a val split
 results = "benchmarks/learning.jsonl"  # a line for each finished run
@@ -92,7 +92,7 @@ class Contestant:
         model, device = GPT(GPTConfig(**shape)), torch.device("cpu")
         self.rows_per_step = config.batch_size * config.gradient_accumulation_steps
         self.slots_per_step = self.rows_per_step * config.block_size
-        kind = OriginalRun if settings.get("hessian") == "original" else Run
+        kind = OriginalRun if settings.get("hessian") == "original" else Trainer
         self.run = kind(model, config, device, torch.float32)
         if config.optimizer == "muon" or "hidden_rate" in settings:
             rate = settings.get("hidden_rate", 1.0)

@@ -20,7 +20,7 @@ from common.settings import config_from_constants
 from model import GPT, GPTConfig
 from sophia_triton import SophiaG
 from tokenizer import load_tokenizer
-from training.trainer import gradient_scale
+from training.optimizers import gradient_scale
 
 try:
     import triton
@@ -143,7 +143,7 @@ def list_table(title: str, model: GPT, device: torch.device, rounds: int, muon: 
         adamw.step()
 
     def clipped_ours() -> None:
-        _, scale = gradient_scale(model, loss, 1.0)
+        _, scale = gradient_scale(list(model.parameters()), loss, 1.0)
         ours.step(grad_scale=scale)
 
     contestants: dict[str, Callable[[], Any]] = {"torch.optim.AdamW(fused=True)": adamw.step}

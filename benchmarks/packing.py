@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 
-import train
 from benchmarks import timing
 from benchmarks.inputs import MEAN_LENGTH, SHAPE, SIGMA, demo_config, make_documents, train_config
 from benchmarks.peers import padded_rows
@@ -23,7 +22,7 @@ from dataset import NpzDataset, open_split
 from model import GPT, GPTConfig
 from tokenizer import load_tokenizer
 from training.packing import Batch, PackedRows, cut_documents, pack
-from training.trainer import Run
+from training.trainer import Trainer, prefetch_steps
 
 ROWS = 16  # of a batch
 STEPS = 8  # training steps whose wait for data is timed
@@ -100,10 +99,12 @@ def data_wait(rows: PackedRows, config: Any, device: torch.device, title: str) -
         [f"--batch_size={n}", "--gradient_accumulation_steps=1", "--optimizer=adamw"]
     )
     gpt = GPT(GPTConfig(**shape)).to(device)
-    run = Run(gpt, settings, device, getattr(torch, config.dtype))
+    run = Trainer(gpt, settings, device, getattr(torch, config.dtype))
     if gpu:
         run.try_compile(rows.batch(range(n)))
-    batches = train.batches_of(rows, 0, (STEPS + 2) * n, settings, pin=gpu)
+    batches = prefetch_steps(
+        rows, 0, (STEPS + 2) * n, settings.batch_size, settings.gradient_accumulation_steps, pin=gpu
+    )
     try:
         waits, steps = timing.waits(
             iter(batches), lambda batch: run.step(batch, 1e-4), device, skipped=2

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from benchmarks.timing import peer
 from model import GPTConfig
 from ops.cross_entropy import IGNORE_INDEX
+from training.optimizers import make_optimizer
 from training.packing import Batch
-from training.trainer import make_optimizer
 
 LossOf = Callable[[Callable, tuple[torch.Tensor, ...]], torch.Tensor]  # (forward, batch) -> mean
 
@@ -174,7 +174,7 @@ class PlainTrainer:
         self.model, self.loss_of, self.config = model.to(device).train(), loss_of, config
         self.device, self.dtype = device, dtype
         self.forward = forward or model
-        self.optimizer = optimizer or make_optimizer(model, config, device)
+        self.optimizer = optimizer or make_optimizer(model, config)
 
     def step(self, batches: list[Batch], lr: float) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimizer step; returns its loss and gradient norm, on the device."""

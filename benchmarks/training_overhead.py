@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 
-import train
 from benchmarks.inputs import SHAPE, train_config
 from benchmarks.timing import facts, seconds_of, waits
 from checkpoint import CheckpointWriter
 from model import GPT, GPTConfig
 from tokenizer import Tokenizer, load_tokenizer
 from training.packing import Batch, PackedRows
-from training.trainer import Run
+from training.trainer import Trainer, prefetch_steps
 
 
 def shares(
@@ -37,12 +36,19 @@ def shares(
     shape = {name: getattr(config, name) for name in SHAPE}
     model = GPT(GPTConfig(**shape, vocab_size=tokenizer.vocab_size)).to(device)
     gpu = device.type == "cuda"
-    run = Run(model, config, device, dtype)
+    run = Trainer(model, config, device, dtype)
     per_step = config.batch_size * config.gradient_accumulation_steps
     if compile:
         torch.compiler.reset()  # what it has seen of other batch sizes would make them dynamic
         run.try_compile(rows.batch(range(config.batch_size)))
-    batches = train.batches_of(rows, 0, (steps + 1) * per_step, config, pin=gpu)
+    batches = prefetch_steps(
+        rows,
+        0,
+        (steps + 1) * per_step,
+        config.batch_size,
+        config.gradient_accumulation_steps,
+        pin=gpu,
+    )
 
     def use(micro_batches: list[Batch]) -> None:
         run.step(micro_batches, lr=1e-4)
@@ -93,7 +99,7 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def checkpoint_seconds(run: Run, tokenizer: Tokenizer, folder: Path) -> tuple[float, float]:
+def checkpoint_seconds(run: Trainer, tokenizer: Tokenizer, folder: Path) -> tuple[float, float]:
     """How long one checkpoint stops the loop, and how long its thread then writes."""
     needed = 16 * run.model.n_parameters()
     if shutil.disk_usage(folder).free < needed:
@@ -102,7 +108,7 @@ def checkpoint_seconds(run: Run, tokenizer: Tokenizer, folder: Path) -> tuple[fl
     writer = CheckpointWriter(folder / "checkpoints", keep=1)
     synchronize(run.device)
     started = time.perf_counter()
-    writer.save(run.state(1, 0, 1.0, tokenizer), best=False)
+    writer.save(run.state(1, 0, 1.0, tokenizer.sha256, "", None), best=False)
     save = time.perf_counter() - started
     writer.wait()
     return save, time.perf_counter() - started - save

@@ -43,7 +43,7 @@ from model import GPT, GPTConfig
 from ops.cross_entropy import linear_cross_entropy
 from tokenizer import load_tokenizer
 from training.packing import Batch, PackedRows
-from training.trainer import Run
+from training.trainer import Trainer
 
 
 class Batches:
@@ -67,7 +67,7 @@ def labels_per_step(steps: list[list[Batch]]) -> float:
     return sum(batch.n_labels for step in steps for batch in step) / len(steps)
 
 
-def steps_of(trainer: Run | PlainTrainer, steps: list[list[Batch]]) -> Callable[[], object]:
+def steps_of(trainer: Trainer | PlainTrainer, steps: list[list[Batch]]) -> Callable[[], object]:
     """A contestant: each call trains on the next step's batches, in a circle."""
     turn = 0
 
@@ -83,7 +83,7 @@ def steps_of(trainer: Run | PlainTrainer, steps: list[list[Batch]]) -> Callable[
     return run
 
 
-class CausalRun(Run):
+class CausalRun(Trainer):
     """Ours without document masks: rows are plain text, attention is causal alone."""
 
     def loss_sum(
@@ -99,7 +99,7 @@ def compiled(model: torch.nn.Module, mode: str = "default") -> Callable:
     return torch.compile(model, dynamic=False, mode=mode)
 
 
-def variant(run: Run, forward: Callable, kind: type[Run] = Run) -> Run:
+def variant(run: Trainer, forward: Callable, kind: type[Trainer] = Trainer) -> Trainer:
     """`run` with another forward pass, sharing its weights and optimizer."""
     other = copy.copy(run)
     other.__class__ = kind
@@ -130,7 +130,7 @@ def steps_table(
     contestants: dict[str, Callable[[], object]] = {}
     useful: dict[str, float] = {}
 
-    def add(name: str, trainer: Run | PlainTrainer, steps: list[list[Batch]]) -> None:
+    def add(name: str, trainer: Trainer | PlainTrainer, steps: list[list[Batch]]) -> None:
         contestants[name], useful[name] = steps_of(trainer, steps), labels_per_step(steps)
 
     larger = {}  # as many rows a step in larger micro-batches, for all that are compiled
@@ -189,7 +189,7 @@ def steps_table(
     elif "liger" in peers:
         print("skipped: liger-kernel's loss needs a GPU")
 
-    ours = Run(GPT(shape).to(device), config, device, dtype)
+    ours = Trainer(GPT(shape).to(device), config, device, dtype)
     add("ours", ours, batches.packed)
     if compile:
         add("ours, torch.compile", variant(ours, compiled(ours.model)), batches.packed)

@@ -11,7 +11,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(Exception):
-    """A signal stopped the run, after it was saved; the message says how to continue."""
+    """A signal stopped the run after it was saved; the message says how to continue."""
 
     def __init__(self, signum: int, message: str):
         super().__init__(message)
@@ -19,11 +19,11 @@ class Interrupted(Exception):
 
 
 class GracefulStop:
-    """Counts SIGINT and SIGTERM in `counts`, which the training loop reads after each step.
+    """Counts SIGINT and SIGTERM in `counts`, in the order of SIGNALS, for the loop to check.
 
-    With `exit_on_second` a second signal has its usual effect. Use it with a single process only:
-    a launcher may repeat to its processes what the terminal sent already, and once one of them has
-    exited it sends SIGTERM to the others, rank 0 among them, which may still be saving.
+    With `exit_on_second` a second signal has its usual effect. One of several ranks must not exit
+    on it: a launcher may pass on a signal that the process got already, and it sends SIGTERM to
+    the other ranks as soon as one exits, which must not end rank 0 before its report.
     """
 
     def __init__(self, exit_on_second: bool = True, verbose: bool = True):
@@ -34,10 +34,10 @@ class GracefulStop:
     def __enter__(self) -> "GracefulStop":
         in_main_thread = threading.current_thread() is threading.main_thread()
         for signum in SIGNALS if in_main_thread else ():
-            self.previous[signum] = signal.signal(signum, self.handle)
+            self.previous[signum] = signal.signal(signum, self.count)
         return self
 
-    def handle(self, signum: int, frame: Any) -> None:
+    def count(self, signum: int, frame: Any) -> None:
         if self.verbose and not any(self.counts):
             hint = "; once more stops at once" if self.exit_on_second else ""
             os.write(2, b"\nstopping after this step" + hint.encode() + b"\n")

@@ -39,7 +39,7 @@ from model import GPT, GPTConfig
 from ops.cross_entropy import IGNORE_INDEX
 from tokenizer import load_tokenizer
 from training.packing import Batch, PackedRows
-from training.trainer import Run
+from training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU, PAD, T = torch.device("cpu"), 510, 32
@@ -54,7 +54,7 @@ def shape(**changes) -> GPTConfig:
     return GPTConfig(n_embd=64, n_layers=2, n_heads=4, n_kv_heads=2, block_size=T, **changes)
 
 
-def our_run(model: GPT, kind: type[Run] = Run) -> Run:
+def our_run(model: GPT, kind: type[Trainer] = Trainer) -> Trainer:
     return kind(model, CONFIG, CPU, torch.float32)
 
 
@@ -162,7 +162,7 @@ def test_useful_tokens_are_counted_as_labels(tmp_path):
     assert batches.slots == 2 * 3 * T
     for step in range(3):
         numbers = range(step * 6, step * 6 + 6)
-        pieces = [piece for row in numbers for piece in rows.pieces(row)]
+        pieces = [piece for row in numbers for piece in rows.segments(row)]
         tokens = sum(map(len, pieces))
         assert sum(batch.n_labels for batch in batches.packed[step]) == tokens - len(pieces)
         # transformers makes a label of every token that has one before it in its row
