@@ -171,3 +171,10 @@ def test_run_script_does_not_hide_a_bug(capsys):
         run_script(lambda: 1 // 0)
     captured = capsys.readouterr().err
     assert end.value.code == 1 and "Traceback" in captured and "ZeroDivisionError" in captured
+
+    def nameless():
+        raise OSError(5, "Input/output error")
+
+    with pytest.raises(SystemExit):
+        run_script(nameless)
+    assert "Traceback" in capsys.readouterr().err
