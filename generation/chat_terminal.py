@@ -23,16 +23,14 @@ A message may begin with a slash if a space comes first."""
 UNPRINTABLE = {code: "\ufffd" for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
 
 
-def show(text: str, end: str = "") -> None:
+def show(text: str) -> None:
     is_terminal = sys.stdout and sys.stdout.isatty()
-    print(text.translate(UNPRINTABLE) if is_terminal else text, end=end, flush=True)
+    print(text.translate(UNPRINTABLE) if is_terminal else text, end="", flush=True)
 
 
 def speed_line(model: Lille) -> str:
     """Speed and context use of the latest answer."""
     report = model.report
-    if report is None or not report.new_tokens:
-        return "[no tokens]"
     context = report.prompt_tokens + report.new_tokens
     return (
         f"[{report.new_tokens} tokens, {report.tokens_per_second:.1f} tokens/s, the first after "
@@ -50,7 +48,7 @@ def answer_once(
         show(prompt)
     for piece in pieces:
         show(piece)
-    show("", end="\n")
+    show("\n")
     if speed:
         print(speed_line(model), file=sys.stderr)
 

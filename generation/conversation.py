@@ -102,9 +102,9 @@ class Lille:
         sampling = Sampling(*settings, **named_settings)
         if not prompt.strip():
             raise UserError("nothing to answer: the prompt is empty")
-        message, dropped = {"role": "user", "content": prompt}, 0
+        message, start = {"role": "user", "content": prompt}, 0
         if chat:
-            ids, dropped = self.fit(message, sampling.max_new_tokens)
+            ids, start = self.fit(message, sampling.max_new_tokens)
         else:
             ids = self.tokenizer.encode(prompt)
             if len(ids) > self.backend.block_size:
@@ -113,12 +113,12 @@ class Lille:
                     "shorten it"
                 )
         seed = self.seeds.getrandbits(63) if sampling.seed is None else sampling.seed
-        report = Report(len(ids), dropped // 2)
+        report = Report(len(ids), dropped_turns=start // 2)
         pieces = self.text(self.tokens(ids, sampling, seed, report), report)
         if not chat:
             return pieces
         self.history = list(self.history)  # a new list, by which an unfinished answer sees its end
-        return self.recorded(pieces, self.history, [*self.history[dropped:], message])
+        return self.recorded(pieces, self.history, [*self.history[start:], message])
 
     def reset_chat(self) -> None:
         """Starts a new conversation."""
@@ -131,7 +131,7 @@ class Lille:
         return session
 
     def fit(self, message: Message, max_new_tokens: int) -> tuple[list[int], int]:
-        """Prompt ids of the newest turns that fit with `message`, and the number of older messages.
+        """Prompt ids of the newest turns that fit and `message`, and where these turns start.
 
         A quarter of the context, or less for a shorter answer, is left for the answer.
         """
