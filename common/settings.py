@@ -21,6 +21,7 @@ import math
 import os
 import sys
 import tokenize
+import traceback
 from collections.abc import Callable
 from dataclasses import field, make_dataclass
 from pathlib import Path
@@ -162,33 +163,42 @@ def config_from_constants(
     return make_dataclass("Config", fields, frozen=True)()
 
 
-def run_script(main: Callable[[], int | None]) -> None:
-    """Runs a script's `main` and exits: a user's mistake is one line on stderr and exit code 2.
+def report_error(error: BaseException) -> int:
+    """Prints an exception that ends a script, and returns the exit code.
 
-    A failed file operation is one line too, exit code 1; a bug keeps its traceback.
+    A user's mistake (2) and a failed file operation (1) are one line on stderr, Ctrl-C is 130, and
+    a bug (1) keeps its traceback.
     """
+    if isinstance(error, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+        return 130
+    if isinstance(error, BrokenPipeError):  # the reader of our output went away, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    if isinstance(error, UserError):
+        line = str(error)
+    elif isinstance(error, OSError) and error.errno in NO_ROOM:
+        where = f" while writing {error.filename}" if error.filename else ""
+        line = f"{NO_ROOM[error.errno]}{where}: free some space or use another disk, run again"
+    elif isinstance(error, OSError) and error.filename:
+        reason = error.strerror or error.args[0]  # NumPy's, of a full disk, has no number
+        line = f"{error.filename}: {reason}: check this path, its permissions and space"
+    else:
+        traceback.print_exception(error)
+        return 1
+    print(f"error: {line}", file=sys.stderr)
+    return 2 if isinstance(error, UserError) else 1
+
+
+def run_script(main: Callable[[], int | None]) -> None:
+    """Runs a script's `main` and exits with its exit code; see `report_error` for exceptions."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a path may hold what the terminal cannot show
             stream.reconfigure(errors="backslashreplace")
     try:
-        raise SystemExit(main())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
-    except BrokenPipeError:  # the reader of our output went away, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(141) from None
-    except OSError as error:
-        if error.errno in NO_ROOM:
-            where = f" while writing {error.filename}" if error.filename else ""
-            line = f"{NO_ROOM[error.errno]}{where}: free some space or use another disk, run again"
-        elif error.filename:
-            reason = error.strerror or error.args[0]  # NumPy's, of a full disk, has no number
-            line = f"{error.filename}: {reason}: check this path, its permissions and space"
-        else:
-            raise
-        print(f"error: {line}", file=sys.stderr)
-        raise SystemExit(1) from None
+        code = main()
+    except SystemExit:
+        raise
+    except BaseException as error:
+        code = report_error(error)
+    raise SystemExit(code)

@@ -166,12 +166,15 @@ def test_run_script_turns_mistakes_into_a_line_and_a_code(error, code, line, cap
     assert end.value.code == code and printed.startswith(line) and printed.count("\n") == 1
 
 
-def test_run_script_does_not_hide_a_bug():
-    with pytest.raises(ZeroDivisionError):
+def test_run_script_does_not_hide_a_bug(capsys):
+    with pytest.raises(SystemExit) as end:
         run_script(lambda: 1 // 0)
+    captured = capsys.readouterr().err
+    assert end.value.code == 1 and "Traceback" in captured and "ZeroDivisionError" in captured
 
     def nameless():
         raise OSError(5, "Input/output error")
 
-    with pytest.raises(OSError, match="Input/output error"):
+    with pytest.raises(SystemExit):
         run_script(nameless)
+    assert "Traceback" in capsys.readouterr().err
