@@ -11,6 +11,9 @@ Every run adds a line to benchmarks/results.jsonl. Peers are optional (requireme
 nothing else at the same time.
 """
 
+import common.threads  # noqa: F401  before torch, which reads what it sets
+
+# isort: split
 import dataclasses
 import os
 import sys

@@ -6,6 +6,9 @@ Each stage is one of the project's scripts, run as its printed command line says
 small. A stage that an interrupted demo had begun continues; a finished one says so.
 """
 
+import common.threads  # noqa: F401  before torch, which reads what it sets
+
+# isort: split
 import json
 import shlex
 import subprocess

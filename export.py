@@ -10,6 +10,9 @@ with rope_style="lille", as the original's, cannot be a Llama: "hf" then writes 
 `trust_remote_code=True`, and "gguf" refuses.
 """
 
+import common.threads  # noqa: F401  before torch, which reads what it sets
+
+# isort: split
 from pathlib import Path
 from typing import Any
 

@@ -19,6 +19,9 @@ From Python, with the history of the conversation kept between calls:
 User text is encoded as ordinary text: it cannot become a control token.
 """
 
+import common.threads  # noqa: F401  before torch, which reads what it sets
+
+# isort: split
 import os
 import sys
 

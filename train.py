@@ -11,6 +11,9 @@ ckpt_*.pt, metrics.jsonl and loss_curve.png. From Python: `train(config)` with a
 `config_from_constants`.
 """
 
+import common.threads  # noqa: F401  before torch, which reads what it sets
+
+# isort: split
 import dataclasses
 import math
 import sys
