@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from common.errors import UserError
 from common.settings import config_from_constants, run_script
@@ -25,18 +26,29 @@ data_dir = "data/demo"  # texts and shards
 out_dir = "checkpoints_demo"  # checkpoints, metrics and loss curves
 
 QUESTION, EXPECTED = "What is the capital of France?", "Paris"
-MODEL = ["--n_layers=4", "--n_embd=128", "--n_heads=4", "--n_kv_heads=2", "--block_size=128"]
+MODEL_SHAPE = {"n_layers": 4, "n_embd": 128, "n_heads": 4, "n_kv_heads": 2, "block_size": 128}
 # SophiaG is far behind AdamW at batches as small as these: see LOG.md.
-SMALL_STEPS = ["--gradient_accumulation_steps=1", "--optimizer=adamw", "--compile=False"]
+SMALL_STEPS = {"gradient_accumulation_steps": 1, "optimizer": "adamw", "compile": False}
+PRETRAIN = SMALL_STEPS | {
+    "batch_size": 16,
+    "max_steps": 250,
+    "learning_rate": 3e-3,
+    "warmup_iters": 30,
+    "eval_interval": 50,
+    "sample_prompt": "Return the",
+}
+
+
+def flags(settings: dict[str, Any]) -> list[str]:
+    return [f"--{name}={value}" for name, value in settings.items()]
 
 
 def stages(data: str, out: str) -> list[tuple[str, list[str]]]:
     """Title and command of each stage, in order."""
     base, tuned = f"{out}/pretrain", f"{out}/finetune"
-    common = [f"--data_dir={data}/pretrain", f"--out_dir={base}", *MODEL, *SMALL_STEPS]
-    pretrain = ["--batch_size=16", "--max_steps=250", "--learning_rate=3e-3"]
-    pretrain += ["--warmup_iters=30", "--eval_interval=50", "--sample_prompt=Return the"]
+    common = [f"--data_dir={data}/pretrain", f"--out_dir={base}", *flags(MODEL_SHAPE)]
     finetune = [
+        *flags(SMALL_STEPS),
         "--finetune=True",
         f"--model={base}/best_model.pt",
         f"--finetune_data_dir={data}/conversations",
@@ -67,7 +79,7 @@ def stages(data: str, out: str) -> list[tuple[str, list[str]]]:
                 f"--output_dir={data}/conversations",
             ],
         ),
-        ("Pretrain", ["train.py", *common, *pretrain]),
+        ("Pretrain", ["train.py", *common, *flags(PRETRAIN)]),
         ("Fine-tune", ["train.py", *common, *finetune]),
         (
             "Ask",
