@@ -10,6 +10,9 @@ benchmarks/results.jsonl. Peers are optional (requirements/bench.txt). Run nothi
 time.
 """
 
+import common.threads  # noqa: F401  before torch, which reads what it sets
+
+# isort: split
 import dataclasses
 import importlib
 import os

@@ -6,6 +6,9 @@ Each stage is one of the project's scripts, run as its printed command line says
 small. A stage that an interrupted demo had begun continues; a finished one says so.
 """
 
+import common.threads  # noqa: F401  before torch, which reads what it sets
+
+# isort: split
 import json
 import shlex
 import subprocess
@@ -15,12 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+from common.files import atomic_file
 from common.settings import config_from_constants, run_script
 from inference import Lille, lille
 from preparation.demo_data import is_right
+from training.metrics import draw_losses, read_metrics
 
 data_dir = "data/demo"  # texts and shards
 out_dir = "checkpoints_demo"  # checkpoints, metrics and loss curves
+picture = ""  # also draw both loss curves here; README.md's is docs/demo.png
 
 QUESTION, EXPECTED = "What is the capital of France?", "Paris"
 MODEL_SHAPE = {"n_layers": 4, "n_embd": 128, "n_heads": 4, "n_kv_heads": 2, "block_size": 128}
@@ -121,9 +127,21 @@ def held_out_share(model: Lille, conversations: Path) -> tuple[int, int]:
     right = total = 0
     for line in conversations.read_text("utf-8").splitlines():
         row = json.loads(line)
-        said = ask(model, row["messages"][0]["content"])
-        right, total = right + is_right(said, row["answer"]), total + 1
+        answer = ask(model, row["messages"][0]["content"])
+        right, total = right + is_right(answer, row["answer"]), total + 1
     return right, total
+
+
+def draw_curves(out: Path, picture: Path) -> None:
+    """Draws the losses of both training stages side by side."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 2.6), layout="constrained")
+    titles = {"pretrain": "pretraining", "finetune": "fine-tuning"}
+    for axes, (stage, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
+        draw_losses(axes, read_metrics(out / stage / "metrics.jsonl"), title)
+    with atomic_file(picture) as file:
+        figure.savefig(file, dpi=100, format="png")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -138,19 +156,21 @@ def main(argv: list[str] | None = None) -> int:
     tuned = f"{config.out_dir}/finetune/best_model.pt"
     started = time.perf_counter()
     model = lille("torch", tuned, device="cpu")
-    said = ask(model, QUESTION)
+    answer = ask(model, QUESTION)
     right, total = held_out_share(model, Path(config.data_dir, "conversations_heldout.jsonl"))
     times.append(("Ask what was held out", time.perf_counter() - started))
     print(f"{right} of {total} questions in wordings it never saw are answered right")
-    print(f"{QUESTION} {said}")
+    print(f"{QUESTION} {answer}")
 
+    if config.picture:
+        draw_curves(Path(config.out_dir), Path(config.picture))
     print("\nSeconds: " + ", ".join(f"{title} {seconds:.0f}" for title, seconds in times))
     print(
         f"Loss curves: {config.out_dir}/*/loss_curve.png\n"
         f'Ask on: python inference.py --model={tuned} --prompt="Who are you?"\n'
         "Next: your own text, python prepare_dataset.py --input_file_path=... and python train.py"
     )
-    if not is_right(said, EXPECTED) or 2 * right <= total:
+    if not is_right(answer, EXPECTED) or 2 * right <= total:
         print("that is worse than it should be: please report it with the output above")
         return 1
     return 0

@@ -11,6 +11,9 @@ ckpt_*.pt, metrics.jsonl and loss_curve.png. From Python: `train(config)` with a
 `config_from_constants`.
 """
 
+import common.threads  # noqa: F401  before torch, which reads what it sets
+
+# isort: split
 import dataclasses
 import math
 import sys
@@ -29,67 +32,67 @@ from training.setup import TrainingRun, open_run
 # Data and checkpoints
 data_dir = "data/fineweb_edu_sample_10BT"  # shards to pretrain on
 out_dir = "checkpoints"  # checkpoints, metrics and the loss curve
-resume_checkpoint = "auto"  # "auto": the newest in out_dir, if any; a path; "": a new run only
+resume_checkpoint = "auto"  # "auto": the newest in out_dir; a path; "": only a new run
 keep_checkpoints = 2  # number of ckpt_*.pt files kept, beside best_model.pt
 
 # Model (a fine-tune takes its shape from its checkpoint)
-n_layers = 24
-n_embd = 640  # a multiple of n_heads
-n_heads = 10
-n_kv_heads = 2
-block_size = 512  # context, tokens
-dropout = 0.0
-layer_norm_eps = 1e-5
+n_layers = 24  # transformer blocks
+n_embd = 640  # width; a multiple of n_heads
+n_heads = 10  # query heads
+n_kv_heads = 2  # key and value heads; divides n_heads
+block_size = 512  # context length, tokens
+dropout = 0.0  # on the embeddings and the residual branches
+layer_norm_eps = 1e-5  # of RMSNorm
 
-# Batches: batch_size * gradient_accumulation_steps * block_size = 131,072 tokens a step
+# Batches (batch_size * gradient_accumulation_steps * block_size = 131,072 tokens a step)
 batch_size = 16  # rows of block_size tokens per micro-batch
-gradient_accumulation_steps = 16  # micro-batches per step, dealt to the GPUs if there are several
+gradient_accumulation_steps = 16  # micro-batches per step, dealt to the GPUs
 num_epochs = 1  # passes over the data
-max_steps = 0  # stop here if this comes first; 0: num_epochs alone decides
+max_steps = 0  # at most so many steps; 0: num_epochs alone decides
 
-# Optimizer: "sophiag", or "adamw" (PyTorch's fused one, with its own betas)
-optimizer = "sophiag"
-learning_rate = 1e-3  # peak
-min_lr_ratio = 0.1  # the cosine ends at this share of the peak
+# Optimizer
+optimizer = "sophiag"  # or "adamw", PyTorch's fused one
+learning_rate = 1e-3  # peak of the schedule
+min_lr_ratio = 0.1  # the cosine schedule ends at this share of the peak
 warmup_iters = 2000  # steps of linear warm-up
 weight_decay = 0.1  # on matrices; norms have none
-beta1 = 0.965  # SophiaG
-beta2 = 0.99  # SophiaG, for the Hessian
-rho = 0.05  # SophiaG; watch the win rate, healthy at 0.1 to 0.5
-hess_interval = 10  # steps between Hessian estimates
-hess_batches = 1  # micro-batches of an estimate, averaged; of 8 GPUs each can make one of 8
-optimizer_state_dtype = "float32"  # SophiaG's moments; "bfloat16" halves them, 0.5 GB at 130M
-adamw_beta1 = 0.9
-adamw_beta2 = 0.95
-grad_clip = 1.0  # largest gradient norm; 0: no clipping
+beta1 = 0.965  # SophiaG: gradient average
+beta2 = 0.99  # SophiaG: Hessian average
+rho = 0.05  # SophiaG: clipping threshold; watch the win rate, healthy at 0.1 to 0.5
+hess_interval = 10  # SophiaG: steps between Hessian estimates
+hess_batches = 1  # SophiaG: micro-batches of an estimate; with 8, each of 8 GPUs makes one
+optimizer_state_dtype = "float32"  # SophiaG: of the moments; "bfloat16" halves their 1 GB
+adamw_beta1 = 0.9  # AdamW: gradient average
+adamw_beta2 = 0.95  # AdamW: squared gradient average
+grad_clip = 1.0  # largest norm of the gradient; 0: no clipping
 
 # Fine-tuning
-finetune = False  # True: use the finetune_* values in place of their namesakes above
+finetune = False  # use the finetune_* values in place of their namesakes above
 model = "checkpoints/best_model.pt"  # weights that a fine-tune starts from
-finetune_data_dir = "data/finetune"
-finetune_out_dir = "checkpoints_ft"
-finetune_learning_rate = 1e-4
-finetune_num_epochs = 3
-finetune_warmup_iters = 20
-finetune_gradient_accumulation_steps = 1
+finetune_data_dir = "data/finetune"  # shards of conversations
+finetune_out_dir = "checkpoints_ft"  # another folder than out_dir
+finetune_learning_rate = 1e-4  # peak of the schedule
+finetune_num_epochs = 3  # passes over the conversations
+finetune_warmup_iters = 20  # steps of linear warm-up
+finetune_gradient_accumulation_steps = 1  # micro-batches per step
 
 # Evaluation and logging
 eval_interval = 500  # steps between evaluations, each with a checkpoint and a text sample
 eval_rows = 1024  # validation rows, the first ones of the split
 log_interval = 10  # steps between metrics
-sample_prompt = "The most important thing about science is"
-finetune_sample_prompt = "What is the capital of France?"
-sample_tokens = 48  # longest sample; 0: none
-wandb_log = False
-wandb_project = "lille"
+sample_prompt = "The most important thing about science is"  # text to continue
+finetune_sample_prompt = "What is the capital of France?"  # question to answer
+sample_tokens = 48  # longest sample, tokens; 0: none
+wandb_log = False  # also log to Weights & Biases (pip install wandb)
+wandb_project = "lille"  # its project there
 
 # System
-device = "auto"  # "cuda", "mps" or "cpu"
-dtype = "auto"  # "bfloat16" or "float16" (cuda), "float32"
+device = "auto"  # "auto", "cuda", "mps" or "cpu"
+dtype = "auto"  # "auto", "bfloat16" or "float16" (both CUDA), "float32"
 compile = True  # torch.compile, where it works
 seed = 1337  # of weights, order, dropout and sampled labels
 
-# Several GPUs or machines, by torchrun
+# Several GPUs or machines (torchrun)
 gradient_dtype = "float32"  # of the gradients sent; "bfloat16" halves the bytes and rounds
 distributed_timeout_minutes = 10.0  # a process that does not answer for this long is lost
 
@@ -191,7 +194,7 @@ def main(argv: list[str] | None = None) -> int:
     code = 0
     with report_failure_once():
         try:
-            train(config_from_constants(globals(), argv))
+            train(config_from_constants(globals(), argv, renamed=RENAMED))
         except Interrupted as interruption:
             if ranks_of_environment().is_main:
                 print(interruption, file=sys.stderr)

@@ -11,6 +11,9 @@ Hastings cut to its first merges: with all of them most of a small model's time 
 head. Kill it at any time: the next start begins with the run that was cut off.
 """
 
+import common.threads  # noqa: F401  before torch, which reads what it sets
+
+# isort: split
 import dataclasses
 import math
 import time

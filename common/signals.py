@@ -1,8 +1,10 @@
-"""SIGINT and SIGTERM end a run between two steps, with a checkpoint."""
+"""SIGINT and SIGTERM: graceful stop of a training run, deferral, and clean-up."""
 
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -50,3 +52,40 @@ class GracefulStop:
     def __exit__(self, *error: Any) -> None:
         if self.exit_on_second:
             self.restore()
+
+
+@contextmanager
+def interrupts_deferred() -> Iterator[None]:
+    """Delays SIGINT and SIGTERM until the end of the block (in the main thread, which gets them).
+
+    For a block that must not end halfway, or that would turn KeyboardInterrupt into another error.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pending = []
+    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        for number, handler in previous.items():
+            if handler is not None:  # one from outside Python could not be put back
+                signal.signal(number, lambda number, frame: pending.append(number))
+        yield
+    finally:
+        for number, handler in previous.items():  # SIGINT last: from then on it raises
+            if handler is not None:
+                signal.signal(number, handler)
+        for number in pending:
+            signal.raise_signal(number)
+
+
+@contextmanager
+def terminated_as_interrupted() -> Iterator[None]:
+    """Makes SIGTERM raise KeyboardInterrupt in the block, so that its clean-up runs."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

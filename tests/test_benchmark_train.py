@@ -148,7 +148,7 @@ def test_useful_tokens_are_counted_as_labels(tmp_path):
     steps = make_steps(rows, documents, CONFIG, n_steps=3, pin=False)
     for step in range(3):
         numbers = range(step * 6, step * 6 + 6)
-        segments = [segment for row in numbers for segment in rows.pieces(row)]
+        segments = [segment for row in numbers for segment in rows.segments(row)]
         tokens = sum(map(len, segments))
         assert sum(batch.n_labels for batch in steps["packed"][step]) == tokens - len(segments)
         assert sum(batch.n_labels for batch in steps["causal"][step]) == tokens - len(segments)

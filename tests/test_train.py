@@ -266,7 +266,8 @@ def test_resume_names_harmless_changes(finished, text_data, tmp_path, capsys):
         ({"n_heads": 3}, "n_embd=16 must be n_heads=3 times"),
         ({"n_kv_heads": 3}, "multiple of n_kv_heads=3"),
         ({"dropout": 1.0}, "dropout=1.0 must be"),
-        ({"data_dir": "nowhere"}, "there is no dataset directory nowhere"),
+        ({"data_dir": "nowhere"}, "no dataset directory nowhere: run python prepare_dataset.py"),
+        ({"data_dir": "fineweb_edu_x"}, "run python prepare_dataset_fineweb.py --output_dir="),
         ({"finetune": True, "finetune_out_dir": "same", "out_dir": "same"}, "the same folder"),
         ({"finetune": True, "model": "none.pt"}, "none.pt is not there"),
         ({"resume_checkpoint": "none.pt"}, "none.pt is not there"),
@@ -383,6 +384,22 @@ def test_changed_optimizer_settings_count_after_a_resume(tiny_run):
     for ours, theirs in zip(run.model.parameters(), other.model.parameters(), strict=True):
         saved, loaded = run.optimizer.state[ours], other.optimizer.state[theirs]
         assert torch.equal(ours, theirs) and torch.equal(saved["exp_avg"], loaded["exp_avg"])
+
+
+def test_bfloat16_moments_take_half_the_memory_and_resume_bit_for_bit(text_data, tmp_path):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    settings = {"optimizer_state_dtype": "bfloat16", "max_steps": 12, "keep_checkpoints": 99}
+    train.train(config_of(text_data, whole, **settings))
+    resumed.mkdir()
+    shutil.copy(whole / "ckpt_0000004.pt", resumed)
+    train.train(config_of(text_data, resumed, **settings))
+    states = [load_checkpoint(newest(directory)) for directory in (whole, resumed)]
+    assert difference(*states) is None
+    moments = states[0]["optimizer_state_dict"]["state"].values()
+    dtypes = {values[name].dtype for values in moments for name in ("exp_avg", "hessian")}
+    assert dtypes == {torch.bfloat16}
+    with pytest.raises(UserError, match="needs optimizer='sophiag'"):
+        train.train(config_of(text_data, tmp_path / "adamw", optimizer="adamw", **settings))
 
 
 def test_samples_work_in_sixteen_bits(tiny_run):

@@ -13,7 +13,6 @@ import os
 import socket
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common.errors import UserError
-from common.settings import run_script
+from common.settings import report_error
 
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 INTEGER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
@@ -205,7 +204,7 @@ def report_failure_once() -> Iterator[None]:
         if isinstance(error, RuntimeError):
             lost |= any(sign in str(error) for sign in LOST_RANK_SIGNS)
         if reports and not lost:
-            report_and_exit(error)
+            exit_rank(report_error(error))
         if reports:
             host, reason = socket.gethostname(), first_line(error).rpartition("] ")[2][:160]
             print(
@@ -216,22 +215,6 @@ def report_failure_once() -> Iterator[None]:
             )
         time.sleep(1)  # torchrun ends the others as soon as one exits: let the reporting one finish
         exit_rank(2 if isinstance(error, UserError) else 1)
-
-
-def report_and_exit(error: BaseException) -> None:
-    """Reports `error` as every script does, and exits this rank."""
-
-    def main() -> None:
-        raise error
-
-    code: Any = 1
-    try:
-        run_script(main)
-    except SystemExit as exit:
-        code = exit.code
-    except BaseException:
-        traceback.print_exc()
-    exit_rank(code)
 
 
 def exit_rank(code: int) -> int:

@@ -173,9 +173,9 @@ def build_run(config: Any, pretrain_data_dir: str, ranks: Ranks) -> TrainingRun:
     block_size = model.config.block_size
     rows = open_rows(config.data_dir, "train", tokenizer, block_size, config.seed, config.finetune)
     validation = open_validation(config, pretrain_data_dir, tokenizer, block_size)
-    max_segments = max(split.max_pieces for split in (rows, *validation.values()))
+    max_segments = max(split.max_segments for split in (rows, *validation.values()))
     for split in (rows, *validation.values()):  # one shape of cu_seqlens: compiled once
-        split.max_pieces = max_segments
+        split.max_segments = max_segments
     n_prompt = len(prompt_ids(config.sample_prompt, config.finetune, tokenizer))
     check_sample_prompt(config, n_prompt, block_size)
 
