@@ -122,9 +122,9 @@ def main(argv: list[str] | None = None) -> int:
     record = report.environment(argv, device)
     bounds = limits(device)
     rates = ", ".join(f"{k} {v / 1e12:.3g} TFLOP/s" for k, v in bounds.matmul_rate.items())
-    copied, read = bounds.copy_bandwidth / 1e9, bounds.read_bandwidth / 1e9
+    copy, read = bounds.copy_bandwidth / 1e9, bounds.read_bandwidth / 1e9
     print(f"{report.hardware_name(record)}, torch {torch.__version__}, {config.dtype}")
-    print(f"copy {copied:.1f} GB/s, read {read:.1f} GB/s, matrix product {rates}")
+    print(f"copy {copy:.1f} GB/s, read {read:.1f} GB/s, matrix product {rates}")
     if record["load"] is not None and record["load"] > 0.3 * (os.cpu_count() or 1):
         print(f"note: other programs run here (load {record['load']}): times do not hold")
     seconds: dict[str, float] = {}

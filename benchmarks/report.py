@@ -76,9 +76,9 @@ def record_times(
         median = statistics.median(seconds)
         row = {"median_s": median, "min_s": min(seconds), "max_s": max(seconds)}
         row |= {"n": len(seconds), "ratio": statistics.median(times[baseline]) / median}
-        done = amount.get(name) if isinstance(amount, dict) else amount
-        if done is not None:
-            row["rate"] = done / median
+        size = amount.get(name) if isinstance(amount, dict) else amount
+        if size is not None:
+            row["rate"] = size / median
         if bound and name in bound:
             row["share"] = bound[name] / median
         rows[name] = row | (extra or {}).get(name, {})
@@ -110,21 +110,21 @@ def table_cells(table: dict[str, Any]) -> list[list[str]]:
     scale, unit = next((unit for unit in UNITS if slowest >= unit[0]), UNITS[-1])
 
     def cells(row: dict[str, Any]) -> dict[str, str]:
-        shown = {}
+        texts = {}
         if "median_s" in row:
-            shown[f"median {unit}"] = f"{row['median_s'] / scale:.4g}"
-            shown["range"] = f"{row['min_s'] / scale:.4g}-{row['max_s'] / scale:.4g}"
+            texts[f"median {unit}"] = f"{row['median_s'] / scale:.4g}"
+            texts["range"] = f"{row['min_s'] / scale:.4g}-{row['max_s'] / scale:.4g}"
             if table["unit"]:
-                shown[table["unit"]] = number_text(row.get("rate"))
-            shown["x as fast"] = f"{row['ratio']:.2f}"
+                texts[table["unit"]] = number_text(row.get("rate"))
+            texts["x as fast"] = f"{row['ratio']:.2f}"
             if "share" in row:
-                shown["of limit"] = f"{row['share']:.0%}"
+                texts["of limit"] = f"{row['share']:.0%}"
             row = {key: value for key, value in row.items() if key not in TIME_COLUMNS}
-        return shown | {key: number_text(value) for key, value in row.items()}
+        return texts | {key: number_text(value) for key, value in row.items()}
 
-    named = {name: cells(row) for name, row in rows.items()}
-    columns = list(dict.fromkeys(column for row in named.values() for column in row))
-    lines = [[name, *(row.get(column, "") for column in columns)] for name, row in named.items()]
+    texts = {name: cells(row) for name, row in rows.items()}
+    columns = list(dict.fromkeys(column for row in texts.values() for column in row))
+    lines = [[name, *(row.get(column, "") for column in columns)] for name, row in texts.items()]
     return [["", *columns], *lines]
 
 
@@ -186,6 +186,7 @@ def environment(argv: list[str], device: torch.device) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "hardware": hardware,
         "versions": versions,
+        "variables": {k: v for k, v in os.environ.items() if k.startswith(("OMP_", "GOMP_"))},
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
     }
 

@@ -47,13 +47,12 @@ Steps = list[list[Batch]]  # the micro-batches of each step
 
 
 def make_steps(
-    rows: PackedRows, documents: NpzDataset, config: Any, n_steps: int, pin: bool
+    rows: PackedRows, documents: NpzDataset, size: int, count: int, n_steps: int, pin: bool
 ) -> dict[str, Steps]:
-    """Steps' batches by the form in which an implementation reads them, all with equally many rows.
+    """Micro-batches of steps, `count` of `size` rows each, in the forms that implementations read.
 
     "packed" with document masks, "causal" without, "plain" for transformers, "padded" documents.
     """
-    size, count = config.batch_size, config.gradient_accumulation_steps
     rng = np.random.default_rng(0)
     packed = list(rows.steps(0, n_steps * size * count, size, count))
     steps = {
@@ -121,9 +120,7 @@ def compare_steps(
     sizes += [n for n in (16, 32, 64) if gpu and modes and n not in sizes and n_rows % n == 0]
     steps = {}
     for size in sizes:
-        changes = dict(batch_size=size, gradient_accumulation_steps=n_rows // size)
-        changed = dataclasses.replace(config, **changes)
-        steps[size] = make_steps(rows, documents, changed, n_steps=2, pin=gpu)
+        steps[size] = make_steps(rows, documents, size, n_rows // size, n_steps=2, pin=gpu)
     functions: dict[str, Callable[[], None]] = {}
     labels: dict[str, float] = {}
 

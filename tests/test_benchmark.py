@@ -144,13 +144,14 @@ def test_sections_are_measured_printed_and_recorded(tmp_path, capsys, monkeypatc
         assert row["rate"] == pytest.approx(6 / row["median_s"], rel=1e-3) and row["share"] > 0
     errors = {name: row["logit error"] for name, row in decode["rows"].items() if "ours" in name}
     assert errors.pop("ours, plain PyTorch") < 1e-5 and max(errors.values(), default=0) < 0.3
-    assert len(tokenized["rows"]) == 4
-    assert list(prepared["rows"]) == ["tiktoken, one thread, lists", "ours"]
+    tiktoken = timing.peer("tiktoken") is not None
+    assert len(tokenized["rows"]) == 2 + 2 * tiktoken
+    assert list(prepared["rows"]) == ["tiktoken, one thread, lists"] * tiktoken + ["ours"]
     assert prepared["rows"]["ours"]["peak MB"] > 10
 
 
 def test_sections_run_where_only_the_core_packages_are(tmp_path):
-    arguments = [*TINY, "--section=train,optimizer,decode,data", "--exports=True"]
+    arguments = [*TINY, "--section=train,optimizer,decode,data", "--exports"]
     arguments += [f"--results={tmp_path}/r.jsonl"]
     code = f"""
 import sys
@@ -285,7 +286,7 @@ def test_a_damaged_record_is_named(tmp_path):
 def test_the_committed_readme_is_what_the_command_writes(tmp_path):
     for name in ("results.jsonl", "learning.jsonl"):
         (tmp_path / name).write_bytes((ROOT / "benchmarks" / name).read_bytes())
-    assert benchmark.main(["--readme=True", f"--results={tmp_path}/results.jsonl"]) == 0
+    assert benchmark.main(["--readme", f"--results={tmp_path}/results.jsonl"]) == 0
     committed = (ROOT / "benchmarks" / "README.md").read_text("utf-8")
     hint = "run python benchmark.py --readme"
     assert (tmp_path / "README.md").read_text("utf-8") == committed, hint

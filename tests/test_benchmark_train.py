@@ -60,7 +60,7 @@ def whole_rows() -> dict[str, list[list[Batch]]]:
     rng = np.random.default_rng(0)
     tokens = rng.integers(PAD, size=30 * T).astype(np.uint16)
     documents = Documents(tokens, np.arange(0, 30 * T + 1, T))
-    return make_steps(PackedRows([documents], T, PAD), documents, CONFIG, n_steps=1, pin=False)
+    return make_steps(PackedRows([documents], T, PAD), documents, 3, 2, n_steps=1, pin=False)
 
 
 def test_peers_with_our_weights_have_our_losses():
@@ -145,7 +145,7 @@ def test_useful_tokens_are_counted_as_labels(tmp_path):
     assert np.log(lengths).std() == pytest.approx(1.08, rel=0.05)
 
     rows = PackedRows([documents], T, PAD)
-    steps = make_steps(rows, documents, CONFIG, n_steps=3, pin=False)
+    steps = make_steps(rows, documents, 3, 2, n_steps=3, pin=False)
     for step in range(3):
         numbers = range(step * 6, step * 6 + 6)
         segments = [segment for row in numbers for segment in rows.segments(row)]
