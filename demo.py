@@ -1,9 +1,9 @@
-"""The whole of Lille in some minutes on a CPU: data, pretraining, fine-tuning, an answer.
+"""End-to-end demo on a CPU in minutes: data, pretraining, fine-tuning, a conversation.
 
     make demo          # or, in an environment with requirements.txt: python demo.py
 
-Each stage is one of the project's scripts, run as its printed command line says; only the model is
-small. A stage that an interrupted demo had begun continues; a finished one says so.
+Each stage runs one of the project's scripts with the command line that is printed; only the model
+is small. After an interruption the same command continues where it stopped.
 """
 
 import common.threads  # noqa: F401  before torch, which reads what it sets
@@ -82,7 +82,7 @@ def stages(data: str, out: str) -> list[tuple[str, list[str]]]:
 
 
 def run_stage(title: str, command: list[str], out: str) -> float:
-    """Runs one script in this directory, its output on the screen; returns its seconds."""
+    """Runs one script, its output on the screen; returns its seconds, or exits as it did."""
     print(f"\n=== {title}\n$ python {shlex.join(command)}", flush=True)
     started = time.perf_counter()
     with subprocess.Popen([sys.executable, *command]) as stage:
@@ -90,7 +90,7 @@ def run_stage(title: str, command: list[str], out: str) -> float:
         while code is None:
             try:
                 code = stage.wait()
-            except KeyboardInterrupt:  # the stage has it too: it saves and ends
+            except KeyboardInterrupt:  # the script gets it too: it saves and exits
                 continue
     if code:
         print(
@@ -102,19 +102,17 @@ def run_stage(title: str, command: list[str], out: str) -> float:
 
 
 def ask(model: Lille, question: str) -> str:
-    """The likeliest answer to a question by itself."""
+    """The model's greedy answer to a question in a new conversation."""
     model.reset_chat()
     return model.chat(question, do_sample=False).strip()
 
 
-def held_out_share(model: Lille, conversations: Path) -> tuple[int, int]:
-    """(right, all) answers to questions worded as none of the training conversations are."""
-    right = total = 0
-    for line in conversations.read_text("utf-8").splitlines():
-        row = json.loads(line)
-        said = ask(model, row["messages"][0]["content"])
-        right, total = right + is_right(said, row["answer"]), total + 1
-    return right, total
+def held_out_score(model: Lille, conversations: Path) -> tuple[int, int]:
+    """Number of right answers and of questions, in wordings that no training conversation has."""
+    rows = [json.loads(line) for line in conversations.read_text("utf-8").splitlines()]
+    answers = [ask(model, row["messages"][0]["content"]) for row in rows]
+    n_right = sum(is_right(text, row["answer"]) for text, row in zip(answers, rows, strict=True))
+    return n_right, len(rows)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -129,11 +127,13 @@ def main(argv: list[str] | None = None) -> int:
     tuned = f"{config.out_dir}/finetune/best_model.pt"
     started = time.perf_counter()
     model = lille("torch", tuned, device="cpu")
-    said = ask(model, QUESTION)
-    right, total = held_out_share(model, Path(config.data_dir, "conversations_heldout.jsonl"))
+    answer = ask(model, QUESTION)
+    n_right, n_questions = held_out_score(
+        model, Path(config.data_dir, "conversations_heldout.jsonl")
+    )
     times.append(("Ask what was held out", time.perf_counter() - started))
-    print(f"{right} of {total} questions in wordings it never saw are answered right")
-    print(f"{QUESTION} {said}")
+    print(f"{n_right} of {n_questions} questions in wordings it never saw are answered right")
+    print(f"{QUESTION} {answer}")
 
     print("\nSeconds: " + ", ".join(f"{title} {seconds:.0f}" for title, seconds in times))
     print(
@@ -141,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
         f'Ask on: python inference.py --model={tuned} --prompt="Who are you?"\n'
         "Next: your own text, python prepare_dataset.py --input_file_path=... and python train.py"
     )
-    if not is_right(said, EXPECTED) or 2 * right <= total:
+    if not is_right(answer, EXPECTED) or 2 * n_right <= n_questions:
         print("that is worse than it should be: please report it with the output above")
         return 1
     return 0
