@@ -30,7 +30,6 @@ from common.settings import config_from_constants, run_script
 from tokenizer import END_OF_TEXT
 
 output_dir = "data/demo"  # folder for the three files
-max_bytes = 6_000_000  # size of pretrain.txt; documents that would exceed it are left out
 seed = 1337  # of the wordings and order of the conversations
 
 
@@ -310,24 +309,11 @@ def documents() -> Iterator[str]:
             yield "\n\n".join([f"Module {'.'.join(parts).removesuffix('.__init__')}", *new])
 
 
-def pretraining_text(max_bytes: int) -> str:
-    """Documents joined by <|endoftext|>, at most `max_bytes` of UTF-8."""
-    selection, size = [], 0
-    for document in filter(None, map(clean, documents())):
-        n_bytes = len((document + END_OF_TEXT).encode())
-        if size + n_bytes <= max_bytes:
-            selection.append(document)
-            size += n_bytes
-    if not selection:
-        raise UserError(f"max_bytes={max_bytes} is too small for any document: try 6000000")
-    return END_OF_TEXT.join(selection)
-
-
 def main(argv: list[str] | None = None) -> None:
     config = config_from_constants(globals(), argv)
     training, held_out = training_conversations(config.seed), held_out_conversations()
     contents = {
-        "pretrain.txt": pretraining_text(config.max_bytes),
+        "pretrain.txt": END_OF_TEXT.join(filter(None, map(clean, documents()))),
         "conversations.jsonl": "".join(json.dumps(line) + "\n" for line in training),
         "conversations_heldout.jsonl": "".join(json.dumps(line) + "\n" for line in held_out),
     }

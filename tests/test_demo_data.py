@@ -80,18 +80,9 @@ def test_pretraining_text_is_large_and_splits_into_documents(folder):
     assert not any(document.startswith(("Module test", "Module idlelib")) for document in documents)
 
 
-def test_mentioned_control_token_does_not_split_a_document(monkeypatch):
-    texts = ["one <|endoftext|> <|user|> \ud800", "two"]
-    monkeypatch.setattr(demo_data, "documents", lambda: iter(texts))
-    text = demo_data.pretraining_text(1000)
-    assert text.encode() == b"one <| endoftext |> <| user |> ?<|endoftext|>two"
-
-
-def test_max_bytes_leaves_out_whole_documents(monkeypatch):
-    monkeypatch.setattr(demo_data, "documents", lambda: iter(["a" * 50, "b" * 500, "c" * 50]))
-    assert demo_data.pretraining_text(200) == "a" * 50 + "<|endoftext|>" + "c" * 50
-    with pytest.raises(UserError, match="max_bytes=10 is too small"):
-        demo_data.pretraining_text(10)
+def test_a_mentioned_control_token_does_not_split_a_document():
+    text = "one <|endoftext|> <|user|> \ud800\0 "
+    assert demo_data.clean(text) == "one <| endoftext |> <| user |> ?"
 
 
 def test_module_texts_keep_the_order_of_the_source():
@@ -214,10 +205,3 @@ def test_unusable_output_folder_is_a_user_error(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="choose --output_dir"):
         demo_data.main([f"--output_dir={tmp_path / 'file'}"])
-
-
-def test_a_refusal_makes_no_folder(monkeypatch, tmp_path):
-    monkeypatch.setattr(demo_data, "documents", lambda: iter(["a" * 50]))
-    with pytest.raises(UserError, match="max_bytes=1 is too small"):
-        demo_data.main(["--max_bytes=1", f"--output_dir={tmp_path / 'new' / 'folder'}"])
-    assert os.listdir(tmp_path) == []
