@@ -70,7 +70,7 @@ class PaddedStarts:
     """The original's batches: a document's first `block_size` tokens to a row, padded.
 
     With a seed every row is a document drawn with replacement; without, row i is document i. Same
-    interface as PackedRows, as far as Run.evaluate and `train_once` go.
+    interface as PackedRows, as far as Trainer.evaluate and `train_once` go.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class PaddedStarts:
         return int(np.random.default_rng((self.seed, row)).integers(len(self.documents)))
 
 
-class OriginalRun(Trainer):
+class OriginalTrainer(Trainer):
     """Trainer with the original's Hessian estimate: labels at padding too, gradient clipped to 1.
 
     `bs` is the tokens of the whole step, of which the estimate sees one micro-batch.
@@ -111,7 +111,7 @@ class OriginalRun(Trainer):
         self.optimizer.zero_grad(set_to_none=True)
 
 
-class HiddenAndOther:
+class TwoOptimizers:
     """Muon or AdamW for the hidden matrices, AdamW for the embedding (also the head) and norms.
 
     All follow one learning rate, that of the hidden matrices times `hidden_rate`.
@@ -136,7 +136,7 @@ class HiddenAndOther:
         if not scale_gradients(self, grad_scale):
             return
         for group in self.optimizers[0].param_groups:
-            group["lr"] *= self.hidden_rate  # Run.step sets it before every step
+            group["lr"] *= self.hidden_rate  # Trainer.step sets it before every step
         for optimizer in self.optimizers:
             optimizer.step()
 

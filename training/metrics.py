@@ -89,26 +89,29 @@ class Metrics:
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(8, 4.5), layout="constrained")
-        axes = figure.subplots()
-        rows = read_metrics(self.path)
-        for key, label, style in (
-            ("loss", "training", {"linewidth": 1, "alpha": 0.8}),
-            ("val_loss", "validation", {"marker": "o", "markersize": 4}),
-            ("pretrain_val_loss", "pretraining validation", {"marker": "s", "markersize": 4}),
-        ):
-            points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-            if points:
-                axes.plot(*zip(*points, strict=True), label=label, **style)
-        axes.set(xlabel="step", ylabel="loss (nats per token)", title=str(self.path.parent))
-        axes.grid(alpha=0.3)
-        if axes.get_lines():
-            axes.legend()
+        draw_losses(figure.subplots(), read_metrics(self.path), str(self.path.parent))
         with self.unless_disk_is_full(), atomic_file(self.curve) as file:
             figure.savefig(file, dpi=120, format="png")
 
     def close(self) -> None:
         if self.wandb is not None:
             self.wandb.finish()
+
+
+def draw_losses(axes: Any, rows: list[dict[str, Any]], title: str) -> None:
+    """Draws training and validation losses against steps on matplotlib `axes`."""
+    for key, label, style in (
+        ("loss", "training", {"linewidth": 1, "alpha": 0.8}),
+        ("val_loss", "validation", {"marker": "o", "markersize": 4}),
+        ("pretrain_val_loss", "pretraining validation", {"marker": "s", "markersize": 4}),
+    ):
+        points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, **style)
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
+    axes.grid(alpha=0.3)
+    if axes.get_lines():
+        axes.legend()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
