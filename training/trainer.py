@@ -82,8 +82,7 @@ class Trainer:
             torch.default_generator.manual_seed(batch.seed)
             if self.device.type != "cpu":  # only sets two numbers on the host: no synchronisation
                 torch.get_device_module(self.device).manual_seed(batch.seed)
-        wanted = batch.tensors() if self.forward is self.model else batch.tensors()[:-1]
-        tensors = [tensor.to(self.device, non_blocking=True) for tensor in wanted]
+        tensors = [tensor.to(self.device, non_blocking=True) for tensor in batch.tensors()]
         with self.autocast():
             forward = self.forward if forward is None else forward
             return forward(*tensors, sample_targets=sample_targets)
