@@ -13,7 +13,6 @@ from common.files import file_sha256
 from tokenizer import END_OF_TEXT, START_OF_TEXT, check_messages, parse_chat, to_utf8
 
 CHUNK_BYTES = 1 << 20  # read at a time
-TEXT_ENDINGS = (".txt", ".jsonl")
 PARQUET = ".parquet"
 COLUMNS = ("text", "messages", "question", "answer")
 
@@ -246,45 +245,38 @@ class ParquetFiles:
 def open_input(text: str, name: str, trusted: bool) -> TextFile | ParquetFiles:
     """Opens the file, folder or pattern `text`, the value of the setting `name`.
 
-    Raises UserError if there is no such file, and for a file that cannot be read.
+    Raises UserError if there is no such file, and for one that is empty or of another format.
     """
     path = Path(text)
+    is_folder, suffix = path.is_dir(), path.suffix.lower()
     is_pattern = glob.has_magic(text) and not path.exists()
-    if trusted and (is_pattern or path.is_dir()):
+    if trusted and (is_pattern or is_folder or suffix in (".jsonl", PARQUET)):
         raise UserError(f"trust_control_tokens is for .txt files only: turn it off for {text}")
-    if path.is_dir() and not any(path.glob(f"*{PARQUET}")):
+    if is_folder and not any(path.glob(f"*{PARQUET}")):
         raise UserError(
             f"{path} is a directory without {PARQUET} files: give {name} one .txt or .jsonl file, "
             f"or a pattern such as {path}/**/*{PARQUET}"
         )
-    if is_pattern and not text.endswith(PARQUET):
+    if is_pattern and suffix != PARQUET:
         raise UserError(f"{text}: a pattern must end with {PARQUET}: give {name} one such")
-    if not is_pattern and not path.is_dir():
+    if not is_pattern and not is_folder:
         if not path.exists():
             raise UserError(f"{path} does not exist: put your text there, or set --{name}=...")
-        check_readable(path, trusted)
-        if path.suffix.lower() != PARQUET:
+        if suffix not in (".txt", ".jsonl", PARQUET):
+            raise UserError(
+                f"{path}: only .txt, .jsonl and .parquet are read: convert it or rename it"
+            )
+        with open(path, "rb") as file:
+            start = file.read(64).removeprefix(b"\xef\xbb\xbf")
+        if not start:
+            raise UserError(f"{path} is empty: put your text there")
+        if not trusted and start.lstrip().startswith(START_OF_TEXT.encode()):
+            print(
+                f"note: {path} looks like the chat layout but is encoded as ordinary text; "
+                "add --trust_control_tokens=True if you trust the file"
+            )
+        if suffix != PARQUET:
             return TextFile(path, trusted)
     from preparation.input_files import local_files
 
     return ParquetFiles(local_files(text, name))
-
-
-def check_readable(path: Path, trusted: bool) -> None:
-    """UserError unless `path` is a non-empty file with a known extension."""
-    if path.suffix.lower() not in (*TEXT_ENDINGS, PARQUET):
-        raise UserError(f"{path}: only .txt, .jsonl and .parquet are read: convert it or rename it")
-    if trusted and path.suffix.lower() != ".txt":
-        raise UserError(f"trust_control_tokens is for .txt files only: turn it off for {path}")
-    try:
-        with open(path, "rb") as file:
-            start = file.read(64).removeprefix(b"\xef\xbb\xbf")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    if not start:
-        raise UserError(f"{path} is empty: put your text there")
-    if not trusted and start.lstrip().startswith(START_OF_TEXT.encode()):
-        print(
-            f"note: {path} looks like the chat layout but is encoded as ordinary text; "
-            "add --trust_control_tokens=True if you trust the file"
-        )

@@ -95,11 +95,14 @@ class ParquetFile:
 
     def plain(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         """The same values in types that pyarrow can compute with: no dictionaries or views."""
-        for i, (name, kind) in enumerate(zip(batch.schema.names, batch.schema.types, strict=True)):
-            if self.kinds[name] == STRING and not pt.is_string(kind):
-                batch = batch.set_column(i, name, batch.column(i).cast(pa.large_string()))
-            elif self.kinds[name] == NUMBER and not (pt.is_integer(kind) or pt.is_float32(kind)):
-                batch = batch.set_column(i, name, batch.column(i).cast(pa.float64()))
+        for i, field in enumerate(batch.schema):
+            target = None
+            if self.kinds.get(field.name) == STRING and not pt.is_string(field.type):
+                target = pa.large_string()
+            elif self.kinds.get(field.name) == NUMBER and not pt.is_primitive(field.type):
+                target = pa.float64()  # of decimals and nulls
+            if target:
+                batch = batch.set_column(i, field.name, batch.column(i).cast(target))
         return batch
 
     def dict_rows(self) -> Iterator[tuple[dict[str, Any], str]]:

@@ -123,7 +123,13 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def info(self, repository: Repository, name: str) -> None:
-        siblings = [{"rfilename": path} for path in repository.files]
+        siblings = []
+        for path in repository.files:  # sizes and hashes, as for ?blobs=true
+            entry = self.entry(repository, path)
+            sibling = {"rfilename": path, "size": entry["size"], "blobId": entry["oid"]}
+            if lfs := entry.get("lfs"):
+                sibling["lfs"] = lfs | {"sha256": lfs["oid"]}
+            siblings.append(sibling)
         facts = {"id": name, "sha": repository.commit, "siblings": siblings, "tags": []}
         facts |= {"cardData": repository.card, "private": False, "gated": False, "disabled": False}
         self.send_json(facts)

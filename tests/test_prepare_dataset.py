@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import prepare_dataset
+from common import files
 from common.errors import UserError
 from common.files import locked
 from common.manifest import read_manifest
@@ -235,8 +236,6 @@ TRUST = {"trust_control_tokens": True}
         ("in", "a,b", {}, "only .txt, .jsonl and .parquet are read"),
         ("in.jsonl", OK.encode() + b'{"text": "\xff"}', {}, "not UTF-8 at byte 38"),
         ("in.jsonl", OK + '\n{"text": "c"\n', {}, "in.jsonl, line 4: not JSON"),
-        ("in.jsonl", OK + "[" * 100_000, {}, "line 3: JSON nested too deep"),
-        ("in.jsonl", OK + "1" * 5000, {}, "line 3: a number is too long: correct it"),
         (
             "in.jsonl",
             '\n[\n{"text": "a"}\n]',
@@ -499,10 +498,11 @@ def test_command_line_shows_one_line_and_no_traceback():
 
 def test_too_little_disk_space_is_said_before_the_work(monkeypatch, capsys):
     usage = type("Usage", (), {"free": 3})
-    monkeypatch.setattr(prepare_dataset.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage)
     prepare("a<|endoftext|>b")
     printed = capsys.readouterr().out
-    assert printed.startswith("note: out has 0 MB free, up to 0 MB may be needed\n")
+    line = "note: out has 0.00 GB free, the dataset may need up to 0.00 GB: make room if the disk"
+    assert printed.startswith(line)
 
 
 def test_two_runs_do_not_share_an_output_directory(tokenizer):

@@ -25,7 +25,7 @@ from common import files
 from common.errors import UserError
 from common.manifest import read_manifest
 from dataset import open_split
-from preparation import hub_download, input_files, resumable_parts
+from preparation import hub_download, resumable_parts
 from tokenizer import load_tokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -303,7 +303,7 @@ def test_a_process_that_comes_late_makes_nothing_again(source, monkeypatch):
 
     def slow(config):  # the others finish while this one lists its input
         (Path("out")).rename("hidden")
-        monkeypatch.setattr(script, "note_little_room", lambda *_: Path("hidden").rename("out"))
+        monkeypatch.setattr(script, "check_disk", lambda *_: Path("hidden").rename("out"))
         return real(config)
 
     Path("out/manifest.json").rename("kept.json")
@@ -442,7 +442,7 @@ def test_kills_do_not_change_a_byte(tmp_path, processes):
 
 
 def test_two_processes_cannot_make_the_same_part(source, monkeypatch):
-    with files.locked(made(resumable_parts.part_of(Path("out"), 0)), "other"):
+    with files.locked(made(resumable_parts.part_folder(Path("out"), 0)), "other"):
         refused(
             "another prepare_dataset_fineweb.py is writing to out/.preparing/part-00000", source
         )
@@ -521,7 +521,7 @@ def test_wrong_settings(settings, pattern):
 
 def test_too_little_room_is_said_first(source, monkeypatch, capsys):
     usage = SimpleNamespace(free=100_000)
-    monkeypatch.setattr(input_files.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage)
     prepare(source)
     assert "note: " in capsys.readouterr().out
 
@@ -677,7 +677,7 @@ def test_no_network_at_all(server, monkeypatch, capsys):
 
 
 def test_one_file_that_cannot_fit_on_the_disk_is_not_fetched(server, monkeypatch):
-    monkeypatch.setattr(input_files.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     refused("alone takes", "owner/texts", revision=COMMIT)
 
 
