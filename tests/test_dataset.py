@@ -90,7 +90,7 @@ def test_writing_one_by_one_in_batches_or_twice_gives_the_same_bytes(tmp_path):
     write_shard(tmp_path / "a.npz", docs)
     with ShardWriter(tmp_path) as writer:
         for doc in docs[:20]:
-            writer.add(doc.tolist())
+            writer.add_batch([doc.tolist()])
         writer.add_batch([])
         writer.add_batch(doc.astype(np.int64) for doc in docs[20:])
         assert (writer.documents, writer.tokens) == (len(docs), sum(map(len, docs)))
@@ -130,7 +130,7 @@ def test_no_documents(tmp_path):
 @pytest.mark.parametrize("bad", [[-1], [65536], [0.5], ["x"], [2**40]])
 def test_ids_that_do_not_fit_are_refused(tmp_path, bad):
     with ShardWriter(tmp_path) as writer, pytest.raises(ValueError, match="between 0 and 65535"):
-        writer.add(bad)
+        writer.add_batch([bad])
     assert os.listdir(tmp_path) == []
 
 
