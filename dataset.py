@@ -225,12 +225,11 @@ class ShardWriter:
             yield self._read(start, min(CHUNK, total - start))
 
     def _ordered_tokens(self, bounds: np.ndarray, order: np.ndarray) -> Iterator[bytes]:
-        step = 256
-        for i in range(0, len(order), step):
-            documents = order[i : i + step]
+        for i in range(0, len(order), 4096):
+            documents = order[i : i + 4096]
             starts, ends = bounds[:-1][documents].tolist(), bounds[1:][documents].tolist()
-            bounds_of = zip(starts, ends, strict=True)
-            yield b"".join(self._read(2 * start, 2 * (end - start)) for start, end in bounds_of)
+            for start, end in zip(starts, ends, strict=True):
+                yield self._read(2 * start, 2 * (end - start))
 
 
 def write_npz(path: Path, n_tokens: int, chunks: Iterable[bytes], offsets: np.ndarray) -> None:
