@@ -1,6 +1,6 @@
 # make demo    a small Lille is pretrained, fine-tuned and asked a question (some minutes, no GPU)
 # make test    every check, in an environment of its own
-# make lint    ruff
+# make lint    ruff: mistakes and formatting
 # make gpu     what only a GPU can show: tests, loss curves, benchmarks (a quarter of an hour)
 
 PYTHON ?= python3
@@ -13,12 +13,12 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 demo: $(VENV)/.installed
 	$(BIN)/python demo.py
 
-test: $(VENV)/.installed-dev
-	$(BIN)/ruff check .
+test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 gpu: $(VENV)/.installed-dev
 	grep -v -e '^-r' -e llama-cpp requirements/bench.txt > $(VENV)/peers.txt

@@ -1,8 +1,8 @@
-"""Saves, loads and resumes checkpoints; the only file that knows key prefixes and old formats.
+"""Saving, loading and resuming of checkpoints; the only file that knows their keys and old formats.
 
-A checkpoint is a torch.save file with `model_state_dict`, `optimizer_state_dict`, `model_args`,
-`iter_num` and `best_val_loss`, as the original's had, and the run's config, tokenizer hash, data
-cursor and RNG states. It loads with `weights_only=True`, always:
+A checkpoint is a torch.save file with the keys of `TrainingState`, of which `model_state_dict`,
+`optimizer_state_dict`, `model_args`, `iter_num` and `best_val_loss` are the original's. It is
+always loaded with `weights_only=True`:
 
     model = load_model("checkpoints/best_model.pt")
 """
@@ -12,6 +12,7 @@ import shutil
 import sys
 import threading
 import zipfile
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,14 @@ from model import GPT, GPTConfig
 
 BEST = "best_model.pt"
 KEY_PREFIXES = ("_orig_mod.", "module.")  # torch.compile, DistributedDataParallel
+FIXED_SETTINGS = ("finetune", "optimizer", "seed")  # a resumed run has the same ones
+PATH_SETTINGS = (
+    "data_dir",
+    "out_dir",
+    "finetune_data_dir",
+    "finetune_out_dir",
+    "resume_checkpoint",
+)
 
 
 def clean_state_dict(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -43,7 +52,7 @@ def model_config(model_args: dict[str, Any]) -> GPTConfig:
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Reads a whole checkpoint on the CPU; UserError when it is missing, damaged or unsafe."""
+    """The content of a checkpoint, on the CPU; UserError when it is missing, damaged or unsafe."""
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path} is a folder: give the path of a .pt file in it")
@@ -51,9 +60,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path} is not there: give the path of a .pt checkpoint")
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not notice flipped bits
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise UserError(f"{path} is damaged (its {damaged} does not match its checksum)")
+            damaged_member = archive.testzip()
+        if damaged_member is not None:
+            raise UserError(f"{path} is damaged (its {damaged_member} does not match its checksum)")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except zipfile.BadZipFile:
         raise UserError(f"{path} is not a checkpoint, or only half of one") from None
@@ -70,7 +79,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return state
 
 
-def model_of(state: dict[str, Any], name: str | Path, **changes: Any) -> GPT:
+def model_from_checkpoint(state: dict[str, Any], name: str | Path, **changes: Any) -> GPT:
     """The model of a loaded checkpoint, its `model_args` with `changes`, in training mode."""
     try:
         model = GPT(model_config(state["model_args"] | changes))
@@ -103,8 +112,71 @@ def load_model(
             f"{path} is {what}: give the path of a .pt checkpoint or of an exported folder, a hub "
             f"id like {VERSIONS['130m-instruct']}, or {' or '.join(VERSIONS)}"
         )
-    model = gpt_of_folder(folder) if folder else model_of(load_checkpoint(path), path)
+    model = gpt_of_folder(folder) if folder else model_from_checkpoint(load_checkpoint(path), path)
     return model.to(device=device, dtype=dtype).eval()
+
+
+@dataclass
+class TrainingState:
+    """Everything that an exact resume needs. The field names are the keys of a checkpoint."""
+
+    model_state_dict: dict[str, torch.Tensor]
+    optimizer_state_dict: dict[str, Any]
+    scaler_state_dict: dict[str, Any]  # of the float16 loss scaling; empty without it
+    model_args: dict[str, Any]
+    iter_num: int  # completed steps
+    best_val_loss: float
+    config: dict[str, Any]  # the settings in force
+    tokenizer_sha256: str
+    data_cursor: int  # number of the next row
+    rng_state: dict[str, torch.Tensor]  # by device type
+    data: str | None  # dataset id of the training data
+    base: str | None  # sha256 of the checkpoint that a fine-tune started from
+
+    @classmethod
+    def of(cls, checkpoint: dict[str, Any], name: str | Path) -> "TrainingState":
+        """The state in a loaded checkpoint; UserError for one that holds weights alone."""
+        if "config" not in checkpoint:
+            raise UserError(
+                f"{name} has no training state to continue from: fine-tune from it with "
+                f"--finetune=True --model={name}"
+            )
+        return cls(**{field.name: checkpoint.get(field.name) for field in fields(cls)})
+
+    def check_resume(self, name: Path, new: "TrainingState") -> list[str]:
+        """Refuses to continue as another run; returns the harmless settings that changed.
+
+        `new` is the state that the run has before its first step. What decides the weights' shape
+        or the order of the data must be the same, and so must the training data and, in a
+        fine-tune, its base. A base of `new` that is None is gone, and not compared.
+        """
+        check_tokenizer(self.tokenizer_sha256, name, new.tokenizer_sha256)
+        old_config, new_config = self.config, new.config
+        fixed = {key: (old_config.get(key), new_config[key]) for key in FIXED_SETTINGS}
+        fixed |= {key: (self.model_args.get(key), arg) for key, arg in new.model_args.items()}
+        for key in ("data", "base"):
+            if getattr(self, key) and getattr(new, key):
+                fixed[key] = (getattr(self, key), getattr(new, key))
+        for key, (old, value) in fixed.items():
+            if old != value and key != "dropout":
+                raise UserError(
+                    f"{name} was trained with {key}={old} and this run has {value}: change it back "
+                    "to continue, or start anew in another output folder"
+                )
+        return [
+            f"{key} {old_config[key]} -> {value}"
+            for key, value in new_config.items()
+            if key in old_config and old_config[key] != value and key not in PATH_SETTINGS
+        ]
+
+
+def check_tokenizer(sha256: str | None, name: str | Path, expected: str) -> None:
+    """Refuses a checkpoint of another tokenizer; the original's checkpoints record none (None)."""
+    if sha256 not in (None, expected):
+        raise UserError(
+            f"{name} was trained with another tokenizer than this project's hastings.json: restore "
+            "that file, or train anew in another out_dir"
+        )
 
 
 def snapshot(value: Any, copies: dict[tuple, torch.Tensor] | None = None) -> Any:
@@ -125,8 +197,8 @@ def snapshot(value: Any, copies: dict[tuple, torch.Tensor] | None = None) -> Any
     return value
 
 
-def same_content(source: Path, target: Path) -> None:
-    """Makes `target` the file `source` without writing its bytes again where links are possible."""
+def link_or_copy(source: Path, target: Path) -> None:
+    """Makes `target` a hard link to `source`, or a copy where links are not possible."""
     temporary = target.with_name(target.name + ".tmp")
     temporary.unlink(missing_ok=True)
     try:
@@ -146,7 +218,7 @@ def checkpoints_in(directory: Path) -> list[Path]:
 
 
 def latest_checkpoint(directory: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that can be read; a damaged one is named and skipped."""
+    """Path and content of the newest readable checkpoint; damaged ones are reported and skipped."""
     best = directory / BEST
     for path in [*checkpoints_in(directory), *([best] if best.exists() else [])]:
         try:
@@ -157,11 +229,11 @@ def latest_checkpoint(directory: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 class CheckpointWriter:
-    """Writes checkpoints in the background, keeps the last `keep` of them and the best one.
+    """Writes checkpoints in the background; keeps the last `keep` of them and the best one.
 
-    `save` copies the tensors before it returns, so training may go on at once. A failed write (a
-    full disk) is reported and leaves the earlier checkpoints; `wait` raises it. Of several ranks
-    only one is `active`, the others write nothing.
+    `save` copies the tensors before it returns, so training continues at once. A failed write (a
+    full disk) is reported and leaves the earlier checkpoints; `wait` raises it. With several ranks
+    only one is `active`; the others write nothing.
     """
 
     def __init__(self, directory: Path, keep: int, active: bool = True):
@@ -175,12 +247,12 @@ class CheckpointWriter:
         for leftover in directory.glob("*.pt.tmp"):  # of a killed run
             leftover.unlink()
 
-    def save(self, state: dict[str, Any], best: bool) -> Path:
-        self.join()
-        path = self.directory / f"ckpt_{state['iter_num']:07d}.pt"
+    def save(self, state: TrainingState, best: bool) -> Path:
+        self.close()
+        path = self.directory / f"ckpt_{state.iter_num:07d}.pt"
         if not self.active:
             return path
-        self.thread = threading.Thread(target=self.write, args=(path, snapshot(state), best))
+        self.thread = threading.Thread(target=self.write, args=(path, snapshot(vars(state)), best))
         self.thread.start()
         return path
 
@@ -194,7 +266,7 @@ class CheckpointWriter:
                 if best:  # before the rename: after a kill in between, "auto" makes it again
                     file.flush()
                     os.fsync(file.fileno())
-                    same_content(Path(file.name), self.directory / BEST)
+                    link_or_copy(Path(file.name), self.directory / BEST)
             written = [p for p in checkpoints_in(self.directory) if p.name <= path.name]
             for old in written[self.keep :]:  # not by damaged newer ones
                 old.unlink()
@@ -204,13 +276,14 @@ class CheckpointWriter:
             self.unsaved_best = state if best else self.unsaved_best
             print(f"could not save {path}: {error}; the earlier checkpoints are intact", flush=True)
 
-    def join(self) -> None:
+    def close(self) -> None:
+        """Waits for the write in progress; a failed one has been reported."""
         if self.thread is not None:
             self.thread.join()
 
     def wait(self) -> None:
         """Returns when everything is on disk; UserError if the last checkpoint is not."""
-        self.join()
+        self.close()
         if self.error is not None:
             raise UserError(
                 f"the last checkpoint could not be written ({self.error}): free some space in "

@@ -269,6 +269,8 @@ def open_split(
     """
     data_dir = Path(data_dir)
     prepare = f"run python prepare_dataset.py --input_file_path=... --output_dir={data_dir}"
+    if data_dir.name.startswith("fineweb_edu"):  # train.py's default, and other configurations
+        prepare = f"run python prepare_dataset_fineweb.py --output_dir={data_dir}"
     if not data_dir.is_dir():
         raise UserError(f"there is no dataset directory {data_dir}: {prepare}")
     manifest = read_manifest(data_dir)

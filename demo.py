@@ -1,11 +1,14 @@
-"""The whole of Lille in some minutes on a CPU: data, pretraining, fine-tuning, an answer.
+"""End-to-end demo on a CPU in minutes: data, pretraining, fine-tuning, a conversation.
 
     make demo          # or, in an environment with requirements.txt: python demo.py
 
-Each stage is one of the project's scripts, run as its printed command line says; only the model is
-small. A stage that an interrupted demo had begun continues; a finished one says so.
+Each stage runs one of the project's scripts with the command line that is printed; only the model
+is small. After an interruption the same command continues where it stopped.
 """
 
+import common.threads  # noqa: F401  before torch, which reads what it sets
+
+# isort: split
 import json
 import shlex
 import subprocess
@@ -14,72 +17,72 @@ import time
 from pathlib import Path
 
 from common.errors import UserError
+from common.files import atomic_file
 from common.settings import config_from_constants, run_script
 from inference import Lille, lille
 from preparation.demo_data import is_right
+from training.metrics import draw_losses, read_metrics
 
 data_dir = "data/demo"  # texts and shards
 out_dir = "checkpoints_demo"  # checkpoints, metrics and loss curves
+picture = ""  # also draw both loss curves here; README.md's is docs/demo.png
 
 QUESTION, EXPECTED = "What is the capital of France?", "Paris"
-MODEL = ["--n_layers=4", "--n_embd=128", "--n_heads=4", "--n_kv_heads=2", "--block_size=128"]
+MODEL_SHAPE = {"n_layers": 4, "n_embd": 128, "n_heads": 4, "n_kv_heads": 2, "block_size": 128}
 # SophiaG is far behind AdamW at batches as small as these: see LOG.md.
-SMALL_STEPS = ["--gradient_accumulation_steps=1", "--optimizer=adamw", "--compile=False"]
+SMALL_STEPS = {"gradient_accumulation_steps": 1, "optimizer": "adamw", "compile": False}
+PRETRAIN = SMALL_STEPS | {
+    "batch_size": 16,
+    "max_steps": 250,
+    "learning_rate": 3e-3,
+    "warmup_iters": 30,
+    "eval_interval": 50,
+    "sample_prompt": "Return the",
+}
+
+
+FINETUNE = SMALL_STEPS | {
+    "finetune": True,
+    "batch_size": 8,
+    "finetune_num_epochs": 12,
+    "finetune_learning_rate": 1e-3,
+    "eval_interval": 100,
+    "finetune_sample_prompt": QUESTION,
+}
 
 
 def stages(data: str, out: str) -> list[tuple[str, list[str]]]:
     """Title and command of each stage, in order."""
-    base, tuned = f"{out}/pretrain", f"{out}/finetune"
-    common = [f"--data_dir={data}/pretrain", f"--out_dir={base}", *MODEL, *SMALL_STEPS]
-    pretrain = ["--batch_size=16", "--max_steps=250", "--learning_rate=3e-3"]
-    pretrain += ["--warmup_iters=30", "--eval_interval=50", "--sample_prompt=Return the"]
-    finetune = [
-        "--finetune=True",
-        f"--finetune_checkpoint={base}/best_model.pt",
-        f"--finetune_data_dir={data}/conversations",
-        f"--finetune_out_dir={tuned}",
-        "--batch_size=8",
-        "--finetune_num_epochs=12",
-        "--finetune_learning_rate=1e-3",
-        "--eval_interval=100",
-        f"--finetune_sample_prompt={QUESTION}",
+    base, tuned, chats = f"{out}/pretrain", f"{out}/finetune", f"{data}/conversations"
+    texts = {"input_file_path": f"{data}/pretrain.txt", "output_dir": f"{data}/pretrain"}
+    conversations = {
+        "input_file_path": f"{chats}.jsonl",
+        "val_file_path": f"{chats}_heldout.jsonl",
+        "output_dir": chats,
+    }
+    train = MODEL_SHAPE | {"data_dir": f"{data}/pretrain", "out_dir": base}
+    finetune = {
+        "model": f"{base}/best_model.pt",
+        "finetune_data_dir": chats,
+        "finetune_out_dir": tuned,
+    }
+    question = {"model": f"{tuned}/best_model.pt", "prompt": QUESTION, "temperature": 0}
+    commands = [
+        ("Collect texts", "-m preparation.demo_data", {"output_dir": data}),
+        ("Prepare the texts", "prepare_dataset.py", texts | {"val_split": 0.02}),
+        ("Prepare the conversations", "prepare_dataset.py", conversations),
+        ("Pretrain", "train.py", train | PRETRAIN),
+        ("Fine-tune", "train.py", train | FINETUNE | finetune),
+        ("Ask", "inference.py", question),
     ]
     return [
-        ("Collect texts", ["-m", "preparation.demo_data", f"--output_dir={data}"]),
-        (
-            "Prepare the texts",
-            [
-                "prepare_dataset.py",
-                f"--input_file_path={data}/pretrain.txt",
-                f"--output_dir={data}/pretrain",
-                "--val_split=0.02",
-            ],
-        ),
-        (
-            "Prepare the conversations",
-            [
-                "prepare_dataset.py",
-                f"--input_file_path={data}/conversations.jsonl",
-                f"--val_file_path={data}/conversations_heldout.jsonl",
-                f"--output_dir={data}/conversations",
-            ],
-        ),
-        ("Pretrain", ["train.py", *common, *pretrain]),
-        ("Fine-tune", ["train.py", *common, *finetune]),
-        (
-            "Ask",
-            [
-                "inference.py",
-                f"--model={tuned}/best_model.pt",
-                f"--prompt={QUESTION}",
-                "--temperature=0",
-            ],
-        ),
+        (title, [*script.split(), *(f"--{name}={value}" for name, value in settings.items())])
+        for title, script, settings in commands
     ]
 
 
 def run_stage(title: str, command: list[str], out: str) -> float:
-    """Runs one script in this directory, its output on the screen; returns its seconds."""
+    """Runs one script, its output on the screen; returns its seconds, or exits as it did."""
     print(f"\n=== {title}\n$ python {shlex.join(command)}", flush=True)
     started = time.perf_counter()
     with subprocess.Popen([sys.executable, *command]) as stage:
@@ -87,7 +90,7 @@ def run_stage(title: str, command: list[str], out: str) -> float:
         while code is None:
             try:
                 code = stage.wait()
-            except KeyboardInterrupt:  # the stage has it too: it saves and ends
+            except KeyboardInterrupt:  # the script gets it too: it saves and exits
                 continue
     if code:
         print(
@@ -99,19 +102,29 @@ def run_stage(title: str, command: list[str], out: str) -> float:
 
 
 def ask(model: Lille, question: str) -> str:
-    """The likeliest answer to a question by itself."""
+    """The model's greedy answer to a question in a new conversation."""
     model.reset_chat()
     return model.chat(question, do_sample=False).strip()
 
 
-def held_out_share(model: Lille, conversations: Path) -> tuple[int, int]:
-    """(right, all) answers to questions worded as none of the training conversations are."""
-    right = total = 0
-    for line in conversations.read_text("utf-8").splitlines():
-        row = json.loads(line)
-        said = ask(model, row["messages"][0]["content"])
-        right, total = right + is_right(said, row["answer"]), total + 1
-    return right, total
+def held_out_score(model: Lille, conversations: Path) -> tuple[int, int]:
+    """Number of right answers and of questions, in wordings that no training conversation has."""
+    rows = [json.loads(line) for line in conversations.read_text("utf-8").splitlines()]
+    answers = [ask(model, row["messages"][0]["content"]) for row in rows]
+    n_right = sum(is_right(text, row["answer"]) for text, row in zip(answers, rows, strict=True))
+    return n_right, len(rows)
+
+
+def draw_curves(out: Path, picture: Path) -> None:
+    """Draws the losses of both training stages side by side."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 2.6), layout="constrained")
+    titles = {"pretrain": "pretraining", "finetune": "fine-tuning"}
+    for axes, (stage, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
+        draw_losses(axes, read_metrics(out / stage / "metrics.jsonl"), title)
+    with atomic_file(picture) as file:
+        figure.savefig(file, dpi=100, format="png")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -126,19 +139,23 @@ def main(argv: list[str] | None = None) -> int:
     tuned = f"{config.out_dir}/finetune/best_model.pt"
     started = time.perf_counter()
     model = lille("torch", tuned, device="cpu")
-    said = ask(model, QUESTION)
-    right, total = held_out_share(model, Path(config.data_dir, "conversations_heldout.jsonl"))
+    answer = ask(model, QUESTION)
+    n_right, n_questions = held_out_score(
+        model, Path(config.data_dir, "conversations_heldout.jsonl")
+    )
     times.append(("Ask what was held out", time.perf_counter() - started))
-    print(f"{right} of {total} questions in wordings it never saw are answered right")
-    print(f"{QUESTION} {said}")
+    print(f"{n_right} of {n_questions} questions in wordings it never saw are answered right")
+    print(f"{QUESTION} {answer}")
 
+    if config.picture:
+        draw_curves(Path(config.out_dir), Path(config.picture))
     print("\nSeconds: " + ", ".join(f"{title} {seconds:.0f}" for title, seconds in times))
     print(
         f"Loss curves: {config.out_dir}/*/loss_curve.png\n"
         f'Ask on: python inference.py --model={tuned} --prompt="Who are you?"\n'
         "Next: your own text, python prepare_dataset.py --input_file_path=... and python train.py"
     )
-    if not is_right(said, EXPECTED) or 2 * right <= total:
+    if not is_right(answer, EXPECTED) or 2 * n_right <= n_questions:
         print("that is worse than it should be: please report it with the output above")
         return 1
     return 0

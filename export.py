@@ -10,16 +10,16 @@ with rope_style="lille", as the original's, cannot be a Llama: "hf" then writes 
 `trust_remote_code=True`, and "gguf" refuses.
 """
 
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import common.threads  # noqa: F401  before torch, which reads what it sets
+
+# isort: split
 from pathlib import Path
 from typing import Any
 
-from checkpoint import load_checkpoint, load_model, model_of
+from checkpoint import load_checkpoint, load_model, model_from_checkpoint
 from common.errors import UserError
 from common.settings import config_from_constants, run_script
+from common.signals import terminated_as_interrupted
 from formats.write_hf import export_hf
 from model import GPT
 from tokenizer import load_tokenizer
@@ -80,30 +80,13 @@ def check_settings(config: Any, target: Path) -> None:
         raise UserError(f"--output={target} is the model itself: choose another --output")
 
 
-@contextmanager
-def terminated_as_interrupted() -> Iterator[None]:
-    """Lets SIGTERM end the block as Ctrl-C does, so that what it began is cleaned away."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def main(argv: list[str] | None = None) -> int:
     config = config_from_constants(globals(), argv)
     target = Path(config.output) if config.output else output_path(config.model, config.format)
     check_settings(config, target)
     tokenizer = load_tokenizer()
     state = load_checkpoint(config.model) if Path(config.model).is_file() else {}
-    gpt = model_of(state, config.model).eval() if state else load_model(config.model)
+    gpt = model_from_checkpoint(state, config.model).eval() if state else load_model(config.model)
     check_vocabulary(config.model, gpt, state, tokenizer)
     with terminated_as_interrupted():
         if config.format == "hf":

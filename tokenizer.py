@@ -1,24 +1,21 @@
-"""The Hastings tokenizer and the chat format; the only file that knows token ids.
+"""The Hastings tokenizer and the chat format; no other file knows token ids.
 
     tokenizer = load_tokenizer()
-    ids = tokenizer.encode("Hello")  # ordinary text: no control token can come of it
+    ids = tokenizer.encode("Hello")  # as ordinary text: never a control token
     ids = tokenizer.encode_chat([{"role": "user", "content": "Hi"}], add_generation_prompt=True)
     text = tokenizer.decode(ids)
 
 GPT-2's byte-level BPE cut to 32,763 ids, then five control tokens. A conversation is
 `<|startoftext|><|user|>question<|assistant|>answer<|endoftext|><|user|>...`, a document is
-`text<|endoftext|>`, and only the code in this file inserts control tokens, so that text which
-spells one cannot forge a turn. The tokenizer is hastings/hastings.json, which hastings/build.py
-makes.
+`text<|endoftext|>`. Only the code in this file inserts control tokens, so text that spells one
+cannot forge a turn. The tokenizer file is hastings/hastings.json, made by hastings/build.py.
 """
 
 import hashlib
 import json
-import os
 import re
 import reprlib
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,18 +23,13 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer as HFTokenizer
 
-from common.errors import UserError
-from common.files import interrupts_deferred
+from common.errors import UserError, one_line
+from common.fast_encoder import FastEncoder
 
 CONTROL_TOKENS = ("<|pad|>", "<|endoftext|>", "<|assistant|>", "<|user|>", "<|startoftext|>")
 _, END_OF_TEXT, ASSISTANT, USER, START_OF_TEXT = CONTROL_TOKENS
 
-# gigatoken remembers every word it has met, without a limit. It starts afresh after this much text,
-# and where the system says how much memory the process has, when that has grown by so much.
-CACHE_TEXT_BYTES = 256 << 20
-CACHE_GROWTH_BYTES = 144 << 20
-
-# What gigatoken must agree on with `tokenizers` before its ids are used.
+# Encoders and exports are compared with `tokenizers` on these texts.
 HARD_STRINGS = (
     "Don't stop: we'll SAY'LL they've 'tis\n\n\n  two  spaces\t\ttabs \r\n\u00a0nbsp\u2003em ",
     "naïve café — “quotes” … 东京 한국어 हिन्दी ไทย العربية עברית ﷽ ﬁ ſ Ǆ a\u0301\u0323",
@@ -54,7 +46,7 @@ HARD_STRINGS = (
 
 
 def bytes_to_unicode() -> dict[int, str]:
-    """GPT-2's printable stand-in for each byte, in the order of the ids (33-126 come first)."""
+    """GPT-2's printable character for each byte, in the order of the ids (33-126 come first)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     table = {byte: chr(byte) for byte in printable}
@@ -62,7 +54,7 @@ def bytes_to_unicode() -> dict[int, str]:
 
 
 def load_tokenizer(path: str | Path | None = None) -> "Tokenizer":
-    """Loads the tokenizer of this repository, or another file of the same kind.
+    """Loads this repository's tokenizer, or another file in the same format.
 
     Raises UserError when the file is missing or is not a byte-level BPE with our control tokens.
     """
@@ -77,18 +69,18 @@ def load_tokenizer(path: str | Path | None = None) -> "Tokenizer":
 
 
 class Tokenizer:
-    """Text to ids and back; build it with `load_tokenizer`. Safe to share between threads.
+    """Encoder and decoder, made by `load_tokenizer`. Safe to share between threads.
 
-    Attributes: `vocab_size`; `pad_id`, `eos_id`, `assistant_id`, `user_id`, `bos_id`; `json_text`
-    and `sha256` of the file; `pieces`, the bytes of each id; `token_bytes` (V,) int64, how many of
-    them are text, 0 for control tokens.
+    Attributes: `vocab_size`; `pad_id`, `eos_id`, `assistant_id`, `user_id`, `bos_id`; `n_text`, the
+    number of ids that are text, which come first; `json_text` and `sha256` of the file; `pieces`,
+    the bytes of each id; `token_bytes` (V,) int64, the length of each piece, 0 for control tokens.
     """
 
     def __init__(self, content: bytes):
         settings = json.loads(content)
         control = {token["content"]: token["id"] for token in settings["added_tokens"]}
         vocab = settings["model"]["vocab"]
-        self.n_text = len(vocab)  # ids below it are text, the others control tokens
+        self.n_text = len(vocab)
         self.vocab_size = self.n_text + len(control)
         self.pad_id, self.eos_id, self.assistant_id, self.user_id, self.bos_id = (
             control[name] for name in CONTROL_TOKENS
@@ -98,7 +90,7 @@ class Tokenizer:
         self.json_text = content.decode("utf-8")
         self.sha256 = hashlib.sha256(content).hexdigest()
 
-        byte_of = {stand_in: byte for byte, stand_in in bytes_to_unicode().items()}
+        byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
         self.pieces = [b""] * self.vocab_size
         for piece, token_id in vocab.items():
             self.pieces[token_id] = bytes(byte_of[character] for character in piece)
@@ -106,23 +98,20 @@ class Tokenizer:
         for piece, token_id in control.items():
             self.pieces[token_id] = piece.encode("utf-8")
 
-        # Ordinary text goes through a tokenizer that does not have the control tokens at all.
-        self._ordinary_json = json.dumps(settings | {"added_tokens": []})
-        self._ordinary = HFTokenizer.from_str(self._ordinary_json)
-        self._encode_fast: Callable[[list[bytes]], tuple] | None = None
-        self._fast_checked = False
-        self._fast_text_bytes = 0  # encoded since gigatoken last started
-        self._fast_resident = 0  # bytes of the process then
+        # Ordinary text is encoded by a tokenizer without control tokens.
+        ordinary_json = json.dumps(settings | {"added_tokens": []})
+        self._ordinary = HFTokenizer.from_str(ordinary_json)
+        self._batch_encoder = FastEncoder(ordinary_json, self._ordinary, HARD_STRINGS)
 
     @cached_property
     def _with_control(self) -> HFTokenizer:
         return HFTokenizer.from_str(self.json_text)
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
-        """The ids of `text`; control tokens are recognised in it only with `allow_special`.
+        """Token ids of `text`; control tokens are recognised in it only with `allow_special`.
 
-        Leave `allow_special` off for anything that a user or a web page wrote. Raises ValueError
-        for a string with lone surrogates, which is not Unicode text and has no UTF-8 form.
+        Use `allow_special` only for text that is trusted, never for that of users or web pages.
+        Raises ValueError for a string with lone surrogates, which has no UTF-8 form.
         """
         to_utf8(text)
         tokenizer = self._with_control if allow_special else self._ordinary
@@ -131,90 +120,35 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Encodes many texts as ordinary text: a list of uint16 arrays (views of one buffer).
 
-        Uses `gigatoken`, tens of times faster, once it has agreed with `tokenizers` on hard strings
-        and on the first texts given; otherwise warns once and uses `tokenizers` from then on.
+        Uses `gigatoken` where it is installed and agrees with `tokenizers`.
         """
-        ids, ends = self._encode_flat([to_utf8(text) for text in several(texts)])
+        ids, ends = self._batch_encoder.encode([to_utf8(text) for text in require_list(texts)])
         ends = ends.tolist()
         return [ids[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
     def encode_documents(self, texts: Sequence[str | bytes]) -> tuple[np.ndarray, np.ndarray]:
-        """Encodes many texts, `<|endoftext|>` after each, as pretraining documents are.
+        """Encodes pretraining documents: many texts, `<|endoftext|>` after each.
 
-        A text may be given as its UTF-8 bytes. Returns the ids of all (N,) uint16, and where each
-        ends (n,) int64: document i is `ids[ends[i - 1] : ends[i]]`, the first one `ids[: ends[0]]`.
+        A text may be given as its UTF-8 bytes. Returns the ids of all (N,) uint16, and the end of
+        each (n,) int64: document i is `ids[ends[i - 1] : ends[i]]`, the first one `ids[: ends[0]]`.
         """
-        encoded = [text if isinstance(text, bytes) else to_utf8(text) for text in several(texts)]
-        text_ids, ends = self._encode_flat(encoded)
-        ends = ends + np.arange(1, len(encoded) + 1)
-        ids = np.full(len(text_ids) + len(encoded), self.eos_id, dtype=np.uint16)
+        utf8 = [text if isinstance(text, bytes) else to_utf8(text) for text in require_list(texts)]
+        text_ids, ends = self._batch_encoder.encode(utf8)
+        ends = ends + np.arange(1, len(utf8) + 1)
+        ids = np.full(len(text_ids) + len(utf8), self.eos_id, dtype=np.uint16)
         is_text = np.ones(len(ids), dtype=bool)
         is_text[ends - 1] = False
         ids[is_text] = text_ids
         return ids, ends
 
-    def _encode_flat(self, encoded: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of all the UTF-8 texts in one row (N,) uint16, and where each ends (n,) int64."""
-        if not self._fast_checked:
-            with interrupts_deferred():  # the import of awkward makes another error of Ctrl-C
-                self._encode_fast = self._checked_fast_encoder(encoded)
-                self._fast_resident = resident_bytes()
-            self._fast_checked = True
-        with interrupts_deferred():
-            try:
-                if self._encode_fast is not None and self._remembers_too_much():
-                    self._encode_fast = None  # its memory is free before the next one takes some
-                    self._encode_fast = gigatoken_encoder(self._ordinary_json)
-                    self._fast_text_bytes, self._fast_resident = 0, resident_bytes()
-                encode_fast = self._encode_fast
-                if encode_fast is not None:
-                    self._fast_text_bytes += sum(map(len, encoded))
-                    return encode_fast(encoded)
-            except BaseException as error:  # a Rust panic is not an Exception
-                self._warn_slow(f"gigatoken failed ({raised(error)})")
-                self._encode_fast = None
-        return self._encode_flat_reference(encoded)
-
-    def _remembers_too_much(self) -> bool:
-        growth = resident_bytes() - self._fast_resident
-        return self._fast_text_bytes > CACHE_TEXT_BYTES or growth > CACHE_GROWTH_BYTES
-
-    def _encode_flat_reference(self, encoded: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
-        texts = [text.decode("utf-8") for text in encoded]
-        encodings = self._ordinary.encode_batch_fast(texts, add_special_tokens=False)
-        rows = [np.array(encoding.ids, dtype=np.uint16) for encoding in encodings]
-        ends = np.cumsum([len(row) for row in rows], dtype=np.int64)
-        return np.concatenate([np.empty(0, np.uint16), *rows]), ends
-
-    def _checked_fast_encoder(self, encoded: list[bytes]):
-        """gigatoken's batch encoder, or None with a warning if it is missing or disagrees."""
-        sample = [text.encode("utf-8") for text in HARD_STRINGS]
-        sample += [text[:8000].decode("utf-8", "ignore").encode() for text in encoded[:32]]
-        expected = self._encode_flat_reference(sample)
-        try:
-            encode_fast = gigatoken_encoder(self._ordinary_json)
-            found = encode_fast(sample)
-            agrees = all(map(np.array_equal, found, expected))
-        except BaseException as error:
-            self._warn_slow(f"gigatoken cannot be used ({raised(error)})")
-            return None
-        if not agrees:
-            self._warn_slow("gigatoken and tokenizers disagree on a sample")
-            return None
-        return encode_fast
-
-    @staticmethod
-    def _warn_slow(reason: str) -> None:
-        warnings.warn(f"{reason}; using tokenizers, slower with the same result", stacklevel=3)
-
     def encode_chat(
         self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = False
     ) -> list[int]:
-        """The ids of a conversation, each content encoded on its own as ordinary text.
+        """Token ids of a conversation, each content encoded by itself as ordinary text.
 
         `messages` alternate {"role": "user"} and {"role": "assistant"}, user first, each with a
-        str "content". `add_generation_prompt` ends the ids with `<|assistant|>`, for the model to
-        go on; it needs a user turn last. Raises ValueError for anything else.
+        str "content". `add_generation_prompt` appends `<|assistant|>`, for the model to continue;
+        the last turn must then be the user's. Raises ValueError for anything else.
         """
         check_messages(messages)
         if add_generation_prompt and messages[-1]["role"] != "user":
@@ -226,7 +160,7 @@ class Tokenizer:
     def encode_chat_batch(
         self, conversations: Iterable[Sequence[dict[str, Any]]]
     ) -> list[np.ndarray]:
-        """`encode_chat` of many conversations at the speed of `encode_batch`: uint16 arrays."""
+        """Encodes many conversations as `encode_chat` does, with `encode_batch`: uint16 arrays."""
         conversations = list(conversations)
         for messages in conversations:
             check_messages(messages)
@@ -241,7 +175,7 @@ class Tokenizer:
         ]
 
     def _chat_parts(self, contents: Sequence[Sequence[int]]) -> list[Sequence[int]]:
-        """The pieces of a conversation in order; contents at odd places are the assistant's."""
+        """The parts of a conversation in order; contents at odd indices are the assistant's."""
         parts: list[Sequence[int]] = [[self.bos_id]]
         for turn, content in enumerate(contents):
             if turn % 2 == 0:
@@ -251,11 +185,9 @@ class Tokenizer:
         return parts
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes that `ids` stand for; they may end in the middle of a character."""
+        """The bytes of `ids` (T,), which may end inside a character; ValueError for unknown ids."""
         ids = np.asarray(list(ids) if isinstance(ids, Iterator) else ids)
-        if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
-            raise ValueError(f"ids are a row of integers, not {ids.dtype} {ids.shape}")
-        outside = ids[(ids < 0) | (ids >= self.vocab_size)] if ids.size else ids
+        outside = ids[(ids < 0) | (ids >= self.vocab_size)]
         if outside.size:
             raise ValueError(f"id {outside[0]} is not in 0..{self.vocab_size - 1}")
         return b"".join(map(self.pieces.__getitem__, ids.tolist()))
@@ -269,10 +201,10 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def assistant_mask(self, ids: np.ndarray) -> np.ndarray:
-        """True at the tokens of every assistant turn and at the `<|endoftext|>` that closes it.
+        """Loss mask: True at the tokens of assistant turns and at the `<|endoftext|>` ending each.
 
-        ids (T,) integers -> (T,) bool. `<|assistant|>` itself is False: the model is never asked to
-        start its own turn. The last control token before a position says whose turn it is in.
+        ids (T,) integers -> (T,) bool. `<|assistant|>` itself is False: the model never has to
+        start its own turn. A position belongs to the turn of the last control token before it.
         """
         ids = np.asarray(ids)
         is_control = ids >= self.n_text
@@ -282,14 +214,15 @@ class Tokenizer:
         return in_assistant & (~is_control | (ids == self.eos_id))
 
 
-def several(texts: Sequence[Any]) -> Sequence[Any]:
+def require_list(texts: Sequence[Any]) -> Sequence[Any]:
+    """`texts`; TypeError for one text, whose characters would each be encoded as a text."""
     if isinstance(texts, (str, bytes)):
         raise TypeError("this takes a list of texts, not one: use encode")
     return texts
 
 
 def to_utf8(text: str) -> bytes:
-    """The UTF-8 form of a text; ValueError when it has none, TypeError for anything else."""
+    """UTF-8 bytes of a text; ValueError for lone surrogates, TypeError for another type."""
     if not isinstance(text, str):
         raise TypeError(f"a text is a str, not {type(text).__name__}")
     try:
@@ -310,9 +243,9 @@ def check_messages(messages: Sequence[dict[str, Any]]) -> None:
             raise ValueError(f'message {i + 1} is not {{"role": ..., "content": ...}}')
         expected = ("user", "assistant")[i % 2]
         if message["role"] != expected:
-            found = reprlib.repr(message["role"])
+            role = reprlib.repr(message["role"])
             raise ValueError(
-                f"message {i + 1} has role {found}, expected {expected!r}: roles alternate user "
+                f"message {i + 1} has role {role}, expected {expected!r}: roles alternate user "
                 "and assistant, starting with user"
             )
         if not isinstance(message["content"], str):
@@ -321,10 +254,10 @@ def check_messages(messages: Sequence[dict[str, Any]]) -> None:
 
 
 def parse_chat(text: str, may_lack_end: bool = False) -> list[dict[str, str]]:
-    """The messages of one trusted example in the chat layout, without its `<|startoftext|>`.
+    """Messages of one trusted example in the chat layout, given without `<|startoftext|>`.
 
-    Blanks after `<|endoftext|>` are dropped; with `may_lack_end` the last one may be missing.
-    ValueError unless the control tokens are (user, assistant, endoftext) once or more.
+    Whitespace after `<|endoftext|>` is dropped; with `may_lack_end` the last `<|endoftext|>` may be
+    missing. ValueError unless the control tokens are (user, assistant, endoftext) once or more.
     """
     layout = (USER, ASSISTANT, END_OF_TEXT)
     before, *pieces = re.split(f"({'|'.join(map(re.escape, CONTROL_TOKENS))})", text)
@@ -346,41 +279,3 @@ def parse_chat(text: str, may_lack_end: bool = False) -> list[dict[str, str]]:
     if not names or len(names) % 3:
         raise ValueError(f"the example ends where {layout[len(names) % 3]} belongs")
     return messages
-
-
-def gigatoken_encoder(
-    tokenizer_json: str,
-) -> Callable[[list[bytes]], tuple[np.ndarray, np.ndarray]]:
-    """A function as `Tokenizer._encode_flat`; raises whatever makes gigatoken unusable."""
-    from gigatoken import Tokenizer as GigaTokenizer
-
-    tokenizer = GigaTokenizer.from_json(tokenizer_json)
-
-    def encode(texts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
-        if not texts:
-            return np.empty(0, np.uint16), np.empty(0, np.int64)
-        layout = tokenizer.encode_batch(texts).layout
-        ends = np.asarray(layout.offsets.data)[1:]
-        return np.asarray(layout.content.data).astype(np.uint16), ends.astype(np.int64)
-
-    return encode
-
-
-def resident_bytes() -> int:
-    """The memory that this process has in use; 0 where the system does not say."""
-    try:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return 0
-
-
-def raised(error: BaseException) -> str:
-    """One line about an error of gigatoken; an interrupt is passed on instead."""
-    if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
-        raise error
-    return one_line(error)
-
-
-def one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]

@@ -1,7 +1,7 @@
 """Pretrains Lille, or fine-tunes it on conversations: edit the constants and run.
 
     python train.py                                  # pretrain on the shards in data_dir
-    python train.py --finetune=True                  # fine-tune finetune_checkpoint
+    python train.py --finetune                       # fine-tune `model` on conversations
     python train.py --n_layers=6 --batch_size=4      # any constant can be given as --name=value
     torchrun --nproc_per_node=8 train.py             # the same run on 8 GPUs
 
@@ -11,109 +11,92 @@ ckpt_*.pt, metrics.jsonl and loss_curve.png. From Python: `train(config)` with a
 `config_from_constants`.
 """
 
+import common.threads  # noqa: F401  before torch, which reads what it sets
+
+# isort: split
 import dataclasses
 import math
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from contextlib import closing
 from typing import Any
 
 import torch
 
-from checkpoint import BEST, CheckpointWriter, load_checkpoint, model_of
-from common.errors import UserError
-from common.files import file_sha256, locked
-from common.prefetch import Prefetcher
+from checkpoint import CheckpointWriter
 from common.settings import config_from_constants, run_script
-from common.signals import SIGNALS, Interrupted, StopSignals
-from dataset import open_split
-from model import GPT, GPTConfig
-from tokenizer import Tokenizer, load_tokenizer
-from training.checks import (
-    FINETUNE_NAMES,
-    check_disk,
-    check_ranks,
-    check_resume,
-    check_sample_prompt,
-    check_schedule,
-    check_settings,
-    check_tokenizer,
-    choose_device,
-    find_checkpoint,
-    make_folder,
-    setting,
-)
-from training.distributed import ALONE, Ranks, end, joined, ranks_of_environment, said_once
-from training.metrics import Metrics, Progress, describe, last_metrics, print_summary
-from training.packing import ChatFormat, PackedRows
-from training.trainer import Run, prompt_ids
+from common.signals import SIGNALS, GracefulStop, Interrupted
+from training.distributed import exit_rank, ranks_of_environment, report_failure_once
+from training.metrics import Metrics, Progress, evaluation_line, last_metrics
+from training.setup import TrainingRun, open_run
 
-# Where things are
+# Data and checkpoints
 data_dir = "data/fineweb_edu_sample_10BT"  # shards to pretrain on
 out_dir = "checkpoints"  # checkpoints, metrics and the loss curve
-resume_checkpoint = "auto"  # "auto": the newest in out_dir, if any; a path; "": a new run only
-keep_checkpoints = 2  # how many ckpt_*.pt stay, beside best_model.pt
+resume_checkpoint = "auto"  # "auto": the newest in out_dir; a path; "": only a new run
+keep_checkpoints = 2  # number of ckpt_*.pt files kept, beside best_model.pt
 
-# Model (a fine-tune takes its shape from finetune_checkpoint)
-n_layers = 24
-n_embd = 640  # a multiple of n_heads
-n_heads = 10
-n_kv_heads = 2
-block_size = 512  # context, tokens
-dropout = 0.0
-layer_norm_eps = 1e-5
+# Model (a fine-tune takes its shape from its checkpoint)
+n_layers = 24  # transformer blocks
+n_embd = 640  # width; a multiple of n_heads
+n_heads = 10  # query heads
+n_kv_heads = 2  # key and value heads; divides n_heads
+block_size = 512  # context length, tokens
+dropout = 0.0  # on the embeddings and the residual branches
+layer_norm_eps = 1e-5  # of RMSNorm
 
-# Batches: batch_size * gradient_accumulation_steps * block_size = 131,072 tokens a step
+# Batches (batch_size * gradient_accumulation_steps * block_size = 131,072 tokens a step)
 batch_size = 16  # rows of block_size tokens per micro-batch
-gradient_accumulation_steps = 16  # micro-batches per step, dealt to the GPUs if there are several
+gradient_accumulation_steps = 16  # micro-batches per step, dealt to the GPUs
 num_epochs = 1  # passes over the data
-max_steps = 0  # stop here if this comes first; 0: num_epochs alone decides
+max_steps = 0  # at most so many steps; 0: num_epochs alone decides
 
-# Optimizer: "sophiag", or "adamw" (PyTorch's fused one, with its own betas)
-optimizer = "sophiag"
-learning_rate = 1e-3  # peak
-min_lr_ratio = 0.1  # the cosine ends at this share of the peak
+# Optimizer
+optimizer = "sophiag"  # or "adamw", PyTorch's fused one
+learning_rate = 1e-3  # peak of the schedule
+min_lr_ratio = 0.1  # the cosine schedule ends at this share of the peak
 warmup_iters = 2000  # steps of linear warm-up
 weight_decay = 0.1  # on matrices; norms have none
-beta1 = 0.965  # SophiaG
-beta2 = 0.99  # SophiaG, for the Hessian
-rho = 0.05  # SophiaG; watch the win rate, healthy at 0.1 to 0.5
-hess_interval = 10  # steps between Hessian estimates
-hess_batches = 1  # micro-batches of an estimate, averaged; of 8 GPUs each can make one of 8
-adamw_beta1 = 0.9
-adamw_beta2 = 0.95
-grad_clip = 1.0  # largest gradient norm; 0: no clipping
+beta1 = 0.965  # SophiaG: gradient average
+beta2 = 0.99  # SophiaG: Hessian average
+rho = 0.05  # SophiaG: clipping threshold; watch the win rate, healthy at 0.1 to 0.5
+hess_interval = 10  # SophiaG: steps between Hessian estimates
+hess_batches = 1  # SophiaG: micro-batches of an estimate; with 8, each of 8 GPUs makes one
+optimizer_state_dtype = "float32"  # SophiaG: of the moments; "bfloat16" halves their 1 GB
+adamw_beta1 = 0.9  # AdamW: gradient average
+adamw_beta2 = 0.95  # AdamW: squared gradient average
+grad_clip = 1.0  # largest norm of the gradient; 0: no clipping
 
 # Fine-tuning
-finetune = False  # True: use the finetune_* values in place of their namesakes above
-finetune_checkpoint = "checkpoints/best_model.pt"  # weights to start from
-finetune_data_dir = "data/finetune"
-finetune_out_dir = "checkpoints_ft"
-finetune_learning_rate = 1e-4
-finetune_num_epochs = 3
-finetune_warmup_iters = 20
-finetune_gradient_accumulation_steps = 1
+finetune = False  # use the finetune_* values in place of their namesakes above
+model = "checkpoints/best_model.pt"  # weights that a fine-tune starts from
+finetune_data_dir = "data/finetune"  # shards of conversations
+finetune_out_dir = "checkpoints_ft"  # another folder than out_dir
+finetune_learning_rate = 1e-4  # peak of the schedule
+finetune_num_epochs = 3  # passes over the conversations
+finetune_warmup_iters = 20  # steps of linear warm-up
+finetune_gradient_accumulation_steps = 1  # micro-batches per step
 
 # Evaluation and logging
 eval_interval = 500  # steps between evaluations, each with a checkpoint and a text sample
-eval_rows = 1024  # validation rows, the same ones every time
+eval_rows = 1024  # validation rows, the first ones of the split
 log_interval = 10  # steps between metrics
-sample_prompt = "The most important thing about science is"
-finetune_sample_prompt = "What is the capital of France?"
-sample_tokens = 48  # longest sample; 0: none
-wandb_log = False
-wandb_project = "lille"
+sample_prompt = "The most important thing about science is"  # text to continue
+finetune_sample_prompt = "What is the capital of France?"  # question to answer
+sample_tokens = 48  # longest sample, tokens; 0: none
+wandb_log = False  # also log to Weights & Biases (pip install wandb)
+wandb_project = "lille"  # its project there
 
 # System
-device = "auto"  # "cuda", "mps" or "cpu"
-dtype = "auto"  # "bfloat16" or "float16" (cuda), "float32"
+device = "auto"  # "auto", "cuda", "mps" or "cpu"
+dtype = "auto"  # "auto", "bfloat16" or "float16" (both CUDA), "float32"
 compile = True  # torch.compile, where it works
 seed = 1337  # of weights, order, dropout and sampled labels
 
-# Several GPUs or machines, by torchrun
-gradient_dtype = "float32"  # in which gradients are sent; "bfloat16" halves the bytes and rounds
-distributed_timeout_minutes = 10.0  # a process that does not answer for so long is lost
+# Several GPUs or machines (torchrun)
+gradient_dtype = "float32"  # of the gradients sent; "bfloat16" halves the bytes and rounds
+distributed_timeout_minutes = 10.0  # a process that does not answer for this long is lost
+
+RENAMED = {"finetune_checkpoint": "model"}
 
 
 def learning_rate_at(step: int, peak: float, warmup: int, total: int, min_ratio: float) -> float:
@@ -128,249 +111,95 @@ def learning_rate_at(step: int, peak: float, warmup: int, total: int, min_ratio:
     return peak * (min_ratio + (1 - min_ratio) * cosine)
 
 
-def run_settings(config: Any) -> Any:
-    """The settings in force: with `finetune`, the finetune_* values under their plain names."""
-    if not config.finetune:
-        return config
-    if Path(config.finetune_out_dir).resolve() == Path(config.out_dir).resolve():
-        raise UserError(
-            "finetune_out_dir and out_dir are the same folder, so a fine-tune would overwrite the "
-            "pretrained model: change finetune_out_dir"
-        )
-    values = {name: getattr(config, f"finetune_{name}") for name in FINETUNE_NAMES}
-    return dataclasses.replace(config, **values)
-
-
-def open_rows(
-    directory: str, split: str, tokenizer: Tokenizer, block_size: int, seed: int, chat: bool
-) -> PackedRows:
-    """The packed rows of a split; UserError when it has no label to train on."""
-    shards = open_split(directory, split, tokenizer.sha256, tokenizer.vocab_size)
-    format = ChatFormat(tokenizer.bos_id, tokenizer.user_id, tokenizer.assistant_mask)
-    rows = PackedRows(shards, block_size, tokenizer.pad_id, seed, format if chat else None)
-    if rows.batch(range(min(64, rows.rows_per_epoch))).n_labels == 0:
-        kind = "conversation that fits the context" if chat else "text"
-        raise UserError(f"{directory}: its {split} split has no {kind}; prepare it again")
-    return rows
-
-
-def build_model(
-    config: Any,
-    tokenizer: Tokenizer,
-    path: Path | None,
-    found: dict[str, Any] | None,
-    ranks: Ranks,
-) -> GPT:
-    """The model to train: that of the checkpoint to continue, or of a fine-tune's base, or new."""
-    if config.finetune:
-        name = path or config.finetune_checkpoint
-        state = found or ranks.broadcast(lambda: load_checkpoint(name))
-        check_tokenizer(state, name, tokenizer.sha256)
-        return model_of(state, name, dropout=config.dropout)
-    try:
-        shape = {f.name: getattr(config, f.name, f.default) for f in dataclasses.fields(GPTConfig)}
-        return GPT(GPTConfig(**shape | {"vocab_size": tokenizer.vocab_size}))
-    except ValueError as error:
-        raise UserError(str(error)) from None
-
-
-def described(rows: PackedRows) -> str:
-    """What tells this data from other: it must be the same on every rank and after a resume."""
-    return f"{rows.description} ({rows.fingerprint()})"
-
-
-def open_validation(
-    config: Any, pretrain_data_dir: str, tokenizer: Tokenizer, block_size: int
-) -> dict[str, PackedRows]:
-    """Validation rows by name: a fine-tune also watches what pretraining learned."""
-    rows = open_rows(config.data_dir, "val", tokenizer, block_size, 0, config.finetune)
-    validation = {"val": rows}
-    if config.finetune:
-        try:
-            rows = open_rows(pretrain_data_dir, "val", tokenizer, block_size, 0, chat=False)
-            validation["pretrain_val"] = rows
-        except UserError as error:
-            print(f"no pretraining validation loss: {error}")
-    return validation
-
-
-def base_of(config: Any) -> str | None:
-    """The sha256 of the checkpoint that a fine-tune starts from; None if it is gone, or no base."""
-    base = Path(config.finetune_checkpoint)
-    return file_sha256(base) if config.finetune and base.is_file() else None
-
-
-def batches_of(
-    rows: PackedRows, first: int, end: int, config: Any, pin: bool, ranks: Ranks = ALONE
-) -> Prefetcher:
-    """This rank's micro-batches of each step, prepared in a thread ahead of the loop."""
-    shape = (config.batch_size, config.gradient_accumulation_steps)
-    steps = rows.steps(first, end, *shape, ranks.rank, ranks.world_size)
-    if pin:  # copies to a GPU from page-locked memory do not block
-        steps = ([batch.pin_memory() for batch in batches] for batches in steps)
-    return Prefetcher(steps)
-
-
 def train(config: Any) -> dict[str, Any]:
     """Trains as configured and returns the last metrics: step, loss, val_loss, best_val_loss, ...
 
     Raises UserError before the first step for settings, data or checkpoints that do not fit, and
     Interrupted when a signal ended the run, after saving it.
     """
-    with joined(config.distributed_timeout_minutes) as ranks, ExitStack() as held:
-        ranks.check_same(dataclasses.asdict(config))  # other settings would be other messages
-        pretrain_data_dir, config = config.data_dir, run_settings(config)
-        check_settings(config)
-        check_ranks(config, ranks.world_size)
-        if ranks.first:
-            make_folder(Path(config.out_dir))
-            held.enter_context(locked(Path(config.out_dir), "train.py"))
-        with explained_out_of_memory(config):
-            return run_training(config, pretrain_data_dir, ranks)
+    with open_run(config) as run:  # data, model, optimizer
+        run.resume()
+        if run.step < run.total_steps:
+            run.start()
+            loop(run)
+            print(f"done: best validation loss {run.best:.4f}, in {run.out_dir}/best_model.pt")
+        else:
+            position = f"step {run.step} of {run.total_steps}"
+            print(f"{run.source} is already trained to {position}; nothing to do")
+        return last_metrics(run.out_dir) | {"step": run.step, "best_val_loss": run.best}
 
 
-def run_training(config: Any, pretrain_data_dir: str, ranks: Ranks) -> dict[str, Any]:
-    """`train` with the settings in force: build, resume, loop, save.
-
-    Only the first rank reads and writes checkpoints and metrics.
-    """
-    device, dtype = choose_device(config, ranks)
-    out_dir = Path(config.out_dir)
-    tokenizer = load_tokenizer()
-    path, found = ranks.broadcast(lambda: find_checkpoint(config) or (None, None))
-
-    torch.manual_seed(config.seed)
-    model = build_model(config, tokenizer, path, found, ranks)
-    block_size = model.config.block_size
-    rows = open_rows(config.data_dir, "train", tokenizer, block_size, config.seed, config.finetune)
-    validation = open_validation(config, pretrain_data_dir, tokenizer, block_size)
-    every = [rows, *validation.values()]
-    most = max(packed.max_pieces for packed in every)
-    for packed in every:  # one shape of cu_seqlens, so that it is compiled once
-        packed.max_pieces = most
-    n_prompt = len(prompt_ids(config.sample_prompt, config.finetune, tokenizer))
-    check_sample_prompt(config, n_prompt, block_size)
-
-    origin = {"data": described(rows)}
-    watched = "; ".join(f"{name} {described(packed)}" for name, packed in validation.items())
-    ranks.check_same({"device": device.type, "dtype": dtype, **origin, "validation": watched})
-    origin["base"] = ranks.broadcast(lambda: base_of(config))
-    run = Run(model.to(device), config, device, dtype, ranks)
-    step, row, best = 0, 0, math.inf
-    if found is not None:
-        changes = check_resume(config, path, found, model, origin, tokenizer.sha256)
-        origin = {key: found.get(key, value) for key, value in origin.items()}
-        step, row, best = run.restore(found)
-        print(f"continuing {path} at step {step}" + "".join(f"; {c}" for c in changes))
-        del found
-    end_row = rows.rows_per_epoch * config.num_epochs
-    rows_per_step = config.batch_size * config.gradient_accumulation_steps
-    total_steps = step + math.ceil(max(0, end_row - row) / rows_per_step)
-    total_steps = min(total_steps, config.max_steps or total_steps)
-    if step >= total_steps:
-        print(f"{path} is already trained to step {step} of {total_steps}; nothing to do")
-        return last_metrics(out_dir) | {"step": step, "best_val_loss": best}
-    if not (out_dir / BEST).exists():
-        best = math.inf  # it was left behind in another folder
-    check_schedule(config, total_steps)
-    if ranks.first:
-        check_disk(out_dir, model, config.keep_checkpoints)
-    print_summary(run, rows, total_steps, validation)
-
-    if config.compile:
-        run.try_compile(rows.batch(range(config.batch_size)))
-    schedule = (config.learning_rate, config.warmup_iters, total_steps, config.min_lr_ratio)
+def loop(run: TrainingRun) -> None:
+    """Trains until `total_steps`, evaluating, logging and saving; on a signal saves and raises."""
+    config, trainer, ranks = run.config, run.trainer, run.ranks
+    schedule = (config.learning_rate, config.warmup_iters, run.total_steps, config.min_lr_ratio)
     wandb = {"project": config.wandb_project, "config": dataclasses.asdict(config)}
-    metrics = Metrics(out_dir, step, wandb if config.wandb_log else None, ranks.first)
-    writer = CheckpointWriter(out_dir, config.keep_checkpoints, ranks.first)
-    flops, n_ranks = model.flops_per_token(), ranks.world_size
-    progress = Progress(step, total_steps, flops, device, n_ranks, ranks.first)
-    batches = batches_of(rows, row, end_row, config, device.type == "cuda", ranks)
-    window: list[torch.Tensor] = []
-    evaluating = False
-    try:
-        with StopSignals(alone=n_ranks == 1, speaks=ranks.first) as stop:
-            for micro_batches in batches:
-                # The one message of a step between the hosts.
-                n_labels = sum(batch.n_labels for batch in micro_batches)
-                n_labels, *stopped = map(int, ranks.total(n_labels, *stop.seen))
-                if any(stopped):
-                    if not evaluating:
-                        saved = writer.save(run.state(step, row, best, tokenizer) | origin, False)
-                    writer.wait()
-                    ranks.total()  # until it is saved; the first to exit ends the others
-                    signum = SIGNALS[stopped.index(max(stopped))]
-                    raise Interrupted(signum, resume_hint(config, saved, step))
-                lr = learning_rate_at(step, *schedule)
-                if config.optimizer == "sophiag" and step % config.hess_interval == 0:
-                    run.update_hessian(*micro_batches[: ranks.share(config.hess_batches)])
-                loss, norm = run.step(micro_batches, lr, n_labels)
-                step, row = step + 1, min(row + rows_per_step, end_row)
-                window.append(loss)
-                progress.advance(n_labels)
-                evaluating = step % config.eval_interval == 0 or step == total_steps
+    metrics = Metrics(run.out_dir, run.step, wandb if config.wandb_log else None, ranks.is_main)
+    size = (run.step, run.total_steps, trainer.model.flops_per_token())
+    progress = Progress(*size, trainer.device, ranks.world_size, ranks.is_main)
+    writer = CheckpointWriter(run.out_dir, config.keep_checkpoints, ranks.is_main)
+    losses: list[torch.Tensor] = []
+    saved_step = None
+    with (
+        closing(run.batches()) as batches,
+        closing(progress),
+        closing(metrics),
+        closing(writer),
+        GracefulStop(exit_on_second=ranks.world_size == 1, verbose=ranks.is_main) as stop,
+    ):
+        for micro_batches in batches:
+            # The only message of a step between the hosts.
+            n_labels = sum(batch.n_labels for batch in micro_batches)
+            n_labels, *signals = map(int, ranks.all_reduce_scalars(n_labels, *stop.counts))
+            if any(signals):
+                if saved_step != run.step:
+                    path = writer.save(run.state(), best=False)
+                writer.wait()
+                ranks.all_reduce_scalars()  # a barrier: the first rank to exit ends the others
+                signum = SIGNALS[signals.index(max(signals))]
+                raise Interrupted(signum, run.resume_hint(path))
 
-                if step % config.log_interval == 0 or evaluating:
-                    values = {"loss": torch.stack(window).mean().item(), "lr": lr}
-                    window.clear()
-                    values |= progress.rate()
-                    if config.optimizer == "sophiag":
-                        values["win_rate"] = run.optimizer.win_rate.item()
-                    progress.show(**values)
-                    metrics.log(step, **values, grad_norm=norm.item())
-                    run.check_finite()
-                if evaluating:
-                    with progress.paused():
-                        results = run.evaluate_all(validation, tokenizer)
-                        is_best = results["val_loss"] < best
-                        best = min(best, results["val_loss"])
-                        metrics.log(step, **results)
-                        metrics.plot()
-                        progress.write(describe(step, results, is_best))
-                        saved = writer.save(run.state(step, row, best, tokenizer) | origin, is_best)
-                if step == total_steps:
-                    break
+            if trainer.uses_hessian and run.step % config.hess_interval == 0:
+                trainer.update_hessian(*micro_batches[: ranks.local_count(config.hess_batches)])
+            lr = learning_rate_at(run.step, *schedule)
+            loss, norm = trainer.step(micro_batches, lr, n_labels)
+            run.advance()
+            progress.advance(n_labels)
+            losses.append(loss)
+
+            evaluate = run.step % config.eval_interval == 0 or run.step == run.total_steps
+            if evaluate or run.step % config.log_interval == 0:
+                values = {"loss": torch.stack(losses).mean().item(), "lr": lr} | progress.rate()
+                if trainer.uses_hessian:
+                    values["win_rate"] = trainer.optimizer.win_rate.item()
+                progress.show(**values)
+                metrics.log(run.step, **values, grad_norm=norm.item())
+                losses.clear()
+                trainer.check_finite()
+            if evaluate:
+                with progress.paused():
+                    results = trainer.evaluate_all(run.validation, run.tokenizer)
+                    is_best = results["val_loss"] < run.best
+                    run.best = min(run.best, results["val_loss"])
+                    metrics.log(run.step, **results)
+                    metrics.plot()
+                    progress.write(evaluation_line(run.step, results, is_best))
+                    path, saved_step = writer.save(run.state(), is_best), run.step
+            if run.step == run.total_steps:
+                break
         writer.wait()
-    finally:
-        batches.close()
-        progress.close()
-        metrics.close()
-        writer.join()
-    print(f"done: best validation loss {best:.4f}, in {out_dir}/best_model.pt")
-    return last_metrics(out_dir) | {"step": step, "best_val_loss": best}
-
-
-@contextmanager
-def explained_out_of_memory(config: Any) -> Iterator[None]:
-    """Turns running out of GPU memory into a line that says which constants to lower."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        shape = "" if config.finetune else "; or lower block_size or n_layers"
-        raise UserError(
-            f"out of GPU memory: lower batch_size (now {config.batch_size}) and raise "
-            f"{setting(config, 'gradient_accumulation_steps')} by the same factor{shape}"
-        ) from None
-
-
-def resume_hint(config: Any, saved: Path, step: int) -> str:
-    """How to continue an interrupted run."""
-    how = "run the same command again to continue"
-    if config.resume_checkpoint != "auto":
-        how = f"to continue, add --resume_checkpoint={saved}"
-    return f"interrupted at step {step} and saved as {saved}; {how}"
 
 
 def main(argv: list[str] | None = None) -> int:
     code = 0
-    with said_once():
+    with report_failure_once():
         try:
-            train(config_from_constants(globals(), argv))
+            train(config_from_constants(globals(), argv, renamed=RENAMED))
         except Interrupted as interruption:
-            if ranks_of_environment().first:
+            if ranks_of_environment().is_main:
                 print(interruption, file=sys.stderr)
             code = 128 + interruption.signum
-    return end(code)
+    return exit_rank(code)
 
 
 if __name__ == "__main__":

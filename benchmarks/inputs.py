@@ -1,4 +1,4 @@
-"""What the sections of benchmark.py measure on: made-up documents, real settings."""
+"""Inputs of the benchmarks: synthetic documents, model shapes, settings of train.py."""
 
 import dataclasses
 from pathlib import Path
@@ -10,6 +10,8 @@ import demo
 import train
 from common.settings import config_from_constants
 from dataset import NpzDataset, ShardWriter
+from model import GPTConfig
+from tokenizer import load_tokenizer
 
 MEAN_LENGTH, SIGMA = 1030, 1.08  # of FineWeb-Edu's documents, tokens, log-normal
 SHAPE = ("n_layers", "n_embd", "n_heads", "n_kv_heads", "block_size")
@@ -26,12 +28,17 @@ def make_documents(path: Path, n: int, vocab_size: int, seed: int = 0) -> NpzDat
     return NpzDataset(path)
 
 
-def train_config(settings: list[str], **changes: Any) -> Any:
-    """The settings of train.py with these command-line settings and changes."""
-    return dataclasses.replace(config_from_constants(vars(train), settings), **changes)
+def train_config(**changes: Any) -> Any:
+    """The settings of train.py with these changes."""
+    return dataclasses.replace(config_from_constants(vars(train), []), **changes)
 
 
 def demo_config() -> Any:
-    """The settings with which the demo pretrains."""
-    commands = {title: command for title, command in demo.stages("data", "out")}
-    return train_config(commands["Pretrain"][1:])
+    """The settings of the demo's pretraining."""
+    return train_config(**demo.MODEL_SHAPE, **demo.PRETRAIN)
+
+
+def model_config(config: Any) -> GPTConfig:
+    """The model of a config with SHAPE, with Hastings' vocabulary."""
+    shape = {name: getattr(config, name) for name in SHAPE}
+    return GPTConfig(**shape, vocab_size=load_tokenizer().vocab_size)

@@ -1,4 +1,4 @@
-"""The table and the picture of benchmarks/learning.py, from the lines of its results."""
+"""Table and picture of the learning study, from the lines of its results."""
 
 import json
 import statistics
@@ -12,12 +12,12 @@ from common.files import atomic_file
 
 
 def best_runs(lines: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """The seeds of each contestant at the settings that have most of them, then the lowest loss."""
+    """The seeds of each recipe at the settings that have most of them, then the lowest loss."""
     groups: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for line in lines:
         if "settings" in line and line["loss"] is not None:
-            chosen = json.dumps(line["settings"] | {"seed": None}, sort_keys=True)
-            groups.setdefault(line["settings"]["name"], {}).setdefault(chosen, []).append(line)
+            settings = json.dumps(line["settings"] | {"seed": None}, sort_keys=True)
+            groups.setdefault(line["settings"]["name"], {}).setdefault(settings, []).append(line)
     return {
         name: min(by_settings.values(), key=lambda runs: (-len(runs), mean(runs, "loss")))
         for name, by_settings in groups.items()
@@ -28,34 +28,38 @@ def mean(runs: list[dict[str, Any]], key: str) -> float:
     return statistics.fmean(run[key] for run in runs)
 
 
-def print_table(lines: list[dict[str, Any]]) -> None:
-    times = next((x["seconds_of_ten_steps"] for x in lines if "seconds_of_ten_steps" in x), {})
-    print(f"{'':34} rate    rho   seeds  loss     std     of starts  labels/slots  win rate  time")
-    for name, runs in best_runs(lines).items():
-        settings, losses = runs[0]["settings"], [run["loss"] for run in runs]
-        std = f"{statistics.stdev(losses):.4f}" if len(runs) > 1 else ""
-        filled = mean(runs, "labels") / runs[0]["curve"][-1][0]
-        print(
-            f"{name:34} {settings['learning_rate']:<7g} {settings.get('rho', ''):<5} {len(runs):<6}"
-            f" {statistics.fmean(losses):.4f}   {std:7} {mean(runs, 'loss_of_document_starts'):.4f}"
-            f"     {filled:.3f}         {runs[0].get('win_rate', ''):<8}"
-            + (f"  {relative_time(times, name):.3f}" if name in times else "")
-        )
-    if ORIGINAL in times and ORIGINAL in best_runs(lines):
-        ratio, runs = relative_time(times, ORIGINAL), best_runs(lines)[ORIGINAL]
-        slots = [point[0] for point in runs[0]["curve"]]
-        means = [statistics.fmean(losses) for losses in zip(*map(losses_of, runs), strict=True)]
-        loss = np.interp(slots[-1] / ratio, slots, means)
-        print(f"{ORIGINAL} in the time of {SOPHIAG}: {loss:.4f}, read from its curve")
-
-
-def losses_of(run: dict[str, Any]) -> list[float]:
+def curve_losses(run: dict[str, Any]) -> list[float]:
     return [loss for _, loss in run["curve"]]
 
 
-def relative_time(times: dict[str, list[float]], name: str) -> float:
-    """Time per slot of a contestant, that of SOPHIAG being 1."""
-    return statistics.median(times[name]) / statistics.median(times[SOPHIAG])
+def relative_times(lines: list[dict[str, Any]]) -> dict[str, float]:
+    """Time per token of each timed recipe, that of SOPHIAG being 1."""
+    times = next((x["seconds_of_ten_steps"] for x in lines if "seconds_of_ten_steps" in x), {})
+    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
+    return {name: seconds / medians[SOPHIAG] for name, seconds in medians.items()}
+
+
+def study_table(lines: list[dict[str, Any]]) -> list[list[str]]:
+    """Cells of the study's table, its header first; see report.py."""
+    runs_of, times = best_runs(lines), relative_times(lines)
+    columns = ["", "rate", "rho", "seeds", "loss", "std", "loss of document starts"]
+    rows = [columns + ["labels/positions", "win rate", "time"]]
+    for name, runs in runs_of.items():
+        settings, losses = runs[0]["settings"], [run["loss"] for run in runs]
+        rows.append([name, f"{settings['learning_rate']:g}", str(settings.get("rho", ""))])
+        rows[-1] += [str(len(runs)), f"{statistics.fmean(losses):.4f}"]
+        rows[-1] += [f"{statistics.stdev(losses):.4f}" if len(runs) > 1 else ""]
+        rows[-1] += [f"{mean(runs, 'loss_of_document_starts'):.4f}"]
+        rows[-1] += [f"{mean(runs, 'labels') / runs[0]['curve'][-1][0]:.3f}"]
+        rows[-1] += [str(runs[0].get("win_rate", ""))]
+        rows[-1] += [f"{times[name]:.3f}" if name in times else ""]
+    if ORIGINAL in times and ORIGINAL in runs_of:  # read from its curve
+        tokens = [point[0] for point in runs_of[ORIGINAL][0]["curve"]]
+        curves = zip(*map(curve_losses, runs_of[ORIGINAL]), strict=True)
+        loss = np.interp(tokens[-1] / times[ORIGINAL], tokens, list(map(statistics.fmean, curves)))
+        row = [f"{ORIGINAL}, in the time of {SOPHIAG}", "", "", "", f"{loss:.4f}"]
+        rows.append(row + [""] * (len(rows[0]) - len(row)))
+    return rows
 
 
 def draw(lines: list[dict[str, Any]], picture: Path) -> None:
@@ -64,36 +68,34 @@ def draw(lines: list[dict[str, Any]], picture: Path) -> None:
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    runs_of = best_runs(lines)
-    times = next((x["seconds_of_ten_steps"] for x in lines if "seconds_of_ten_steps" in x), {})
+    runs_of, times = best_runs(lines), relative_times(lines)
 
     def line(axes: Any, name: str, color: str, note: str = "", scale: float = 1.0, ls: str = "-"):
         runs = runs_of.get(name)
         if not runs:
             return
-        slots = [scale * point[0] / 1e6 for point in runs[0]["curve"]]
-        losses = list(zip(*map(losses_of, runs), strict=True))
+        tokens = [scale * point[0] / 1e6 for point in runs[0]["curve"]]
+        losses = list(zip(*map(curve_losses, runs), strict=True))
         seeds = f" ({len(runs)} seed{'s' if len(runs) > 1 else ''})"
         means = [statistics.fmean(values) for values in losses]
-        axes.plot(slots, means, label=name + (note or seeds), color=color, ls=ls)
+        axes.plot(tokens, means, label=name + (note or seeds), color=color, ls=ls)
         if scale == 1:
             lows, highs = [min(values) for values in losses], [max(values) for values in losses]
-            axes.fill_between(slots, lows, highs, color=color, alpha=0.2, linewidth=0)
+            axes.fill_between(tokens, lows, highs, color=color, alpha=0.2, linewidth=0)
 
     line(left, ORIGINAL, "C3")
-    if ORIGINAL in times:
-        ratio = relative_time(times, ORIGINAL)
+    if ratio := times.get(ORIGINAL):
         line(left, ORIGINAL, "C3", f", × {ratio:.2f}: at our time", scale=ratio, ls=":")
-    for base, color, others in ((SOPHIAG, "C0", "C9"), (ADAMW, "C1", "C5")):
+    for base, color, light in ((SOPHIAG, "C0", "C9"), (ADAMW, "C1", "C5")):
         line(left, base, color)
         for name, style in zip(CHANGES, ("--", "-.", ":", (0, (1, 3)), (0, (5, 5))), strict=True):
-            line(left, f"{base}, {name}", others, ls=style)
+            line(left, f"{base}, {name}", light, ls=style)
     for name, color in ((SOPHIAG, "C0"), (ADAMW, "C1"), (TWO_RATES, "C4"), (MUON, "C2")):
         line(right, name, color)
     left.set(title="The original's recipe and ours", ylabel="validation loss (nats per token)")
     right.set(title="Optimizers on our batches, each tuned")
     for axes in (left, right):
-        axes.set(xlabel="million slots, padding included")
+        axes.set(xlabel="million token positions, padding included")
         axes.grid(alpha=0.3)
         if axes.get_lines():
             axes.legend(fontsize=8)

@@ -21,8 +21,9 @@ from dataset import open_split
 from hastings.build import build_json
 from model import GPT
 from tokenizer import CONTROL_TOKENS, Tokenizer, load_tokenizer
+from training.optimizers import gradient_scale, scale_gradients
 from training.packing import Batch
-from training.trainer import Run, gradient_scale
+from training.trainer import Trainer
 
 SOPHIAG, ADAMW, MUON, ORIGINAL = "ours, SophiaG", "ours, AdamW", "ours, Muon", "original"
 TWO_RATES = "ours, AdamW, two rates"  # as much freedom as Muon's, which is not on the embedding
@@ -69,7 +70,7 @@ class PaddedStarts:
     """The original's batches: a document's first `block_size` tokens to a row, padded.
 
     With a seed every row is a document drawn with replacement; without, row i is document i. Same
-    interface as PackedRows, as far as Run.evaluate and `train_once` go.
+    interface as PackedRows, as far as Trainer.evaluate and `train_once` go.
     """
 
     def __init__(
@@ -90,8 +91,8 @@ class PaddedStarts:
         return int(np.random.default_rng((self.seed, row)).integers(len(self.documents)))
 
 
-class OriginalRun(Run):
-    """Run with the original's Hessian estimate: labels at padding too, a gradient clipped to 1.
+class OriginalTrainer(Trainer):
+    """Trainer with the original's Hessian estimate: labels at padding too, gradient clipped to 1.
 
     `bs` is the tokens of the whole step, of which the estimate sees one micro-batch.
     """
@@ -105,12 +106,12 @@ class OriginalRun(Run):
         everywhere = dataclasses.replace(batch, targets=torch.zeros_like(batch.targets))
         loss = self.loss_sum(everywhere, sample_targets=True) / batch.ids.numel()
         loss.backward()
-        _, scale = gradient_scale(self.model, loss, grad_clip=1.0)
+        _, scale = gradient_scale(list(self.model.parameters()), loss, grad_clip=1.0)
         self.optimizer.update_hessian(grad_scale=scale)
         self.optimizer.zero_grad(set_to_none=True)
 
 
-class HiddenAndOther:
+class TwoOptimizers:
     """Muon or AdamW for the hidden matrices, AdamW for the embedding (also the head) and norms.
 
     All follow one learning rate, that of the hidden matrices times `hidden_rate`.
@@ -130,11 +131,12 @@ class HiddenAndOther:
             first = torch.optim.AdamW(hidden, betas=betas, **settings)
         self.optimizers = [first, torch.optim.AdamW(groups, betas=betas, **settings)]
         self.param_groups = [g for optimizer in self.optimizers for g in optimizer.param_groups]
-        self.defaults = {"fused": False}  # so that the trainer multiplies the clip factor itself
 
-    def step(self) -> None:
+    def step(self, *, grad_scale: torch.Tensor | None = None) -> None:
+        if not scale_gradients(self, grad_scale):
+            return
         for group in self.optimizers[0].param_groups:
-            group["lr"] *= self.hidden_rate  # Run.step sets it before every step
+            group["lr"] *= self.hidden_rate  # Trainer.step sets it before every step
         for optimizer in self.optimizers:
             optimizer.step()
 

@@ -1,8 +1,8 @@
-"""Other projects' models in a shape of ours, and one plain training step for all of them.
+"""Models of other projects in Lille's shape, and one plain training step for all of them.
 
-What benchmark.py compares with: transformers' Llama, litgpt's GPT (code in the style of nanoGPT),
-liger-kernel's fused loss, and the original Lille with the batches that its train.py makes. Each is
-called as its own project trains it. They are optional, see requirements/bench.txt.
+transformers' Llama, litgpt's GPT (code in the style of nanoGPT), liger-kernel's fused loss, and the
+original Lille with the batches of its train.py. Each is called as its own project trains it. All
+are optional, see requirements/bench.txt.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,33 +13,24 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.timing import peer
+from formats.llama import llama_config
 from model import GPTConfig
 from ops.cross_entropy import IGNORE_INDEX
+from tokenizer import load_tokenizer
+from training.optimizers import make_optimizer
 from training.packing import Batch
-from training.trainer import make_optimizer
 
 LossOf = Callable[[Callable, tuple[torch.Tensor, ...]], torch.Tensor]  # (forward, batch) -> mean
 
 
-def llama_of(config: GPTConfig) -> torch.nn.Module:
-    """transformers' LlamaForCausalLM of the same shape, with new weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=config.n_embd,
-            intermediate_size=config.ffn_dim,
-            num_hidden_layers=config.n_layers,
-            num_attention_heads=config.n_heads,
-            num_key_value_heads=config.n_kv_heads,
-            vocab_size=config.vocab_size,
-            max_position_embeddings=config.block_size,
-            rms_norm_eps=config.layer_norm_eps,
-            rope_theta=config.rope_theta,
-            tie_word_embeddings=True,
-            attn_implementation="sdpa",
-        )
-    )
+def llama_of(config: GPTConfig) -> torch.nn.Module | None:
+    """transformers' LlamaForCausalLM of the same shape, or None where transformers is absent."""
+    if (transformers := peer("transformers")) is None:
+        return None
+    settings = llama_config(config, load_tokenizer())
+    settings = {k: v for k, v in settings.items() if not k.endswith(("token_id", "dtype"))}
+    settings = transformers.LlamaConfig(**settings, attn_implementation="sdpa")
+    return transformers.LlamaForCausalLM(settings)
 
 
 def litgpt_of(config: GPTConfig) -> torch.nn.Module | None:
@@ -81,7 +72,7 @@ def original_of(config: GPTConfig) -> torch.nn.Module | None:
 
 
 def plain_rows(batch: Batch, pad_id: int) -> Batch:
-    """Packed rows for a trainer that knows no documents: all tokens are labels, padding is not.
+    """Packed rows for a trainer without documents: every token but padding is a label.
 
     `targets` are not shifted: transformers does that itself.
     """
@@ -90,11 +81,19 @@ def plain_rows(batch: Batch, pad_id: int) -> Batch:
     return Batch(batch.ids, targets, batch.positions, batch.cu_seqlens, n_labels)
 
 
+def one_segment_rows(ids: torch.Tensor, targets: torch.Tensor) -> Batch:
+    """A batch of rows with causal attention over each whole row."""
+    n_rows, block_size = ids.shape
+    positions = torch.arange(block_size).expand(n_rows, -1).contiguous()
+    borders = torch.arange(0, ids.numel() + 1, block_size, dtype=torch.int32)
+    return Batch(ids, targets, positions, borders, int((targets != IGNORE_INDEX).sum()))
+
+
 def beginnings(documents: Sequence[np.ndarray | None], block_size: int, pad_id: int) -> Batch:
     """The original's rows: the first `block_size` tokens of each document, padded; None is padding.
 
     A document that is cut off gives block_size - 1 labels, since its next token is cut off too. A
-    row is one piece: attention is causal, so no labelled token sees the padding behind it.
+    row is one segment: attention is causal, so no labelled token sees the padding behind it.
     """
     ids = torch.full((len(documents), block_size), pad_id)
     targets = torch.full_like(ids, IGNORE_INDEX)
@@ -103,9 +102,7 @@ def beginnings(documents: Sequence[np.ndarray | None], block_size: int, pad_id: 
             tokens = torch.from_numpy(document[:block_size].astype(np.int64))
             ids[row, : len(tokens)] = tokens
             targets[row, : len(tokens) - 1] = tokens[1:]
-    positions = torch.arange(block_size).expand_as(ids)
-    borders = torch.arange(0, ids.numel() + 1, block_size, dtype=torch.int32)
-    return Batch(ids, targets, positions, borders, int((targets != IGNORE_INDEX).sum()))
+    return one_segment_rows(ids, targets)
 
 
 def padded_rows(
@@ -116,8 +113,8 @@ def padded_rows(
     rng: np.random.Generator,
 ) -> Batch:
     """The original's micro-batch: documents drawn with replacement."""
-    drawn = rng.integers(len(documents), size=batch_size)
-    return beginnings([documents[i] for i in drawn], block_size, pad_id)
+    numbers = rng.integers(len(documents), size=batch_size)
+    return beginnings([documents[i] for i in numbers], block_size, pad_id)
 
 
 def llama_loss(forward: Callable, tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
@@ -126,7 +123,7 @@ def llama_loss(forward: Callable, tensors: tuple[torch.Tensor, ...]) -> torch.Te
 
 
 def litgpt_loss(forward: Callable, tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """nanoGPT's way: all logits at once, in float32, then F.cross_entropy."""
+    """All logits at once, in float32, then F.cross_entropy, as in nanoGPT."""
     ids, targets = tensors[:2]
     return F.cross_entropy(forward(ids).flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX)
 
@@ -156,9 +153,9 @@ def liger_loss(llama: torch.nn.Module) -> LossOf | None:
 
 
 class PlainTrainer:
-    """A peer's training step: forward, backward, clip_grad_norm_, optimizer, for micro-batches.
+    """A peer's training step over micro-batches: forward, backward, clip_grad_norm_, optimizer.
 
-    `config` gives the optimizer, the same fused AdamW as ours, unless another one is passed.
+    The optimizer is that of `config`, the same fused AdamW as ours, unless another one is passed.
     """
 
     def __init__(
@@ -174,7 +171,7 @@ class PlainTrainer:
         self.model, self.loss_of, self.config = model.to(device).train(), loss_of, config
         self.device, self.dtype = device, dtype
         self.forward = forward or model
-        self.optimizer = optimizer or make_optimizer(model, config, device)
+        self.optimizer = optimizer or make_optimizer(self.model, config)
 
     def step(self, batches: list[Batch], lr: float) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimizer step; returns its loss and gradient norm, on the device."""

@@ -1,37 +1,150 @@
-"""What benchmark.py measured, kept: one JSON line a run, the README's table and a picture of it.
+"""Result tables, their records in results.jsonl, and benchmarks/README.md made from the records.
 
-A line of benchmarks/results.jsonl says what was run (date, commit, command), where (hardware,
-versions, load, measured limits) and every table: see `timing.report` and `timing.facts`.
+A line of benchmarks/results.jsonl is one run: date, commit, command, hardware, versions, load,
+measured limits and tables. The rows of a table are times (`record_times`) or values of any other
+kind (`record_values`).
 """
 
-import dataclasses
 import importlib.metadata
 import json
 import math
 import os
 import platform
+import statistics
 import subprocess
-from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import timing
 from common.errors import UserError
-from common.files import atomic_file, locked
+from common.files import atomic_file
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results.jsonl"
+SECTIONS = ("train", "optimizer", "data", "decode")  # in the order of benchmarks/README.md
 PACKAGES = (
     "torch triton numpy transformers tokenizers gigatoken tiktoken simpleai-sdk sophia-opt litgpt "
     "liger-kernel onnxruntime llama-cpp-python"
 ).split()
-KEYS = {"date", "commit", "changed", "command", "hardware", "load", "tables"}  # that are shown
-START, END = "<!-- python benchmark.py --readme=True writes this -->", "<!-- end -->"
+UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"))
+TIME_COLUMNS = ("median_s", "min_s", "max_s", "n", "ratio", "rate", "share")
+HEAD = """# Benchmark results
 
-# A record
+Written by `python benchmark.py --readme` from [results.jsonl](results.jsonl), the newest record of
+each table on each machine, and [learning.jsonl](learning.jsonl). Implementations of a table are
+timed in turn in one process: median and range of the samples after a warm-up, speed relative to
+the row with 1.00, and the share of this machine's limit, measured in the same run: FLOPs at the
+rate of a large matrix product (the MFU), bytes at the bandwidth of a large copy (updates) or sum
+(decoding). Above 100 %: several streams read faster than one copy, or the CPU's clock rose.
+"""
+
+tables: list[dict[str, Any]] = []  # of the current run, in order
+
+
+def reset() -> None:
+    """Forgets the tables of an earlier run."""
+    tables.clear()
+
+
+# Tables
+
+
+def record_times(
+    section: str,
+    title: str,
+    times: dict[str, list[float]],
+    *,
+    baseline: str | None = None,
+    work: tuple[str, float | dict[str, float]] | None = None,
+    bound: dict[str, float] | None = None,
+    extra: dict[str, dict[str, float]] | None = None,
+    left_out: dict[str, str] | None = None,
+) -> None:
+    """Prints and keeps a table of timings, seconds by name.
+
+    `work` is a unit such as "tokens/s" and the amount of one call, of all or by name; `bound` the
+    seconds below which a call cannot be on this machine, by name; `extra` more columns, by name;
+    `baseline` the row that the others are compared with, by default the first; `left_out` the
+    error of each implementation that has failed.
+    """
+    if baseline not in times:
+        baseline = next(iter(times), None)
+    unit, amount = work or ("", None)
+    rows: dict[str, dict[str, float]] = {}
+    for name, seconds in times.items():
+        median = statistics.median(seconds)
+        row = {"median_s": median, "min_s": min(seconds), "max_s": max(seconds)}
+        row |= {"n": len(seconds), "ratio": statistics.median(times[baseline]) / median}
+        done = amount.get(name) if isinstance(amount, dict) else amount
+        if done is not None:
+            row["rate"] = done / median
+        if bound and name in bound:
+            row["share"] = bound[name] / median
+        rows[name] = row | (extra or {}).get(name, {})
+    table = {"section": section, "title": title, "baseline": baseline, "unit": unit, "rows": rows}
+    keep(table | {"left_out": left_out or {}})
+
+
+def record_values(section: str, title: str, values: dict[str, dict[str, float | str]]) -> None:
+    """Prints and keeps a table of values that are no timings: name -> {column: value}."""
+    keep({"section": section, "title": title, "values": values})
+
+
+def keep(table: dict[str, Any]) -> None:
+    tables.append(table)
+    print(f"\n{table['section']}: {table['title']}\n{text_table(table_cells(table))}", flush=True)
+
+
+def number_text(value: float | str | None) -> str:
+    """Four digits, but all of those before the point; "-" for None and NaN."""
+    if value is None or value != value:
+        return "-"
+    return value if isinstance(value, str) else f"{value:,.{4 if abs(value) < 1e4 else 15}g}"
+
+
+def table_cells(table: dict[str, Any]) -> list[list[str]]:
+    """The cells of a table, its header first, one number in each cell."""
+    rows = table.get("rows") or table.get("values") or {}
+    slowest = max((row.get("median_s", 1.0) for row in rows.values()), default=1.0)
+    scale, unit = next((unit for unit in UNITS if slowest >= unit[0]), UNITS[-1])
+
+    def cells(row: dict[str, Any]) -> dict[str, str]:
+        shown = {}
+        if "median_s" in row:
+            shown[f"median {unit}"] = f"{row['median_s'] / scale:.4g}"
+            shown["range"] = f"{row['min_s'] / scale:.4g}-{row['max_s'] / scale:.4g}"
+            if table["unit"]:
+                shown[table["unit"]] = number_text(row.get("rate"))
+            shown["x as fast"] = f"{row['ratio']:.2f}"
+            if "share" in row:
+                shown["of limit"] = f"{row['share']:.0%}"
+            row = {key: value for key, value in row.items() if key not in TIME_COLUMNS}
+        return shown | {key: number_text(value) for key, value in row.items()}
+
+    named = {name: cells(row) for name, row in rows.items()}
+    columns = list(dict.fromkeys(column for row in named.values() for column in row))
+    lines = [[name, *(row.get(column, "") for column in columns)] for name, row in named.items()]
+    return [["", *columns], *lines]
+
+
+def text_table(cells: list[list[str]]) -> str:
+    """Cells for a terminal: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for first, *others in cells:
+        numbers = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
+        lines.append("  ".join([first.ljust(widths[0]), *numbers]).rstrip())
+    return "\n".join(lines)
+
+
+def markdown_table(cells: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells]
+    return "\n".join([lines[0], "|---" + "|---:" * (len(cells[0]) - 1) + "|", *lines[1:]])
+
+
+# Records
 
 
 def git(*arguments: str) -> str | None:
@@ -44,22 +157,20 @@ def git(*arguments: str) -> str | None:
 
 
 def processor() -> str:
-    """The CPU's name as the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    except OSError:
-        lines = []
+    """The CPU's name as reported by the system."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text("utf-8").splitlines() if path.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def load() -> float | None:
-    """How many programs ran in the last minute, on average."""
+def load_average() -> float | None:
+    """Mean number of running programs in the last minute."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def environment(argv: list[str], device: torch.device) -> dict[str, Any]:
-    """All of a record that is known before the first measurement."""
+    """The part of a record that is known before the first measurement."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -71,42 +182,30 @@ def environment(argv: list[str], device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         hardware["gpu"] = torch.cuda.get_device_name(device)
         versions["cuda"] = torch.version.cuda
-    told = [argument for argument in argv if not argument.startswith(("--results=", "--save="))]
-    # What a run or its write-up itself changes is no change of the code.
-    changes = git("status", "--porcelain", "-uno", "--", ".", ":!benchmarks", ":!README.md")
+    # The files that a run or its write-up changes do not change what is measured.
+    changes = git("status", "--porcelain", "-uno", "--", ".", ":!benchmarks/*.jsonl", ":!*.md")
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": git("rev-parse", "HEAD"),
         "changed": None if changes is None else bool(changes),
-        "command": " ".join(["python benchmark.py", *told]),
+        "command": " ".join(["python benchmark.py", *argv]),
         "system": f"{platform.system()} {platform.machine()}",
         "hardware": hardware,
         "versions": versions,
-        "load": load(),
+        "load": load_average(),
     }
 
 
-def record(
-    path: Path, environment: dict[str, Any], seconds: dict[str, float], device: torch.device
-) -> None:
-    """Appends the run's tables as one line; the file is complete or as it was."""
-    line = environment | {
-        "limits": dataclasses.asdict(timing.limits(device)),
-        "seconds": {section: round(taken, 1) for section, taken in seconds.items()},
-        "absent": timing.skipped,
-        "tables": timing.tables,
-    }
+def append_record(path: Path, record: dict[str, Any]) -> None:
+    """Adds a line to a file of records, which is complete or as it was whatever happens."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with locked(path.parent, "benchmark", wait=True):
-        before = path.read_bytes() if path.exists() else b""
-        with atomic_file(path) as file:
-            before += b"" if before.endswith(b"\n") or not before else b"\n"  # a line cut short
-            file.write(before + json.dumps(rounded(line), allow_nan=False).encode() + b"\n")
-    print(f"\nadded to {path}")
+    before = path.read_bytes() if path.exists() else b""
+    with atomic_file(path) as file:
+        file.write(before + json.dumps(record, allow_nan=False).encode() + b"\n")
 
 
 def rounded(value: Any) -> Any:
-    """Five digits of every float, which is more than a measurement is worth; null for NaN."""
+    """Floats with five digits, which is more than a measurement is worth; None for NaN."""
     if isinstance(value, float):
         return float(f"{value:.5g}") if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -114,147 +213,69 @@ def rounded(value: Any) -> Any:
     return [rounded(item) for item in value] if isinstance(value, list) else value
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """The records, oldest first; UserError that names a line which is none."""
-    if not path.exists():
-        raise UserError(f"{path} does not exist: run python benchmark.py first")
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a file, oldest first, none without the file; UserError for a damaged line."""
     records = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], 1):
         try:
-            record = json.loads(line)
-            assert KEYS <= record.keys() and isinstance(record["tables"], list)
-        except (ValueError, AttributeError, AssertionError):
+            records.append(dict(json.loads(line)))
+        except (ValueError, TypeError):
             raise UserError(f"{path}, line {number} is no record: delete that line") from None
-        records.append(record)
     return records
 
 
-# What is shown of them
+# benchmarks/README.md
 
 
-def place(record: dict[str, Any]) -> str:
+def hardware_name(record: dict[str, Any]) -> str:
     """The hardware of a record in one line."""
     hardware = record["hardware"]
-    if hardware["gpu"]:
-        return hardware["gpu"]
-    return f"{hardware['cpu']}, {hardware['threads']} of {hardware['cores']} cores"
+    return hardware["gpu"] or (
+        f"{hardware['cpu']}, {hardware['threads']} of {hardware['cores']} cores"
+    )
 
 
-def newest(records: Iterable[dict[str, Any]]) -> dict[str, list[tuple[dict, dict]]]:
-    """Of every table, the newest (record, table) on each hardware, by hardware, in their order."""
-    found: dict[str, dict[tuple[str, str], tuple[dict, dict]]] = {}
-    for line in records:
-        for table in line["tables"]:
-            if table.get("rows") or table.get("facts"):
+def newest_tables(records: list[dict[str, Any]]) -> dict[str, list[tuple[dict, dict]]]:
+    """The newest (record, table) of each title, by hardware, in the order of SECTIONS."""
+    newest: dict[str, dict[tuple[str, str], tuple[dict, dict]]] = {}
+    for record in records:
+        for table in record["tables"]:
+            if table.get("rows") or table.get("values"):
                 key = table["section"], table["title"]
-                found.setdefault(place(line), {})[key] = line, table
-    sections = ("train", "optimizer", "data", "decode", "packing")
-
-    def order(key: tuple[str, str]) -> tuple[int, str]:
-        return sections.index(key[0]) if key[0] in sections else len(sections), key[0]
-
+                newest.setdefault(hardware_name(record), {})[key] = record, table
     return {
-        where: [tables[key] for key in sorted(tables, key=order)] for where, tables in found.items()
+        hardware: sorted(by_key.values(), key=lambda pair: SECTIONS.index(pair[1]["section"]))
+        for hardware, by_key in newest.items()
     }
 
 
-def is_ours(name: str) -> bool:
-    return name.startswith("ours")
-
-
-def cells(table: dict[str, Any]) -> tuple[str, str, str]:
-    """Ours, the peers, and the share of the limit, each contestant on a line of its cell."""
-    rows = table.get("rows") or table["facts"]
-
-    def told(name: str, row: dict[str, Any]) -> str:
-        name = name.removeprefix("ours").strip(", ") if is_ours(name) else name
-        if "facts" in table:
-            values = [f"{column} {timing.cell_text(value)}" for column, value in row.items()]
-            return f"{name}: {'; '.join(values)}" if name else "; ".join(values)
-        rate = f"{timing.rate_text(row['rate'])} {table['unit']}" if "rate" in row else ""
-        text = f"{row['ratio']:.2f} ×" + (f" ({rate})" if rate else "")
-        text = rate or f"{row['median_s']:.3g} s" if len(rows) == 1 else text
-        return f"{name} {text}" if name else text
-
-    alone = not any(map(is_ours, rows))  # facts of our own: there is nothing beside them
-    ours = [told(name, row) for name, row in rows.items() if alone or is_ours(name)]
-    peers = [told(name, row) for name, row in rows.items() if not (alone or is_ours(name))]
-    shares = []
-    if any("share" in row for row in table.get("rows", {}).values()):
-        mine = [row for name, row in rows.items() if is_ours(name)]
-        shares = [f"{row['share']:.0%}" if "share" in row else "–" for row in mine]
-    return "<br>".join(ours), "<br>".join(peers), "<br>".join(shares)
-
-
-def readme_table(records: list[dict[str, Any]]) -> str:
-    """Markdown of the newest tables: a table for each run on each hardware."""
-    parts = []
-    for where, tables in newest(records).items():
-        lines = [line for line, _ in tables]
-        for line in sorted(records, key=lambda line: line["date"], reverse=True):
-            if line not in lines:
-                continue
-            commit = (line["commit"] or "none")[:7] + (" with changes" if line["changed"] else "")
-            run = f"**{where}**: `{line['command']}`, {line['date'][:10]}, commit {commit}"
-            if line["load"] is not None:
-                run += f", load of the machine before it {line['load']}"
+def readme_text(records: list[dict[str, Any]], study: list[list[str]]) -> str:
+    """benchmarks/README.md: the newest tables, and the cells of the learning study's table."""
+    parts = [HEAD]
+    for hardware, pairs in newest_tables(records).items():
+        parts.append(f"## Speed: {hardware}\n")
+        for record, table in pairs:
+            commit = (record["commit"] or "none")[:7] + " with changes" * bool(record["changed"])
             parts += [
-                run,
-                "",
-                "| measured | ours | peers | ours, of the limit |",
-                "|---|---|---|---|",
+                f"**{table['section']}: {table['title']}**\n",
+                markdown_table(table_cells(table)) + "\n",
+                f"`{record['command']}`, {record['date'][:10]}, commit {commit}, torch "
+                f"{record['versions']['torch']}, load before it {number_text(record['load'])}\n",
             ]
-            for measured in (table for its, table in tables if its is line):
-                row = (f"{measured['section']}: {measured['title']}", *cells(measured))
-                parts.append("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
-            parts.append("")
-    return "\n".join(parts).rstrip() or "No run has been recorded yet."
+    if len(study) > 1:
+        parts += [
+            "## Learning per token\n",
+            "`python -m benchmarks.learning`: nats per token of the same held-out text.\n",
+            markdown_table(study) + "\n",
+            "![curves](learning.png)\n",
+        ]
+    return "\n".join(parts)
 
 
-def with_table(readme: str, table: str) -> str:
-    """The README with what is between the two comments replaced."""
-    before, start, rest = readme.partition(START)
-    _, end, after = rest.partition(END)
-    if not start or not end:
-        raise UserError(f"README.md has no place for the table: put in '{START}' and '{END}'")
-    return f"{before}{START}\n\n{table}\n\n{END}{after}"
-
-
-def write_readme(results: Path, readme: Path) -> None:
-    text = with_table(readme.read_text("utf-8"), readme_table(read(results)))
-    with atomic_file(readme) as file:
+def write_readme(results: Path, study: list[list[str]]) -> None:
+    """Writes the README beside `results`."""
+    path = results.with_name("README.md")
+    text = readme_text(read_records(results), study)
+    with atomic_file(path) as file:
         file.write(text.encode())
-    print(f"wrote {readme}")
-
-
-def plot(results: Path, picture: Path) -> None:
-    """Bars of every comparison's ratios, the newest of each, as `picture`."""
-    from matplotlib.figure import Figure
-
-    found = [
-        (where, table)
-        for where, tables in newest(read(results)).items()
-        for _, table in tables
-        if len(table.get("rows", ())) > 1
-    ]
-    if not found:
-        raise UserError(f"{results} holds no comparison: run python benchmark.py first")
-    heights = [len(table["rows"]) + 1.6 for _, table in found]
-    figure = Figure(figsize=(10, 0.26 * sum(heights)), layout="constrained")
-    grid = figure.add_gridspec(len(found), 1, height_ratios=heights)
-    for (where, table), cell in zip(found, grid, strict=True):
-        axes = figure.add_subplot(cell)
-        names = list(table["rows"])[::-1]
-        ratios = [table["rows"][name]["ratio"] for name in names]
-        colors = ["tab:blue" if is_ours(name) else "0.72" for name in names]
-        bars = axes.barh(names, ratios, color=colors)
-        axes.bar_label(bars, [f"{ratio:.2f} ×" for ratio in ratios], padding=3, fontsize=8)
-        axes.axvline(1, color="0.4", linewidth=0.8)
-        axes.set_xlim(0, 1.12 * max(ratios))
-        axes.set_title(f"{table['section']}: {table['title']}  ({where})", fontsize=9, loc="left")
-        axes.tick_params(labelsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.supxlabel("times as fast as the first of each", fontsize=9)
-    with atomic_file(picture) as file:
-        figure.savefig(file, format="png", dpi=110)
-    print(f"wrote {picture}")
+    print(f"wrote {path}")

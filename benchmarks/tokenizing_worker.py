@@ -1,7 +1,7 @@
-"""One contestant of benchmarks/tokenizing.py, in a process that imports nothing else: no torch.
+"""One preparation of benchmarks/tokenizing.py, in a process that imports nothing else: no torch.
 
-Prepares all Parquet files of a folder and prints what that took as JSON, from the end of the
-imports to the last file on disk.
+Prepares all Parquet files of a folder and prints time, from the end of the imports to the last file
+on disk, and peak memory as JSON.
 """
 
 import json
@@ -18,15 +18,13 @@ from common.errors import UserError
 from common.settings import config_from_constants, run_script
 from tokenizer import Tokenizer, load_tokenizer
 
-contestant = ""
+variant = ""
 source = ""  # folder
 output_dir = ""
-filters = False
 
 PATTERN = (
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"  # GPT-2's
 )
-NO_FILTERS = {"language_filter": "", "language_score_threshold": 0.0, "min_int_score": 0}
 
 
 def tiktoken_encoding(tokenizer: Tokenizer):
@@ -37,16 +35,13 @@ def tiktoken_encoding(tokenizer: Tokenizer):
     return tiktoken.Encoding("hastings", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
 
 
-def tiktoken_loop(files: list[Path], output: Path, with_filters: bool) -> None:
+def tiktoken_loop(files: list[Path], output: Path) -> None:
     tokenizer = load_tokenizer()
     encoding = tiktoken_encoding(tokenizer)
     documents = []
     for path in files:
-        columns = ["text", "language", "language_score", "int_score"]
-        for row in pq.read_table(path, columns=columns).to_pylist():
-            if with_filters and (row["language"] != "en" or row["language_score"] < 0.95):
-                continue
-            documents.append(encoding.encode_ordinary(row["text"]) + [tokenizer.eos_id])
+        for text in pq.read_table(path, columns=["text"])["text"].to_pylist():
+            documents.append(encoding.encode_ordinary(text) + [tokenizer.eos_id])
     output.mkdir()
     np.savez(
         output / "train.npz",
@@ -55,18 +50,18 @@ def tiktoken_loop(files: list[Path], output: Path, with_filters: bool) -> None:
     )
 
 
-def ours(files: list[Path], output: Path, with_filters: bool) -> None:
+def ours(files: list[Path], output: Path) -> None:
     settings = {"source": files[0].parent, "output_dir": output, "val_split": 0.01}
-    settings |= {} if with_filters else NO_FILTERS
+    settings |= {"language_filter": "", "language_score_threshold": 0.0, "min_int_score": 0}
     prepare_dataset_fineweb.main([f"--{name}={value}" for name, value in settings.items()])
 
 
 OURS = "ours"
-CONTESTANTS = {"tiktoken, one thread, lists": tiktoken_loop, OURS: ours}
+VARIANTS = {"tiktoken, one thread, lists": tiktoken_loop, OURS: ours}
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has had, as Linux counts it without its parent's."""
+    """Peak memory of this process, as Linux counts it without its parent's."""
     status = Path("/proc/self/status")
     if status.exists():
         return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
@@ -75,11 +70,11 @@ def peak_bytes() -> int:
 
 def main(argv: list[str] | None = None) -> int:
     config = config_from_constants(globals(), argv)
-    if config.contestant not in CONTESTANTS:
+    if config.variant not in VARIANTS:
         raise UserError("this is a part of benchmark.py: run python benchmark.py --section=data")
     files = sorted(Path(config.source).glob("*.parquet"))
     started = time.perf_counter()
-    CONTESTANTS[config.contestant](files, Path(config.output_dir), config.filters)
+    VARIANTS[config.variant](files, Path(config.output_dir))
     seconds = time.perf_counter() - started
     print(json.dumps({"seconds": seconds, "peak_mb": peak_bytes() / 1e6}))
     return 0

@@ -1,6 +1,5 @@
-"""What a run of train.py does beside its steps: data, Hessian, evaluation, checkpoints."""
+"""Overheads of a run of train.py beside its steps: data, Hessian, evaluation, checkpoints."""
 
-import shutil
 import time
 from functools import partial
 from pathlib import Path
@@ -8,17 +7,17 @@ from typing import Any
 
 import torch
 
-import train
-from benchmarks.inputs import SHAPE, train_config
-from benchmarks.timing import facts, seconds_of, waits
+from benchmarks.inputs import model_config, train_config
+from benchmarks.report import record_values
+from benchmarks.timing import seconds_of, time_waits
 from checkpoint import CheckpointWriter
-from model import GPT, GPTConfig
-from tokenizer import Tokenizer, load_tokenizer
-from training.packing import Batch, PackedRows
-from training.trainer import Run
+from model import GPT
+from tokenizer import load_tokenizer
+from training.packing import PackedRows
+from training.trainer import Trainer, prefetch_steps
 
 
-def shares(
+def measure_overhead(
     config: Any,
     rows: PackedRows,
     device: torch.device,
@@ -27,82 +26,61 @@ def shares(
     steps: int,
     folder: Path,
 ) -> None:
-    """What a run of train.py spends beside its steps, as shares of its time at its own intervals.
+    """Time that a run of train.py spends beside its steps, as shares at its own intervals.
 
     `config` is a smaller batch of train.py's settings with SophiaG. The times of a step, of a
     Hessian estimate and of an evaluation are measured on it and scaled to train.py's numbers of
     rows; the wait for data is that of the real prefetching thread.
     """
-    full, tokenizer = train_config([]), load_tokenizer()
-    shape = {name: getattr(config, name) for name in SHAPE}
-    model = GPT(GPTConfig(**shape, vocab_size=tokenizer.vocab_size)).to(device)
-    gpu = device.type == "cuda"
-    run = Run(model, config, device, dtype)
-    per_step = config.batch_size * config.gradient_accumulation_steps
+    full, tokenizer, gpu = train_config(), load_tokenizer(), device.type == "cuda"
+    trainer = Trainer(GPT(model_config(config)).to(device), config, device, dtype)
+    batch, rows_per_step = config.batch_size, config.batch_size * config.gradient_accumulation_steps
     if compile:
         torch.compiler.reset()  # what it has seen of other batch sizes would make them dynamic
-        run.try_compile(rows.batch(range(config.batch_size)))
-    batches = train.batches_of(rows, 0, (steps + 1) * per_step, config, pin=gpu)
-
-    def use(micro_batches: list[Batch]) -> None:
-        run.step(micro_batches, lr=1e-4)
-
-    first = rows.batch(range(config.batch_size))
+        trainer.try_compile(rows.batch(range(batch)))
+    first = rows.batch(range(batch))
+    trainer.update_hessian(first)
+    shape = (batch, config.gradient_accumulation_steps)
+    batches = prefetch_steps(rows, 0, (steps + 1) * rows_per_step, *shape, pin=gpu)
     try:
-        run.update_hessian(first)
-        waited, elapsed = map(sum, waits(iter(batches), use, device, skipped=1))
+        times = time_waits(iter(batches), partial(trainer.step, lr=1e-4), device, warmup=1)
+        wait, elapsed = map(sum, times)
     finally:
         batches.close()
-    hessian = seconds_of(partial(run.update_hessian, first), 10 if gpu else 1, device)
+    hessian = seconds_of(partial(trainer.update_hessian, first), 10 if gpu else 1, device)
     token_bytes = torch.from_numpy(tokenizer.token_bytes)
-    run.sample_text(tokenizer)  # the first one may compile the decoding step
+    trainer.sample_text(tokenizer)  # the first one may compile the decoding step
     if gpu:
-        run.evaluate(rows, token_bytes)
-    evaluation = seconds_of(partial(run.evaluate, rows, token_bytes), 1, device)
-    sample = seconds_of(partial(run.sample_text, tokenizer), 1, device)
-    save, write = checkpoint_seconds(run, tokenizer, folder)
+        trainer.evaluate(rows, token_bytes)
+    evaluation = seconds_of(partial(trainer.evaluate, rows, token_bytes), 1, device)
+    sample = seconds_of(partial(trainer.sample_text, tokenizer), 1, device)
+    save, write = checkpoint_seconds(trainer, folder)
 
     full_rows = full.batch_size * full.gradient_accumulation_steps
-    step = elapsed / steps * full_rows / per_step  # of train.py
-    hessian *= full.batch_size / config.batch_size
-    evaluation *= full.eval_rows / min(config.eval_rows, rows.rows_per_epoch)
-    between = full.eval_interval * step
-    beside = evaluation + sample + save
-    facts(
-        "train",
-        f"a run of train.py, as measured on {steps} steps of {per_step} rows",
-        {
-            f"step of {full_rows * rows.block_size:,} tokens": {"seconds": step},
-            "wait for data": {"seconds": waited / steps, "share": waited / elapsed},
-            "Hessian estimate": {
-                "seconds": hessian,
-                "share": hessian / (hessian + full.hess_interval * step),
-            },
-            "evaluation": {
-                "seconds": evaluation + sample,
-                "share": (evaluation + sample) / (between + beside),
-            },
-            "checkpoint, blocking": {"seconds": save, "share": save / (between + beside)},
-            "checkpoint, in the background": {"seconds": write},
-        },
-    )
+    step = elapsed / steps * full_rows / rows_per_step  # of train.py
+    hessian *= full.batch_size / batch
+    evaluation = evaluation * full.eval_rows / min(config.eval_rows, rows.rows_per_epoch) + sample
+    interval = full.eval_interval * step + evaluation + save
+    hessian_share = hessian / (hessian + full.hess_interval * step)
+    values = {
+        f"step of {full_rows * rows.block_size:,} tokens": {"seconds": step},
+        "wait for data": {"seconds": wait / steps, "share": wait / elapsed},
+        "Hessian estimate": {"seconds": hessian, "share": hessian_share},
+        "evaluation": {"seconds": evaluation, "share": evaluation / interval},
+        "checkpoint, blocking": {"seconds": save, "share": save / interval},
+        "checkpoint, in the background": {"seconds": write},
+    }
+    title = f"a run of train.py, as measured on {steps} steps of {rows_per_step} rows"
+    record_values("train", title, values)
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def checkpoint_seconds(run: Run, tokenizer: Tokenizer, folder: Path) -> tuple[float, float]:
-    """How long one checkpoint stops the loop, and how long its thread then writes."""
-    needed = 16 * run.model.n_parameters()
-    if shutil.disk_usage(folder).free < needed:
-        print(f"skipped: a checkpoint needs {needed / 1e9:.1f} GB in {folder}")
-        return float("nan"), float("nan")
+def checkpoint_seconds(trainer: Trainer, folder: Path) -> tuple[float, float]:
+    """Seconds that one checkpoint stops the loop, and that its thread then writes."""
     writer = CheckpointWriter(folder / "checkpoints", keep=1)
-    synchronize(run.device)
+    if trainer.device.type == "cuda":
+        torch.cuda.synchronize(trainer.device)
     started = time.perf_counter()
-    writer.save(run.state(1, 0, 1.0, tokenizer), best=False)
+    writer.save(trainer.state(1, 0, 1.0, "", "", None), best=False)
     save = time.perf_counter() - started
     writer.wait()
     return save, time.perf_counter() - started - save

@@ -1,29 +1,27 @@
-"""Files that are whole or not there: atomic writes, locks, and errors that name their file."""
+"""Atomic file writes, directory locks, and OSErrors that carry their path."""
 
 import errno
 import hashlib
 import os
 import shutil
-import signal
-import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from filelock import FileLock, Timeout
+
 from common.errors import UserError
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+NO_LOCKS = (errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that becomes `path`, complete and on disk, or leaves the old `path` alone.
+    """A binary file to write that replaces `path` once it is complete and on disk.
 
-    Only a killed process leaves `path`.tmp behind, which the next write overwrites.
+    After an exception the old `path` is unchanged. Only a killed process leaves `path`.tmp behind,
+    which the next write overwrites.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -41,7 +39,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def named_errors(path: Path) -> Iterator[None]:
-    """Gives a failed write the name of its file, which the system's own error may not carry."""
+    """Adds `path` to an OSError without a file name, such as that of a failed write."""
     try:
         yield
     except OSError as error:
@@ -65,57 +63,34 @@ def sync_directory(directory: Path) -> None:
 
 @contextmanager
 def locked(
-    directory: Path, what: str, wait: bool = False, place: Path | None = None
+    path: Path, process_name: str, wait: bool = False, lock_file: Path | None = None
 ) -> Iterator[None]:
-    """Holds `directory` for one `what` at a time; waits, or UserError, if another process has it.
+    """Lock on the output `path`, held for the block by one process at a time.
 
-    The error names `place`, or else `directory`.
-
-    The lock is on the directory itself, or on a file `.lock` in it where that cannot be (on NFS),
-    and ends with the process. A file system without any locks has none.
+    If another process holds it, waits, or raises a UserError that calls that process
+    `process_name`. The lock is on the file `lock_file`, by default `.lock` in the directory `path`,
+    which is removed at the end; a killed process leaves the file behind, but not the lock. On a
+    file system without locks the block runs without one.
     """
-    if fcntl is None:
-        yield
-        return
-    with ExitStack() as stack:
-        for path, mode in ((directory, os.O_RDONLY), (directory / ".lock", os.O_RDWR | os.O_CREAT)):
-            descriptor = os.open(path, mode)
-            stack.callback(os.close, descriptor)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-                break
-            except BlockingIOError:
-                raise UserError(
-                    f"another {what} is writing to {place or directory}: wait for it or choose "
-                    "another place"
-                ) from None
-            except OSError:
-                continue
-        yield
-
-
-@contextmanager
-def interrupts_deferred() -> Iterator[None]:
-    """Holds back Ctrl-C and SIGTERM until the block is done (in the main thread, where they act).
-
-    For a block that must not end halfway, or that would turn KeyboardInterrupt into another error.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    seen = []
-    old = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    lock_file = lock_file or path / ".lock"
+    # thread_local=False: it may be released in another thread. fallback_to_soft=False: a lock by
+    # existence alone would outlive a killed process.
+    lock = FileLock(lock_file, blocking=wait, thread_local=False, fallback_to_soft=False)
     try:
-        for number, handler in old.items():
-            if handler is not None:  # one from outside Python could not be put back
-                signal.signal(number, lambda number, frame: seen.append(number))
+        lock.acquire()
+    except Timeout:
+        raise UserError(
+            f"another {process_name} is writing to {path}: wait for it or choose another place"
+        ) from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    try:
         yield
     finally:
-        for number, handler in old.items():  # SIGINT last: from then on it raises
-            if handler is not None:
-                signal.signal(number, handler)
-        for number in seen:
-            signal.raise_signal(number)
+        with suppress(OSError):  # before the release: whoever waits sees that this file is gone
+            lock_file.unlink()
+        lock.release()
 
 
 def file_sha256(path: str | Path) -> str:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.files import atomic_file, file_sha256, interrupts_deferred, sync_directory
+from common.files import atomic_file, file_sha256, sync_directory
+from common.signals import interrupts_deferred
 
 FORMAT_VERSION = 1
 HASHED_SPLIT_BYTES = 1 << 30  # a split up to this size has its sha256 checked when it is opened

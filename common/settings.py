@@ -1,19 +1,25 @@
-"""Turns a script's constants into a frozen config object and applies `--name=value` overrides.
+"""Command-line settings: a script's constants as a frozen config, overridden by `--name=value`.
 
 A script keeps its settings as lower-case constants at the top of the file and calls
 
     config = config_from_constants(globals(), argv)
 
-which reads them (and never writes them), so editing a constant and passing it on the command line
+which reads them and never writes them, so editing a constant and passing it on the command line
 are the same thing. Only bool, int, float and str constants are settings; each keeps the type of its
 default. The result is a frozen dataclass: derive a variant with `dataclasses.replace(config, ...)`.
+
+A comment line directly above a constant titles the group that begins there, and a comment behind a
+constant describes it: `--help` prints both.
 """
 
+import argparse
 import difflib
 import errno
 import math
 import os
 import sys
+import tokenize
+import traceback
 from collections.abc import Callable
 from dataclasses import field, make_dataclass
 from typing import Any
@@ -22,6 +28,7 @@ from common.errors import UserError
 
 SETTING_TYPES = (bool, int, float, str)
 BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+METAVARS = {bool: "True|False", int: "INT", float: "FLOAT", str: "TEXT"}
 NO_ROOM = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
@@ -38,6 +45,59 @@ def settings_of(namespace: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def read_comments(path: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Titles and descriptions of the constants in a Python file, by name.
+
+    A title is the block of comment lines directly above an assignment at module level; a
+    description is the comment behind it.
+    """
+    titles, descriptions = {}, {}
+    name, block = "", []
+    with tokenize.open(path) as file:
+        for token in tokenize.generate_tokens(file.readline):
+            comment, column = token.string.removeprefix("#").strip(), token.start[1]
+            if token.type == tokenize.COMMENT and column:
+                descriptions[name] = comment
+            elif token.type == tokenize.COMMENT:
+                block.append(comment)
+            elif token.type == tokenize.NAME and not column:
+                name = token.string
+                titles.setdefault(name, "\n".join(block))
+                block = []
+            elif not token.line.strip():
+                block = []
+    return titles, descriptions
+
+
+def make_parser(namespace: dict[str, Any], defaults: dict[str, Any]) -> argparse.ArgumentParser:
+    """The parser of `--name=value`, `--name value` and, for a bool, `--name`; values stay text."""
+    path = namespace.get("__file__")  # absent in a notebook: help without comments
+    titles, descriptions = read_comments(path) if path else ({}, {})
+    parser = argparse.ArgumentParser(
+        description=(namespace.get("__doc__") or "").strip(),
+        usage=argparse.SUPPRESS,  # the docstring shows how to run the script
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 38, 100),
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+        exit_on_error=False,
+        add_help=False,
+    )
+    parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
+    group = None
+    for name, value in defaults.items():
+        if group is None or titles.get(name):
+            group = parser.add_argument_group(titles.get(name) or "Settings")
+        description = f"{descriptions.get(name, '')} (default: {value!r})".strip()
+        switch = {"nargs": "?", "const": "True"} if type(value) is bool else {}
+        group.add_argument(
+            f"--{name}",
+            metavar=METAVARS[type(value)],
+            help=description.replace("%", "%%"),
+            **switch,
+        )
+    return parser
+
+
 def parse_value(name: str, text: str, default: Any) -> Any:
     """Converts the text of `--name=text` to the type of `default`; UserError when it cannot be."""
     kind = type(default)
@@ -52,67 +112,89 @@ def parse_value(name: str, text: str, default: Any) -> Any:
         raise UserError(message) from None
 
 
-def parse_overrides(argv: list[str], defaults: dict[str, Any]) -> dict[str, Any]:
-    """The overrides in `argv`, typed; UserError for anything that is not a known `--name=value`."""
-    overrides = {}
-    for argument in argv:
-        name, equals, text = argument.removeprefix("--").partition("=")
-        if not argument.startswith("--") or not name:
-            raise UserError(f"cannot read '{argument}': settings are given as --name=value")
-        if name not in defaults:
-            close = difflib.get_close_matches(name, defaults, n=1)
-            hint = f"did you mean --{close[0]}?" if close else f"known: {', '.join(defaults)}"
-            raise UserError(f"unknown setting --{name}: {hint}")
-        if not equals:
-            raise UserError(f"--{name} needs a value: write --{name}={defaults[name]!r}")
-        overrides[name] = parse_value(name, text, defaults[name])
-    return overrides
+def unknown_argument(argument: str, defaults: dict[str, Any], renamed: dict[str, str]) -> UserError:
+    """The error for an argument that is no setting: its new name, or the most similar setting."""
+    name = argument.removeprefix("--").partition("=")[0]
+    if not argument.startswith("--") or not name:
+        return UserError(f"cannot read '{argument}': settings are given as --name=value")
+    if name in renamed:
+        new = renamed[name]
+        return UserError(f"--{name} is now called --{new}: write --{new}=value")
+    similar = difflib.get_close_matches(name, defaults, n=1)
+    hint = f"did you mean --{similar[0]}?" if similar else f"known: {', '.join(defaults)}"
+    return UserError(f"unknown setting --{name}: {hint}")
 
 
-def config_from_constants(namespace: dict[str, Any], argv: list[str] | None = None) -> Any:
+def config_from_constants(
+    namespace: dict[str, Any],
+    argv: list[str] | None = None,
+    renamed: dict[str, str] | None = None,
+) -> Any:
     """Builds the frozen config of a script from its `globals()` and its arguments.
 
-    `argv` defaults to `sys.argv[1:]`. `--help` prints the script's docstring and every setting
-    with its default, then exits. Raises UserError for unknown names and wrong types.
+    `argv` defaults to `sys.argv[1:]`. `renamed` maps former names of settings to the present ones,
+    for an error that names the present one. `--help` prints the script's docstring and every
+    setting with its description and default, then exits. Raises UserError for unknown names and
+    wrong types.
     """
-    argv = sys.argv[1:] if argv is None else argv
     defaults = settings_of(namespace)
-    if "--help" in argv or "-h" in argv:
-        settings = "\n".join(f"  --{name}={value!r}" for name, value in defaults.items())
-        print(f"{namespace['__doc__'].strip()}\n\nSettings and their defaults:\n{settings}")
-        raise SystemExit(0)
-    values = defaults | parse_overrides(argv, defaults)
-    fields = [(name, type(value), field(default=value)) for name, value in values.items()]
+    parser = make_parser(namespace, defaults)
+    try:
+        texts, unknown = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        name = (error.argument_name or "").removeprefix("--")
+        if name not in defaults:
+            raise UserError(f"cannot read the arguments: {error}") from None
+        message = f"--{name} needs a value: write --{name}={defaults[name]!r}"
+        raise UserError(message) from None
+    if unknown:
+        raise unknown_argument(unknown[0], defaults, renamed or {})
+    overrides = {
+        name: parse_value(name, text, defaults[name]) for name, text in vars(texts).items()
+    }
+    fields = [
+        (name, type(value), field(default=overrides.get(name, value)))
+        for name, value in defaults.items()
+    ]
     return make_dataclass("Config", fields, frozen=True)()
 
 
-def run_script(main: Callable[[], int | None]) -> None:
-    """Runs a script's `main` and exits: a user's mistake is one line on stderr and exit code 2.
+def report_error(error: BaseException) -> int:
+    """Prints an exception that ends a script, and returns the exit code.
 
-    A failed file operation is one line too, exit code 1; a bug keeps its traceback.
+    A user's mistake (2) and a failed file operation (1) are one line on stderr, Ctrl-C is 130, and
+    a bug (1) keeps its traceback.
     """
+    if isinstance(error, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+        return 130
+    if isinstance(error, BrokenPipeError):  # the reader of our output went away, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    if isinstance(error, UserError):
+        line = str(error)
+    elif isinstance(error, OSError) and error.errno in NO_ROOM:
+        where = f" while writing {error.filename}" if error.filename else ""
+        line = f"{NO_ROOM[error.errno]}{where}: free some space or use another disk, run again"
+    elif isinstance(error, OSError) and error.filename:
+        reason = error.strerror or error.args[0]  # NumPy's, of a full disk, has no number
+        line = f"{error.filename}: {reason}: check this path, its permissions and space"
+    else:
+        traceback.print_exception(error)
+        return 1
+    print(f"error: {line}", file=sys.stderr)
+    return 2 if isinstance(error, UserError) else 1
+
+
+def run_script(main: Callable[[], int | None]) -> None:
+    """Runs a script's `main` and exits with its exit code; see `report_error` for exceptions."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a path may hold what the terminal cannot show
             stream.reconfigure(errors="backslashreplace")
     try:
-        raise SystemExit(main())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
-    except BrokenPipeError:  # the reader of our output went away, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(141) from None
-    except OSError as error:
-        if error.errno in NO_ROOM:
-            where = f" while writing {error.filename}" if error.filename else ""
-            line = f"{NO_ROOM[error.errno]}{where}: free some space or use another disk, run again"
-        elif error.filename:
-            reason = error.strerror or error.args[0]  # NumPy's, of a full disk, has no number
-            line = f"{error.filename}: {reason}: check this path, its permissions and space"
-        else:
-            raise
-        print(f"error: {line}", file=sys.stderr)
-        raise SystemExit(1) from None
+        code = main()
+    except SystemExit:
+        raise
+    except BaseException as error:
+        code = report_error(error)
+    raise SystemExit(code)

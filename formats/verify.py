@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 
 from common.errors import UserError
-from common.files import interrupts_deferred, locked, named_errors, sync_directory
+from common.files import locked, named_errors, sync_directory
+from common.signals import interrupts_deferred
 from model import GPT
 from tokenizer import Tokenizer
 
@@ -48,8 +49,8 @@ def written_beside(
     old = target.with_name(f".{target.name}.replaced")
     check_target(target, names, optional, magic)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary.mkdir(exist_ok=True)
-    with locked(temporary, "export", place=target):
+    with locked(target, "export", lock_file=target.with_name(f".{target.name}.lock")):
+        temporary.mkdir(exist_ok=True)
         try:
             for path in temporary.iterdir():  # of a killed export
                 remove(path)

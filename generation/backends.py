@@ -1,9 +1,10 @@
-"""What computes the logits: our own model, transformers, or onnxruntime behind one interface.
+"""Next-token logits from our own model, transformers or onnxruntime behind one interface.
 
     backend = open_backend("torch", "checkpoints_ft/best_model.pt")
     logits = backend.logits(ids)  # of the token after ids, (V,)
 
-A backend knows ids and logits only: prompts, sampling, stopping and text live in inference.py.
+A backend knows token ids and logits only; prompts, sampling, stopping and text are in
+conversation.py.
 """
 
 import os
@@ -37,67 +38,69 @@ class Backend(Protocol):
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
         """Float32 logits (V,) of the token after `ids`, of which there are 1 to block_size.
 
-        Only what follows the longest prefix shared with the previous call is computed, at least
-        the last token. Not for two threads at once.
+        Only the tokens after the longest prefix shared with the previous call are computed, at
+        least the last one. Raises ValueError for another number of ids. Not thread-safe.
         """
 
 
-def checked(ids: Sequence[int], block_size: int) -> list[int]:
-    """`ids` as a list; ValueError when there are none or more than the context holds."""
+def reusable_prefix(cached_ids: list[int], ids: list[int], block_size: int) -> int:
+    """Number of leading `ids` whose cached keys and values can be reused; the last is computed."""
     if not 1 <= len(ids) <= block_size:
         raise ValueError(f"{len(ids)} ids: the context takes 1 to {block_size}")
-    return [int(token) for token in ids]
+    return min(common_prefix(cached_ids, ids), len(ids) - 1)
 
 
 class TorchBackend:
-    """The project's own model with its KV cache; `weights` as of `decoding.Decoder`."""
+    """The project's own model with its KV cache; `weights` as in `fast_decode.Decoder`."""
 
     def __init__(self, gpt: GPT, weights: str | None = None):
         self.gpt, self.decoder = gpt.eval(), Decoder(gpt, weights)
         self.block_size, self.vocab_size = gpt.config.block_size, gpt.config.vocab_size
         self.cache = KVCache.empty(gpt.config, 1, like=gpt.tok_embeddings.weight.detach())
-        self.cached: list[int] = []  # the ids whose keys and values are in the cache
+        self.cached_ids: list[int] = []
 
     @torch.inference_mode()
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
-        ids = checked(ids, self.block_size)
-        known = min(common_prefix(self.cached, ids), len(ids) - 1)
-        self.cached = ids[:known]  # what is surely there if Ctrl-C ends this call halfway
-        self.cache.lengths.fill_(known)
-        new = torch.tensor(ids[known:], device=self.cache.keys.device)  # (T,)
-        if len(new) == 1:
-            logits = self.decoder(new, self.cache)
+        ids = list(ids)
+        n_cached = reusable_prefix(self.cached_ids, ids, self.block_size)
+        self.cached_ids = ids[:n_cached]  # all that is certain if Ctrl-C interrupts this call
+        self.cache.lengths.fill_(n_cached)
+        tokens = torch.tensor(ids[n_cached:], device=self.cache.keys.device)  # (T,)
+        if len(tokens) == 1:
+            logits = self.decoder(tokens, self.cache)
         else:
-            logits = self.gpt.lm_head(self.gpt.hidden(new[None], cache=self.cache)[:, -1])
-        self.cached = ids
+            logits = self.gpt.lm_head(self.gpt.hidden(tokens[None], cache=self.cache)[:, -1])
+        self.cached_ids = ids
         return logits[0].float()
 
 
 class HuggingFaceBackend:
-    """A model of transformers that keeps all keys and values, as a Llama does."""
+    """A transformers model with full attention, such as Llama, and its DynamicCache."""
 
     def __init__(self, model: Any):
         self.model = model.eval()
         self.block_size = model.config.max_position_embeddings
         self.vocab_size = model.config.vocab_size
         self.cache: Any = None
-        self.cached: list[int] = []
+        self.cached_ids: list[int] = []
 
     @torch.inference_mode()
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
         from transformers import DynamicCache
 
-        ids = checked(ids, self.block_size)
-        known = min(common_prefix(self.cached, ids), len(ids) - 1)
-        cache, before = self.cache, len(self.cached)
-        self.cache, self.cached = None, []  # Ctrl-C below may leave it with layers of two lengths
-        if known == 0:
+        ids = list(ids)
+        n_cached = reusable_prefix(self.cached_ids, ids, self.block_size)
+        cache, excess = self.cache, len(self.cached_ids) - n_cached
+        self.cache, self.cached_ids = None, []  # Ctrl-C may leave layers of different lengths
+        if n_cached == 0:
             cache = DynamicCache(config=self.model.config)
-        elif known < before:
-            cache.crop(known - before)
-        new = torch.tensor([ids[known:]], device=self.model.device)  # (1, T)
-        output = self.model(input_ids=new, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        self.cache, self.cached = cache, ids
+        elif excess:
+            cache.crop(-excess)
+        tokens = torch.tensor([ids[n_cached:]], device=self.model.device)  # (1, T)
+        output = self.model(
+            input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
+        self.cache, self.cached_ids = cache, ids
         return output.logits[0, -1].float()
 
 
@@ -107,28 +110,28 @@ def open_backend(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
 ) -> Backend:
-    """The backend `kind` with a model; arguments as of `inference.lille`. Raises UserError."""
+    """Loads a model into a backend, one of BACKENDS; other arguments as in `inference.lille`."""
     if kind not in BACKENDS:
         raise UserError(f"backend={kind!r}: choose one of {', '.join(BACKENDS)}")
     if kind == "onnx":
         if dtype is not None:
             raise UserError("an ONNX file has its own dtype: export it with --dtype instead")
         return OnnxBackend(model, None if device is None else str(device))
-    device = known_device(device)
+    device = resolve_device(device)
     if kind == "huggingface":
         folder = transformers_folder(model)
         if folder is not None:
-            return open_transformers(folder, device, known_dtype(dtype))
-    if str(dtype).removeprefix("torch.") == "int8":
-        try:
-            return TorchBackend(load_model(model, device), weights="int8")
-        except ValueError as error:
-            raise UserError(str(error)) from None
-    return TorchBackend(load_model(model, device, known_dtype(dtype)))
+            return open_transformers(folder, device, resolve_dtype(dtype))
+    weights = "int8" if str(dtype).removeprefix("torch.") == "int8" else None
+    gpt = load_model(model, device, None if weights else resolve_dtype(dtype))
+    try:
+        return TorchBackend(gpt, weights)
+    except ValueError as error:  # no int8 here: a GPU, or no C++ compiler
+        raise UserError(str(error)) from None
 
 
-def known_device(device: str | torch.device | None) -> torch.device:
-    """The device of that name; without one, the GPU where there is one."""
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """The device `device`, checked for use; None is the GPU if there is one, else the CPU."""
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
@@ -139,8 +142,8 @@ def known_device(device: str | torch.device | None) -> torch.device:
     return device
 
 
-def known_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """The dtype of that name; None keeps the model's."""
+def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """The dtype named `dtype`; None keeps the model's."""
     name = str(dtype or "").removeprefix("torch.")
     if name and name not in DTYPES:
         names = ", ".join(DTYPES)
@@ -149,9 +152,9 @@ def known_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 
 def transformers_folder(model: str | os.PathLike) -> Path | None:
-    """The folder of a model on disk or on the hub, or None if transformers has no such model.
+    """The folder of a model, local or downloaded, or None if transformers lacks its architecture.
 
-    Code that a folder or the hub brings along is never run: our own loader reads those models.
+    Our own loader reads those models; code in a folder or on the hub is never run.
     """
     from transformers import CONFIG_MAPPING
 
@@ -169,7 +172,7 @@ def transformers_folder(model: str | os.PathLike) -> Path | None:
 def open_transformers(
     folder: Path, device: torch.device, dtype: torch.dtype | None
 ) -> HuggingFaceBackend:
-    """A model that transformers knows, safetensors only."""
+    """Loads a folder with transformers, from safetensors only."""
     from transformers import AutoModelForCausalLM
 
     try:
@@ -181,7 +184,7 @@ def open_transformers(
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{folder} cannot be loaded by transformers: {reason}") from None
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        if report[kind]:  # transformers would go on with random weights
+        if report[kind]:  # transformers would fill in random weights
             first = sorted(map(str, report[kind]))[0]
             raise UserError(f"{folder}: its tensors are not its config's, {kind}: {first}")
     return HuggingFaceBackend(model.to(device))

@@ -1,4 +1,4 @@
-"""The terminal side of inference.py: one answer, or a conversation with commands."""
+"""Terminal interface of inference.py: one answer, or a conversation with commands."""
 
 import json
 import re
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from common.files import atomic_file
+from generation.conversation import Lille, Message
 
 HELP = """\
 /reset         forget the conversation
@@ -18,29 +19,27 @@ HELP = """\
 Ctrl-C         stop the answer; at the prompt, leave
 A message may begin with a slash if a space comes first."""
 
-# What could move the cursor or change the terminal, were a model to say it.
+# Control characters, with which a model could move the cursor or change the terminal.
 UNPRINTABLE = {code: "\ufffd" for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
 
 
-def show(text: str, end: str = "") -> None:
-    shown = sys.stdout and sys.stdout.isatty()
-    print(text.translate(UNPRINTABLE) if shown else text, end=end, flush=True)
+def show(text: str) -> None:
+    is_terminal = sys.stdout and sys.stdout.isatty()
+    print(text.translate(UNPRINTABLE) if is_terminal else text, end="", flush=True)
 
 
-def speed_of(model: Any) -> str:
-    """One line about the latest answer."""
+def speed_line(model: Lille) -> str:
+    """Speed and context use of the latest answer."""
     report = model.report
-    if report is None or not report.new_tokens:
-        return "[no tokens]"
-    used = report.prompt_tokens + report.new_tokens
+    context = report.prompt_tokens + report.new_tokens
     return (
         f"[{report.new_tokens} tokens, {report.tokens_per_second:.1f} tokens/s, the first after "
-        f"{report.first_token:.2f} s; {used} of {model.backend.block_size} tokens of context]"
+        f"{report.first_token:.2f} s; {context} of {model.backend.block_size} tokens of context]"
     )
 
 
 def answer_once(
-    model: Any, prompt: str, options: dict[str, Any], completion: bool, speed: bool
+    model: Lille, prompt: str, options: dict[str, Any], completion: bool, speed: bool
 ) -> None:
     """Prints the answer to one prompt, or the prompt and its continuation."""
     model.notify = lambda line: print(f"[{line}]", file=sys.stderr)
@@ -49,19 +48,19 @@ def answer_once(
         show(prompt)
     for piece in pieces:
         show(piece)
-    show("", end="\n")
+    show("\n")
     if speed:
-        print(speed_of(model), file=sys.stderr)
+        print(speed_line(model), file=sys.stderr)
 
 
-def converse(model: Any, options: dict[str, Any], completion: bool, speed: bool) -> None:
-    """A chat, or with `completion` one continuation after another, until the user leaves."""
+def converse(model: Lille, options: dict[str, Any], completion: bool, speed: bool) -> None:
+    """Runs a chat, or one continuation after another with `completion`, until the user leaves."""
     try:
         import readline  # noqa: F401  arrow keys and earlier lines at the prompt
     except ImportError:  # Windows
         pass
     model.notify = lambda line: print(f"[{line}]")
-    transcript: list[dict[str, str]] = []  # all that was said, dropped turns included
+    transcript: list[Message] = []  # the whole conversation, dropped turns included
     welcome = "Lille continues what you write" if completion else "A chat with Lille"
     print(f"{welcome}; /help lists the commands, Ctrl-D leaves.")
     while True:
@@ -74,62 +73,58 @@ def converse(model: Any, options: dict[str, Any], completion: bool, speed: bool)
             print("[that was not UTF-8 text]")
             continue
         command = re.fullmatch(r"/(\w+)\s*(.*?)\s*", line)
-        if command is not None:
-            name, argument = command.groups()
-            if name in ("quit", "exit"):
+        match command.groups() if command else ("", ""):
+            case ("", _):
+                if line.strip():
+                    turn = reply(model, line.strip(), options, completion)
+                    transcript += turn
+                    if speed and turn:
+                        print(speed_line(model))
+            case ("quit" | "exit", _):
                 return
-            elif name == "reset":
+            case ("reset", _):
                 model.reset_chat()
                 transcript.clear()
                 print("[the conversation is forgotten]")
-            elif name == "save":
-                print(f"[{save(transcript, argument)}]")
-            elif name == "speed":
+            case ("save", name):
+                print(f"[{save(transcript, name)}]")
+            case ("speed", _):
                 speed = not speed
                 print(f"[tokens per second: {'on' if speed else 'off'}]")
-            elif name == "help":
+            case ("help", _):
                 print(HELP)
-            else:
+            case (name, _):
                 print(f"[there is no /{name}: /help lists the commands]")
-        elif line.strip():
-            turn = reply(model, line.strip(), options, completion)
-            transcript += turn
-            if speed and turn:
-                print(speed_of(model))
 
 
-def reply(model: Any, line: str, options: dict[str, Any], completion: bool) -> list[dict[str, str]]:
-    """Prints the answer to a line as it is made; returns the turn, empty if there is no answer."""
-    said, stopped = [], False
+def reply(model: Lille, line: str, options: dict[str, Any], completion: bool) -> list[Message]:
+    """Prints the answer to a line as it is generated; returns the turn, empty without an answer."""
+    answer, interrupted = "", False
     try:
         pieces = model.stream(line, not completion, **options)
-        try:
-            if completion:
-                show(line)
-            for piece in pieces:
-                said.append(piece)
-                show(piece)
-        except KeyboardInterrupt:
-            stopped = True
-        finally:
-            pieces.close()  # the history takes what was said
+        if completion:
+            show(line)
+        for piece in pieces:
+            answer += piece
+            show(piece)
     except ValueError as error:
         print(f"[{error}]")
         return []
+    except KeyboardInterrupt:
+        interrupted = True
     print()
-    if stopped:
+    if interrupted:
         print("[stopped]")
-    elif model.report.stopped in ("max_new_tokens", "context"):
-        limit = "max_new_tokens" if model.report.stopped == "max_new_tokens" else "the context"
+    elif model.report.stopped != "end":
+        limit = "the context" if model.report.stopped == "context" else model.report.stopped
         print(f"[cut: {limit} is reached]")
-    if stopped and not said:
+    if interrupted and not answer:
         return []
-    answer = {"role": "assistant", "content": "".join(said)}
-    return [{"role": "user", "content": line}, answer]
+    return [{"role": "user", "content": line}, {"role": "assistant", "content": answer}]
 
 
-def save(transcript: list[dict[str, str]], name: str) -> str:
-    """Writes the conversation to a new file; returns a line that says what happened."""
+def save(transcript: list[Message], name: str) -> str:
+    """Writes the conversation to a new file; returns a line about the result."""
     if not transcript:
         return "nothing to save yet"
     path = Path(name or time.strftime("chat-%Y%m%d-%H%M%S.jsonl")).expanduser()

@@ -1,30 +1,33 @@
-"""The browser side of inference.py: gradio's chat page, on this machine only.
+"""Web interface of inference.py: a gradio chat page, on this machine only.
 
     pip install -r requirements/web.txt
     python inference.py --web
 
-Nothing is told to anybody else: no analytics, no sharing, and the page may load nothing from other
-hosts, not even an image that an answer names.
+Nothing leaves the machine: no analytics, no sharing, no saved runs, and the page may load nothing
+from other hosts, not even an image that an answer names.
 """
 
 import inspect
 import os
-import threading
 from collections.abc import Iterator
 from importlib.util import find_spec
+from itertools import pairwise
 from typing import Any
 
 from common.errors import UserError
+from generation.conversation import Lille, Message
 
-ADDRESS = "127.0.0.1"  # not reachable from other machines
-# The browser refuses to load anything from elsewhere.
+# The browser refuses to load anything from other hosts.
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 LAUNCH = {
-    "ssr_mode": False,
-    "footer_links": [],
+    "server_name": "127.0.0.1",  # not reachable from other machines
+    "share": False,
     "run_history": False,
     "enable_monitoring": False,
+    "footer_links": [],
     "head": f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
+    "quiet": True,
+    "prevent_thread_lock": True,
 }
 
 
@@ -33,20 +36,19 @@ def require_gradio() -> None:
         raise UserError("the chat page needs gradio: pip install -r requirements/web.txt")
 
 
-def build(model: Any, options: dict[str, Any]):
-    """The page as a gradio ChatInterface over a `Lille`; each browser has its own conversation.
+def build(model: Lille, options: dict[str, Any]):
+    """The page as a gradio ChatInterface; each browser has its own conversation.
 
     The conversation is the one that the browser shows, so gradio's buttons to retry, undo and clear
-    work. What a user wrote is shown without its indentation: `exact`, per browser, remembers it.
+    work. Gradio removes the indentation of questions: `originals`, per browser, maps the questions
+    shown to the questions asked.
     """
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # also of the parts that ask it at import
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # some of it is read at import
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     import gradio as gr
 
-    one_at_a_time = threading.Lock()  # the model has one cache
-
     def check(message: str):
-        """Before a message leaves the text box: what cannot be answered stays in it."""
+        """Keeps a message that cannot be answered in the text box."""
         try:
             model.session().stream(message)
         except ValueError as error:
@@ -56,92 +58,75 @@ def build(model: Any, options: dict[str, Any]):
     def reply(
         message: str,
         shown: list[dict[str, Any]],
-        exact: dict[str, str],
+        originals: dict[str, str],
         max_new_tokens: float,
         temperature: float,
         top_p: float,
     ) -> Iterator[tuple[dict[str, Any], dict[str, str]]]:
         session = model.session()
         session.notify = gr.Info
-        session.history = complete_turns(shown, exact)
-        settings = {"temperature": temperature, "top_p": top_p, "top_k": options["top_k"]}
-        exact = exact | {inspect.cleandoc(message): message}
-        said = ""
+        session.history = complete_turns(shown, originals)
+        originals = originals | {inspect.cleandoc(message): message}
+        answer = ""
         try:
-            pieces = session.stream(message, max_new_tokens=int(max_new_tokens), **settings)
-            while True:
-                with one_at_a_time:
-                    piece = next(pieces, None)
-                if piece is None:
-                    break
-                said += piece
-                content = [{"type": "text", "text": said}]
-                yield {"role": "assistant", "content": content}, exact
+            for piece in session.stream(
+                message,
+                max_new_tokens=int(max_new_tokens),
+                temperature=temperature,
+                top_p=top_p,
+                top_k=options["top_k"],
+            ):
+                answer += piece
+                content = [{"type": "text", "text": answer}]  # a plain string would be unindented
+                yield {"role": "assistant", "content": content}, originals
         except (RuntimeError, ValueError) as error:  # raised, it would leave the text box locked
             gr.Warning(str(error))
             return
-        if not said:
+        if not answer:
             gr.Info("The model gave no answer.")
-        elif session.report.stopped in ("max_new_tokens", "context"):
+        elif session.report.stopped != "end":
             gr.Info("The answer was cut: it reached the limit of tokens or of the context.")
 
-    exact = gr.State({})
-    longest = model.backend.block_size
-    tokens = min(options["max_new_tokens"], longest)
-    settings = [
-        gr.Slider(1, longest, tokens, step=1, label="Tokens at most"),
-        gr.Slider(
-            0, 2, min(options["temperature"], 2), label="Temperature (0: the likeliest token)"
-        ),
-        gr.Slider(0.05, 1, max(options["top_p"], 0.05), label="Top p"),
+    originals = gr.State({})
+    block_size = model.backend.block_size
+    tokens = min(options["max_new_tokens"], block_size)
+    temperature, top_p = min(options["temperature"], 2), max(options["top_p"], 0.05)
+    sliders = [
+        gr.Slider(1, block_size, tokens, step=1, label="Tokens at most"),
+        gr.Slider(0, 2, temperature, label="Temperature (0: the likeliest token)"),
+        gr.Slider(0.05, 1, top_p, label="Top p"),
     ]
     return gr.ChatInterface(
         reply,
-        chatbot=gr.Chatbot(
-            label="Lille", height="65vh", buttons=["copy"], allow_tags=True, reasoning_tags=[]
-        ),
-        additional_inputs=[exact, *settings],
-        additional_outputs=[exact],
-        validator=check,
-        additional_inputs_accordion=gr.Accordion("Settings", open=False, render=False),
         title="Lille",
-        flagging_mode="never",
-        analytics_enabled=False,
+        chatbot=gr.Chatbot(label="Lille", height="65vh", buttons=["copy"]),
+        additional_inputs=[originals, *sliders],
+        additional_outputs=[originals],
+        additional_inputs_accordion=gr.Accordion("Settings", open=False, render=False),
+        validator=check,
         api_visibility="private",
-        concurrency_limit=1,
     )
 
 
-def complete_turns(shown: list[dict[str, Any]], exact: dict[str, str]) -> list[dict[str, str]]:
-    """The history in gradio's messages: questions without an answer are left out."""
-    texts = [(message["role"], text_of(message["content"])) for message in shown]
+def complete_turns(shown: list[dict[str, Any]], originals: dict[str, str]) -> list[Message]:
+    """The history in gradio's messages, without questions that have no answer."""
+    texts = [
+        (message["role"], "".join(part.get("text", "") for part in message["content"]))
+        for message in shown
+    ]
     history = []
-    for (role, question), (next_role, answer) in zip(texts, texts[1:], strict=False):
+    for (role, question), (next_role, answer) in pairwise(texts):
         if (role, next_role) == ("user", "assistant"):
-            history.append({"role": "user", "content": exact.get(question, question)})
+            history.append({"role": "user", "content": originals.get(question, question)})
             history.append({"role": "assistant", "content": answer})
     return history
 
 
-def text_of(content: Any) -> str:
-    """The text of a gradio message: a string, or a list of parts."""
-    if isinstance(content, str):
-        return content
-    return "".join(part.get("text", "") for part in content if isinstance(part, dict))
-
-
-def serve(model: Any, options: dict[str, Any], port: int) -> None:
-    """Shows the page until Ctrl-C; `port` 0 takes the first free one from 7860."""
+def serve(model: Lille, options: dict[str, Any], port: int) -> None:
+    """Serves the page until Ctrl-C; `port` 0 takes the first free one from 7860."""
     page = build(model, options)
     try:
-        page.launch(
-            server_name=ADDRESS,
-            server_port=port or None,
-            share=False,
-            quiet=True,
-            prevent_thread_lock=True,
-            **LAUNCH,
-        )
+        page.launch(server_port=port or None, **LAUNCH)
     except (OSError, OverflowError):
         raise UserError(f"the chat page cannot use port {port}: try another --port") from None
     print(f"Chat at {page.local_url} (on this machine only; Ctrl-C ends it)", flush=True)

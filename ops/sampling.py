@@ -3,6 +3,18 @@
 import torch
 import torch.nn.functional as F
 
+from common.errors import UserError
+
+
+def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """Raises UserError for a negative temperature, top_k below 1 and top_p outside (0, 1]."""
+    if not temperature >= 0:  # NaN too
+        raise UserError(f"temperature={temperature} must be 0 (greedy) or more")
+    if top_k is not None and top_k < 1:
+        raise UserError(f"top_k={top_k} must be at least 1; None keeps every token")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise UserError(f"top_p={top_p} must be above 0 and at most 1")
+
 
 def sample(
     logits: torch.Tensor,
@@ -14,14 +26,9 @@ def sample(
     """Draws token ids (B,) from logits (B, V); temperature 0 takes the most likely one.
 
     `top_k` keeps the k most likely tokens, `top_p` the fewest whose probabilities reach p.
-    Raises ValueError for a negative temperature, top_k below 1 and top_p outside (0, 1].
+    Raises UserError as `check_sampling` does.
     """
-    if not temperature >= 0:  # NaN too
-        raise ValueError(f"temperature={temperature} must be 0 (greedy) or more")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k={top_k} must be at least 1; None keeps every token")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p} must be above 0 and at most 1")
+    check_sampling(temperature, top_k, top_p)
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits = logits.float()

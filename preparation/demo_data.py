@@ -1,14 +1,14 @@
-"""Writes a small data set without a download, enough to try pretraining and chat on a laptop.
+"""Writes a small dataset without a download, enough to try pretraining and chat on a laptop.
 
     python -m preparation.demo_data                         # or --output_dir=data/other
 
-pretrain.txt                 English that comes with Python: its manual pages, the docstrings and
-                             comments of its library, and our README, separated by <|endoftext|>
+pretrain.txt                 English that comes with Python: its manual pages and its library's
+                             docstrings and comments, separated by <|endoftext|>
 conversations.jsonl          questions about a few facts, to fine-tune on
-conversations_heldout.jsonl  the same facts asked in words that training never uses; each line
+conversations_heldout.jsonl  the same facts asked in wordings that training never uses; each line
                              has an extra "answer", the words that a right reply contains
 
-The same seed, version of Python and README give the same bytes.
+The same seed and version of Python give the same bytes.
 """
 
 import ast
@@ -29,34 +29,33 @@ from common.files import atomic_file
 from common.settings import config_from_constants, run_script
 from tokenizer import END_OF_TEXT
 
-output_dir = "data/demo"
-max_bytes = 6_000_000  # of pretrain.txt; documents that would exceed it are left out
-seed = 1337  # of the wording, mixing and order of the conversations
+output_dir = "data/demo"  # folder for the three files
+seed = 1337  # of the wordings and order of the conversations
 
 
 @dataclass(frozen=True)
 class Topic:
-    """Facts that are asked for in the same words, which are written as the sentences of one text.
+    """Facts that are asked for in the same wordings, each wording a sentence of one text.
 
-    {x} is the subject and {s} the same in symbols. `follow_ups` need a question before them.
+    {x} is the subject and {s} the same in symbols. `follow_ups` are asked after another question.
     """
 
     facts: dict[str, str]  # subject -> answer
     reply: str
-    trained: str
-    held_out: str
+    wordings: str  # of the training conversations
+    held_out: str  # wordings of the held-out ones
     follow_ups: str = ""
 
 
-def what_follows(unit: str, names: str) -> Topic:
-    """The topic of what comes after each name of a cycle."""
+def succession(unit: str, names: str) -> Topic:
+    """Topic of the successor of each name in a cycle, such as the days of a week."""
     first, *others = names.split()
     facts = {a: f"comes {b}" for a, b in zip([first, *others], [*others, first], strict=True)}
-    trained = """Which {unit} comes after {x}? What {unit} is after {x}? What comes after {x}?
+    wordings = """Which {unit} comes after {x}? What {unit} is after {x}? What comes after {x}?
         What is the {unit} after {x}? Tell me the {unit} after {x}."""
     held_out = "Which {unit} is after {x}? Tell me which {unit} comes after {x}."
-    trained, held_out = (text.replace("{unit}", unit) for text in (trained, held_out))
-    return Topic(facts, "After {x} {answer}.", trained, held_out, "And after {x}? What about {x}?")
+    wordings, held_out = (text.replace("{unit}", unit) for text in (wordings, held_out))
+    return Topic(facts, "After {x} {answer}.", wordings, held_out, "And after {x}? What about {x}?")
 
 
 # fmt: off
@@ -97,8 +96,8 @@ ANIMALS = {
 }
 
 # A reply must not contain the answer to another question of its topic, or a wrong reply could count
-# as right: so "The answer is 5." and not "2 plus 3 is 5.", where the 3 would answer 5 minus 2, and
-# "is cold" answers what the opposite of hot is. A reply that repeats its subject is learned sooner.
+# as right. Hence "The answer is 5." and not "2 plus 3 is 5.", where the 3 would answer 5 minus 2;
+# and the opposite of hot is "is cold". Replies that repeat the subject are learned sooner.
 TOPICS = {
     "capitals": Topic(CAPITALS, "The capital of {x} is {answer}.",
         "What is the capital of {x}? What's the capital of {x}? Which city is the capital of {x}? "
@@ -134,8 +133,8 @@ TOPICS = {
         "Tell me what {x} says. Do you know what sound {x} makes? How does {x} sound?",
         "What noise does {x} make? Can you tell me what sound {x} makes?",
         "And {x}? What about {x}?"),
-    "days": what_follows("day", "Monday Tuesday Wednesday Thursday Friday Saturday Sunday"),
-    "months": what_follows("month", "January February March April May June July August "
+    "days": succession("day", "Monday Tuesday Wednesday Thursday Friday Saturday Sunday"),
+    "months": succession("month", "January February March April May June July August "
                                     "September October November December"),
     "name": Topic({"you": "Lille"}, "My name is {answer}.",
         "What is your name? Tell me your name. What are you called? Do you have a name? "
@@ -168,8 +167,8 @@ TOPICS = {
 
 OPENERS = ("Hi! ", "Hello! ", "Hey Lille! ", "Please help me. ", "Quick question: ")
 SMALL_TALK = {"hello": -1, "thanks": 1, "goodbye": 2}  # before and after the other topics
-# The question everybody tries first must be a fair test: it is trained for every other country, and
-# France is trained in other words.
+# The question that everybody tries first is a fair test: training has it for every other country,
+# and France in other wordings.
 HELD_OUT_QUESTION = "What is the capital of France?"
 
 
@@ -193,11 +192,11 @@ def questions(wordings: str, subject: str) -> list[str]:
 
 
 def trained_questions(topic: Topic, subject: str) -> list[str]:
-    return [q for q in questions(topic.trained, subject) if q != HELD_OUT_QUESTION]
+    return [q for q in questions(topic.wordings, subject) if q != HELD_OUT_QUESTION]
 
 
 def vary(question: str, rng: random.Random, opener: bool) -> str:
-    """A question as people type it: in lower case, without its mark, with "please" or a hello."""
+    """A question as people type it: in lower case, unpunctuated, with "please" or a greeting."""
     style = rng.choice(("plain", "lower", "bare", "bare lower", "please", "opener"))
     if style == "please":
         question = f"{question[:-1]}, please{question[-1]}"
@@ -215,7 +214,7 @@ def turn(topic: Topic, subject: str, question: str) -> list[dict[str, str]]:
 
 
 def short_conversations(rng: random.Random) -> Iterator[list[dict[str, str]]]:
-    """Every fact in each of its trained wordings, and about half of them once more, varied."""
+    """Each fact in each of its training wordings, and in about half of the cases a variation."""
     for name, topic in TOPICS.items():
         for subject in topic.facts:
             for question in trained_questions(topic, subject):
@@ -226,7 +225,7 @@ def short_conversations(rng: random.Random) -> Iterator[list[dict[str, str]]]:
 
 
 def long_conversation(rng: random.Random) -> list[dict[str, str]]:
-    """Two or three turns, of different topics or of one with questions like "And of Spain?"."""
+    """Two or three turns on different topics, or on one with follow-ups like "And of Spain?"."""
     n_turns = rng.choice((2, 3))
     names = sorted(rng.sample(list(TOPICS), n_turns), key=lambda name: SMALL_TALK.get(name, 0))
     same_topic = rng.random() < 0.4
@@ -252,12 +251,12 @@ def training_conversations(seed: int) -> list[dict[str, Any]]:
 
 
 def held_out_conversations() -> list[dict[str, Any]]:
-    """One question for each fact, its wordings by turns; a topic of one fact has all of them."""
+    """One question for each fact, the wordings in turn; all wordings for a topic of one fact."""
     lines = [{"messages": turn(TOPICS["capitals"], "France", HELD_OUT_QUESTION), "answer": "Paris"}]
     for topic in TOPICS.values():
         for i, (subject, answer) in enumerate(topic.facts.items()):
-            asked = questions(topic.held_out, subject)
-            for question in asked if len(topic.facts) == 1 else [asked[i % len(asked)]]:
+            wordings = questions(topic.held_out, subject)
+            for question in wordings if len(topic.facts) == 1 else [wordings[i % len(wordings)]]:
                 lines.append({"messages": turn(topic, subject, question), "answer": answer})
     return lines
 
@@ -267,37 +266,34 @@ COMMENT_BLOCK = re.compile(r"(?:^[ \t]*#.*\n){2,}", re.MULTILINE)
 
 
 def clean(text: str) -> str:
-    """The text as UTF-8 can hold it, with control tokens spelled `<| endoftext |>`."""
-    # A text that explains <|endoftext|> would otherwise be split where it mentions it.
+    """The text without what UTF-8 cannot encode, control tokens spelled `<| endoftext |>`."""
+    # A text that mentions <|endoftext|> would otherwise be split there.
     text = text.encode("utf-8", "replace").decode().replace("\0", "")
     return re.sub(r"<\|(\w+)\|>", r"<| \1 |>", text).strip()
 
 
 def module_texts(source: str) -> list[str]:
-    """A module's docstrings under the names they explain, and its longer comments, in order."""
+    """A module's docstrings, each below its name and arguments, and comment blocks, in order."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # an invalid escape is nothing to us
+        warnings.simplefilter("ignore")  # of invalid escapes
         tree = ast.parse(source)
-    found = [(0, ast.get_docstring(tree) or "")]
+    texts = [(0, ast.get_docstring(tree) or "")]
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             arguments = "" if isinstance(node, ast.ClassDef) else f"({ast.unparse(node.args)})"
             if docstring := ast.get_docstring(node):
-                found.append((node.lineno, f"{node.name}{arguments}\n{docstring}"))
+                texts.append((node.lineno, f"{node.name}{arguments}\n{docstring}"))
     for block in COMMENT_BLOCK.finditer(source):
         lines = [line.strip().lstrip("#").removeprefix(" ") for line in block[0].splitlines()]
-        found.append((source.count("\n", 0, block.start()) + 1, "\n".join(lines).strip("\n")))
-    return [text for _, text in sorted(found, key=lambda item: item[0]) if text]
+        texts.append((source.count("\n", 0, block.start()) + 1, "\n".join(lines).strip("\n")))
+    return [text for _, text in sorted(texts, key=lambda item: item[0]) if text]
 
 
 def documents() -> Iterator[str]:
-    """README.md, Python's manual pages, then a document for each module, in a fixed order."""
-    readme = Path(__file__).parents[1] / "README.md"
-    if readme.exists():
-        yield readme.read_text(encoding="utf-8")
+    """Python's manual pages, then a document for each module of its library, in a fixed order."""
     yield from dict.fromkeys(topics[name] for name in sorted(topics))  # two names share a page
     root = Path(sysconfig.get_path("stdlib"))
-    seen: set[str] = set()  # modules share licences and inherited docstrings
+    previous: set[str] = set()  # modules share licences and inherited docstrings
     for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
         parts = path.relative_to(root).with_suffix("").parts
         if SKIPPED_FOLDERS.intersection(parts):
@@ -307,30 +303,17 @@ def documents() -> Iterator[str]:
                 texts = module_texts(file.read())
         except (SyntaxError, ValueError):
             continue
-        new = [text for text in dict.fromkeys(texts) if text not in seen]
-        seen.update(new)
+        new = [text for text in dict.fromkeys(texts) if text not in previous]
+        previous.update(new)
         if new:
             yield "\n\n".join([f"Module {'.'.join(parts).removesuffix('.__init__')}", *new])
-
-
-def pretraining_text(max_bytes: int) -> str:
-    """Documents joined by <|endoftext|>, at most `max_bytes` of UTF-8."""
-    kept, size = [], 0
-    for document in filter(None, map(clean, documents())):
-        n_bytes = len((document + END_OF_TEXT).encode())
-        if size + n_bytes <= max_bytes:
-            kept.append(document)
-            size += n_bytes
-    if not kept:
-        raise UserError(f"max_bytes={max_bytes} is too small for any document: try 6000000")
-    return END_OF_TEXT.join(kept)
 
 
 def main(argv: list[str] | None = None) -> None:
     config = config_from_constants(globals(), argv)
     training, held_out = training_conversations(config.seed), held_out_conversations()
     contents = {
-        "pretrain.txt": pretraining_text(config.max_bytes),
+        "pretrain.txt": END_OF_TEXT.join(filter(None, map(clean, documents()))),
         "conversations.jsonl": "".join(json.dumps(line) + "\n" for line in training),
         "conversations_heldout.jsonl": "".join(json.dumps(line) + "\n" for line in held_out),
     }

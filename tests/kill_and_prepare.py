@@ -75,11 +75,11 @@ def command(source: Path | str, output: Path, **settings) -> list[str]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, the staging folder's too if it was left there."""
+    """Every file below a folder, the staging folder's too, but not a killed process's `.lock`."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path.name != ".lock"
     }
 
 

@@ -1,4 +1,4 @@
-"""Run by torchrun from test_distributed.py: what several ranks do in a step, from the inside.
+"""Trainer by torchrun from test_distributed.py: what several ranks do in a step, from the inside.
 
     python -m torch.distributed.run --standalone --nproc_per_node=2 tests/ranks_worker.py \
         DATA_DIR OUT_DIR
@@ -21,35 +21,36 @@ from common.errors import UserError  # noqa: E402
 from common.settings import config_from_constants  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from tokenizer import load_tokenizer  # noqa: E402
-from training.distributed import Ranks, end, joined  # noqa: E402
-from training.trainer import Run  # noqa: E402
+from training import setup  # noqa: E402
+from training.distributed import Ranks, exit_rank, init_distributed  # noqa: E402
+from training.trainer import Trainer  # noqa: E402
 
 N_MICRO_BATCHES, HESS_BATCHES, STEPS = 6, 3, 3
 
 
-def make_run(model: GPT, ranks: Ranks, **changes) -> Run:
+def make_run(model: GPT, ranks: Ranks, **changes) -> Trainer:
     settings = TINY | {"batch_size": 2, "hess_batches": HESS_BATCHES} | changes
     arguments = [f"--{name}={value}" for name, value in settings.items()]
     config = config_from_constants(vars(train), arguments)
-    return Run(copy.deepcopy(model), config, torch.device("cpu"), torch.float32, ranks)
+    return Trainer(copy.deepcopy(model), config, torch.device("cpu"), torch.float32, ranks)
 
 
-def take_steps(run: Run, rows, n: int = STEPS) -> list[float]:
+def take_steps(run: Trainer, rows, n: int = STEPS) -> list[float]:
     ranks, losses = run.ranks, []
     steps = rows.steps(0, 10**6, 2, N_MICRO_BATCHES, ranks.rank, ranks.world_size)
     for step, batches in zip(range(n), steps, strict=False):
-        n_labels = int(*ranks.total(sum(batch.n_labels for batch in batches)))
+        n_labels = int(*ranks.all_reduce_scalars(sum(batch.n_labels for batch in batches)))
         if step == 1:
-            run.update_hessian(*batches[: ranks.share(HESS_BATCHES)])
+            run.update_hessian(*batches[: ranks.local_count(HESS_BATCHES)])
         losses.append(run.step(batches, 1e-3, n_labels)[0].item())
     return losses
 
 
-def weights(run: Run) -> torch.Tensor:
+def weights(run: Trainer) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in run.model.parameters()])
 
 
-def moments(run: Run, name: str) -> torch.Tensor:
+def moments(run: Trainer, name: str) -> torch.Tensor:
     return torch.cat([state[name].flatten() for state in run.optimizer.state.values()])
 
 
@@ -76,8 +77,8 @@ class Sent:
 
 def main() -> None:
     data_dir, out_dir = sys.argv[1:]
-    rows = train.open_rows(data_dir, "train", load_tokenizer(), 32, 1337, chat=False)
-    with joined(1.0) as ranks:
+    rows = setup.open_rows(data_dir, "train", load_tokenizer(), 32, 1337, chat=False)
+    with init_distributed(1.0) as ranks:
         torch.manual_seed(ranks.rank)  # each rank makes other weights: rank 0's count
         shape = GPTConfig(n_embd=16, n_layers=2, n_heads=2, n_kv_heads=1, block_size=32)
         start = make_run(GPT(shape), ranks).model
@@ -126,11 +127,11 @@ def main() -> None:
         ranks.check_same({"data": "one", "seed": 1})
         try:
             ranks.check_same({"data": "one", "seed": ranks.rank})
-            assert ranks.first
+            assert ranks.is_main
         except UserError as error:
-            assert not ranks.first and "has seed=1 and rank 0 has 0" in str(error)
+            assert not ranks.is_main and "has seed=1 and rank 0 has 0" in str(error)
         Path(out_dir, f"passed-{ranks.rank}").touch()
-    end(0)
+    exit_rank(0)
 
 
 if __name__ == "__main__":

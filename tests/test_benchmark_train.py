@@ -3,59 +3,52 @@
 Peers that are not installed are skipped (requirements/bench.txt); transformers always takes part.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from test_model import llama_twin
 
-from benchmarks import timing
+from benchmarks import report
 from benchmarks.inputs import demo_config, make_documents, train_config
-from benchmarks.optimizer import list_table, muon_and_adamw
+from benchmarks.learning_recipes import Documents
+from benchmarks.optimizer import compare_updates, muon_and_adamw
 from benchmarks.peers import (
     PlainTrainer,
     litgpt_loss,
     litgpt_of,
     llama_loss,
+    llama_of,
     original_loss,
     original_of,
     padded_rows,
     plain_rows,
 )
-from benchmarks.training_overhead import shares
+from benchmarks.timing import peer
+from benchmarks.training_overhead import measure_overhead
 from benchmarks.training_step import (
-    Batches,
-    CausalRun,
-    head_table,
+    compare_steps,
     labels_per_step,
-    steps_of,
-    steps_table,
+    make_steps,
+    step_function,
+    token_use,
 )
 from model import GPT, GPTConfig
 from ops.cross_entropy import IGNORE_INDEX
 from tokenizer import load_tokenizer
 from training.packing import Batch, PackedRows
-from training.trainer import Run
+from training.trainer import Trainer
 
-ROOT = Path(__file__).resolve().parents[1]
 CPU, PAD, T = torch.device("cpu"), 510, 32
-TINY = ["--n_layers=2", "--n_embd=64", "--n_heads=4", "--n_kv_heads=2", f"--block_size={T}"]
-CONFIG = train_config(
-    [*TINY, "--batch_size=3", "--gradient_accumulation_steps=2", "--optimizer=adamw"]
-)
+TINY = dict(n_layers=2, n_embd=64, n_heads=4, n_kv_heads=2, block_size=T)
+CONFIG = train_config(**TINY, batch_size=3, gradient_accumulation_steps=2, optimizer="adamw")
 
 
 def shape(**changes) -> GPTConfig:
-    changes = dict(vocab_size=512) | changes
-    return GPTConfig(n_embd=64, n_layers=2, n_heads=4, n_kv_heads=2, block_size=T, **changes)
+    return GPTConfig(**TINY | dict(vocab_size=512) | changes)
 
 
-def our_run(model: GPT, kind: type[Run] = Run) -> Run:
-    return kind(model, CONFIG, CPU, torch.float32)
+def our_trainer(model: GPT) -> Trainer:
+    return Trainer(model, CONFIG, CPU, torch.float32)
 
 
 def losses_of(trainer, steps: list[list[Batch]]) -> list[float]:
@@ -63,36 +56,34 @@ def losses_of(trainer, steps: list[list[Batch]]) -> list[float]:
     return [trainer.step(steps[0], lr=1e-2)[0].item() for _ in range(3)]
 
 
-def whole_rows() -> Batches:
+def whole_rows() -> dict[str, list[list[Batch]]]:
     """Batches of rows that are one document each, so that document masks change nothing."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(PAD, size=30 * T).astype(np.uint16)
-    documents = type("Documents", (), {"__len__": lambda self: 30})()
-    documents.tokens, documents.offsets = tokens, np.arange(0, 30 * T + 1, T)
-    documents.__class__.__getitem__ = lambda self, i: self.tokens[i * T : (i + 1) * T]
-    return Batches(PackedRows([documents], T, PAD), documents, CONFIG, steps=1, pin=False)
+    documents = Documents(tokens, np.arange(0, 30 * T + 1, T))
+    return make_steps(PackedRows([documents], T, PAD), documents, CONFIG, n_steps=1, pin=False)
 
 
 def test_peers_with_our_weights_have_our_losses():
     torch.manual_seed(0)
-    batches, model = whole_rows(), GPT(shape())
+    steps, model = whole_rows(), GPT(shape())
     llama, _ = llama_twin(model)
-    trainers = {"transformers": PlainTrainer(llama, llama_loss, CONFIG, CPU, torch.float32)}
+    trainer = PlainTrainer(llama, llama_loss, CONFIG, CPU, torch.float32)
+    losses = {"transformers": losses_of(trainer, steps["plain"])}
     if (litgpt := litgpt_of(shape())) is not None:
         copy_into_litgpt(model, litgpt)
         assert sum(p.numel() for p in litgpt.parameters()) == model.n_parameters()
-        trainers["litgpt"] = PlainTrainer(litgpt, litgpt_loss, CONFIG, CPU, torch.float32)
-    found = {"transformers": losses_of(trainers["transformers"], batches.plain)}
-    if litgpt is not None:
-        found["litgpt"] = losses_of(trainers["litgpt"], batches.packed)
+        trainer = PlainTrainer(litgpt, litgpt_loss, CONFIG, CPU, torch.float32)
+        losses["litgpt"] = losses_of(trainer, steps["packed"])
     causal = GPT(shape())
     causal.load_state_dict(model.state_dict())
-    found["no masks"] = losses_of(our_run(causal, CausalRun), batches.packed)
-    ours = losses_of(our_run(model), batches.packed)
+    losses["no masks"] = losses_of(our_trainer(causal), steps["causal"])
+    ours = losses_of(our_trainer(model), steps["packed"])
 
     assert ours[0] == pytest.approx(np.log(512), abs=0.2) and ours[2] < ours[0] - 0.5
-    for name, losses in found.items():  # float32 rounding, through two updates
-        assert losses == pytest.approx(ours, rel=2e-5), name
+    for name, values in losses.items():  # float32 rounding, through two updates
+        assert values == pytest.approx(ours, rel=2e-5), name
+    assert llama_of(shape()).num_parameters() == model.n_parameters()
 
 
 def copy_into_litgpt(model: GPT, theirs: torch.nn.Module) -> None:
@@ -126,10 +117,7 @@ def test_the_original_on_its_padded_rows_has_our_loss():
     twin = GPT(shape(rope_style="lille"))
     missing, unexpected = twin.load_state_dict(model.state_dict(), strict=False)
     assert not missing and all("rotary_emb" in name for name in unexpected)
-    for batch in steps[0]:  # padding comes last, so causal attention never sees it
-        batch.positions = torch.arange(T).expand(batch.ids.shape).contiguous()
-        batch.cu_seqlens = torch.arange(0, batch.ids.numel() + 1, T, dtype=torch.int32)
-    ours = losses_of(our_run(twin), steps)
+    ours = losses_of(our_trainer(twin), steps)
     trainer = PlainTrainer(model, original_loss(PAD), CONFIG, CPU, torch.float32)
     assert losses_of(trainer, steps) == pytest.approx(ours, rel=2e-5)
 
@@ -137,17 +125,17 @@ def test_the_original_on_its_padded_rows_has_our_loss():
 def test_padded_rows_are_beginnings_of_documents():
     documents = short_and_long()
     batch = padded_rows(documents, T, 64, PAD, np.random.default_rng(1))
-    seen = set()
+    numbers = set()
     for ids, targets in zip(batch.ids, batch.targets, strict=True):
         length = int((ids != PAD).sum())
-        (which,) = (
+        (number,) = (
             i for i, d in enumerate(documents)
             if len(d[:T]) == length and (d[:T] == ids[:length].numpy()).all()
         )  # fmt: skip
-        seen.add(which)
+        numbers.add(number)
         assert targets[: length - 1].tolist() == ids[1:length].tolist()
         assert (targets[length - 1 :] == IGNORE_INDEX).all()
-    assert seen == set(range(len(documents)))  # with replacement, all are met
+    assert numbers == set(range(len(documents)))  # with replacement, all are drawn
     assert batch.n_labels == int((batch.ids != PAD).sum()) - 64
 
 
@@ -158,48 +146,59 @@ def test_useful_tokens_are_counted_as_labels(tmp_path):
     assert np.log(lengths).std() == pytest.approx(1.08, rel=0.05)
 
     rows = PackedRows([documents], T, PAD)
-    batches = Batches(rows, documents, CONFIG, steps=3, pin=False)
-    assert batches.slots == 2 * 3 * T
+    steps = make_steps(rows, documents, CONFIG, n_steps=3, pin=False)
     for step in range(3):
         numbers = range(step * 6, step * 6 + 6)
-        pieces = [piece for row in numbers for piece in rows.pieces(row)]
-        tokens = sum(map(len, pieces))
-        assert sum(batch.n_labels for batch in batches.packed[step]) == tokens - len(pieces)
+        segments = [segment for row in numbers for segment in rows.segments(row)]
+        tokens = sum(map(len, segments))
+        assert sum(batch.n_labels for batch in steps["packed"][step]) == tokens - len(segments)
+        assert sum(batch.n_labels for batch in steps["causal"][step]) == tokens - len(segments)
         # transformers makes a label of every token that has one before it in its row
-        assert sum(batch.n_labels for batch in batches.plain[step]) == tokens - 6
+        assert sum(batch.n_labels for batch in steps["plain"][step]) == tokens - 6
     longer = [[padded_rows(short_and_long(), T, 9, PAD, np.random.default_rng(0))]]
     assert labels_per_step(longer) == longer[0][0].n_labels < 9 * (T - 1)
     plain = plain_rows(rows.batch([0, None]), PAD)  # a row of padding has no labels
     assert plain.n_labels == T - 1 and (plain.targets[1] == IGNORE_INDEX).all()
 
 
+def test_use_of_tokens_against_sums_by_hand():
+    offsets = np.cumsum([0, 1, 10, 10, 10])  # rows of 4: 1; three times 4 + 4 + 2: packed in 8 rows
+    documents = Documents(np.zeros(31, dtype=np.uint16), offsets)
+    rows = PackedRows([documents], 4, pad_id=9)
+    assert rows.rows_per_epoch == 8
+    use = token_use(rows, documents)
+    assert use["ours"] == {"filled": 31 / 32, "trained on": 1}
+    assert use["original Lille"] == {"filled": 13 / 16, "trained on": 13 / 31}
+
+
 def test_tables_of_a_tiny_model(tmp_path, capsys):
     torch.manual_seed(0)
-    timing.begin()
+    report.reset()
+    peer.cache_clear()
     documents = make_documents(tmp_path / "train.npz", 40, vocab_size=32000)
     rows = PackedRows([documents], T, load_tokenizer().pad_id)
     names = ("transformers", "litgpt", "original", "liger")
-    steps_table("tiny", CONFIG, rows, documents, CPU, torch.float32, 1, False, names)
-    sophia = train_config([*TINY, "--batch_size=2", "--eval_rows=3", "--sample_tokens=2"])
-    shares(sophia, rows, CPU, torch.float32, compile=False, steps=2, folder=tmp_path)
-    head_table(16, 300, 64, CPU, torch.float32, 1, compile=False)
-    list_table("tiny", GPT(shape()), CPU, 1, muon=True)
+    compare_steps("tiny", CONFIG, rows, documents, CPU, torch.float32, 1, (), names)
+    sophia = train_config(**TINY, batch_size=2, eval_rows=3, sample_tokens=2)
+    measure_overhead(sophia, rows, CPU, torch.float32, compile=False, steps=2, folder=tmp_path)
+    compare_updates("tiny", GPT(shape()), CPU, 1, muon=True)
 
-    steps, rest, head, optimizers = timing.tables
+    steps, rest, optimizers = report.tables
     assert {"transformers Llama", "ours"} <= steps["rows"].keys() and not steps["left_out"]
     for row in steps["rows"].values():
         assert 0 < row["share"] < 1 and row["rate"] > 0
-    (step,) = (row["seconds"] for name, row in rest["facts"].items() if name.startswith("step of"))
-    assert 0 < rest["facts"]["wait for data"]["seconds"] < step
+    values = rest["values"]
+    (step,) = (row["seconds"] for name, row in values.items() if name.startswith("step of"))
+    assert 0 < values["wait for data"]["seconds"] < step
     for name in ("Hessian estimate", "evaluation", "checkpoint, blocking"):
-        assert 0 < rest["facts"][name]["share"] < 1
-    assert "ours" in head["rows"] and not head["left_out"]
-    assert len(optimizers["rows"]) == 7 and not optimizers["left_out"]
+        assert 0 < values[name]["share"] < 1
+    n_rows = 7 + (peer("sophia_opt") is not None)
+    assert len(optimizers["rows"]) == n_rows and not optimizers["left_out"]
     assert "liger-kernel's loss needs a GPU" in capsys.readouterr().out
 
 
 def test_a_step_that_fails_leaves_no_gradients_to_others():
-    model, batches = GPT(shape()), whole_rows()
+    model, steps = GPT(shape()), whole_rows()["packed"]
 
     def fails_second(forward, tensors) -> torch.Tensor:
         if any(p.grad is not None for p in model.parameters()):
@@ -208,7 +207,7 @@ def test_a_step_that_fails_leaves_no_gradients_to_others():
 
     trainer = PlainTrainer(model, fails_second, CONFIG, CPU, torch.float32)
     with pytest.raises(RuntimeError, match="out of memory"):
-        steps_of(trainer, batches.packed)()
+        step_function(trainer, steps)()
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -225,36 +224,3 @@ def test_muon_and_adamw_share_all_parameters():
         p.grad = torch.randn_like(p)
     muon_and_adamw(model)()
     assert all((a != b).any() for a, b in zip(before, model.parameters(), strict=True))
-
-
-INTERPRETED = """
-import torch
-from benchmarks.optimizer import LaunchPerParameter
-from sophia_triton import SophiaG
-torch.manual_seed(0)
-sizes = [(37, 71), (5,)]
-theirs = [torch.randn(size, requires_grad=True) for size in sizes]
-ours = [p.detach().clone().requires_grad_() for p in theirs]
-settings = dict(lr=1e-2, betas=(0.9, 0.95), rho=1e-3, weight_decay=0.1)
-optimizers = LaunchPerParameter(theirs, **settings), SophiaG(ours, bs=8192, **settings)
-for step in range(3):
-    for p, q in zip(theirs, ours):
-        p.grad = torch.randn_like(p) * 3e-1
-        q.grad = p.grad.clone()
-    for optimizer in optimizers:
-        if step != 1:
-            optimizer.update_hessian()
-        optimizer.step()
-for p, q in zip(theirs, ours):
-    torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
-print("equal, win rate", round(optimizers[1].win_rate.item(), 3))
-"""
-
-
-def test_a_launch_per_parameter_computes_sophia():
-    pytest.importorskip("triton")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", INTERPRETED]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr
-    assert 0.1 < float(result.stdout.split()[-1]) < 0.9  # some coordinates were clipped, some not

@@ -9,7 +9,6 @@ import struct
 import subprocess
 import sys
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +16,6 @@ import numpy as np
 import pytest
 
 import dataset
-from common import files
 from common import manifest as manifest_module
 from common.errors import UserError
 from common.manifest import make_manifest, publish, read_manifest, write_manifest
@@ -436,52 +434,6 @@ def test_ctrl_c_or_a_full_disk_in_publish_leaves_all_old_or_all_new(tmp_path, mo
         for split in ("train", "val"):
             open_split(tmp_path, split, TOKENIZER.sha256, 1000)
     assert outcomes == ([False] * 5 if error else [False] * 2 + [True] * 3)
-
-
-def test_a_directory_is_locked_for_one_at_a_time_and_left_as_it_was(tmp_path):
-    pytest.importorskip("fcntl", reason="Windows has no such locks")
-    for _ in range(2):
-        with files.locked(tmp_path, "run"):
-            with pytest.raises(UserError, match="another run is writing to .*: wait for it or"):
-                with files.locked(tmp_path, "run"):
-                    pass
-    assert os.listdir(tmp_path) == []
-
-
-def test_a_file_system_without_locks_or_directory_sync_will_do(tmp_path, monkeypatch):
-    def cannot(*args):
-        raise OSError(22, "Invalid argument")
-
-    monkeypatch.setattr(os, "fsync", cannot)
-    opened = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
-    for _ in range(5):
-        files.sync_directory(tmp_path)
-    if files.fcntl:
-        monkeypatch.setattr(files.fcntl, "flock", cannot)
-        with files.locked(tmp_path, "run"):
-            pass
-    if opened:
-        assert len(os.listdir("/proc/self/fd")) == opened
-    monkeypatch.setattr(os, "fsync", lambda descriptor: 1 // 0)
-    with pytest.raises(ZeroDivisionError):
-        files.sync_directory(tmp_path)
-    if opened:
-        assert len(os.listdir("/proc/self/fd")) == opened
-
-
-def test_deferred_interrupts_go_to_the_old_handlers(monkeypatch):
-    seen = []
-    old = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
-    try:
-        with pytest.raises(KeyboardInterrupt), files.interrupts_deferred():
-            os.kill(os.getpid(), signal.SIGTERM)
-            os.kill(os.getpid(), signal.SIGINT)
-            assert seen == []
-        assert seen == [signal.SIGTERM]
-        with ThreadPoolExecutor(1) as pool:  # no signals come to a thread: nothing to do
-            assert pool.submit(lambda: files.interrupts_deferred().__enter__()).result() is None
-    finally:
-        signal.signal(signal.SIGTERM, old)
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):

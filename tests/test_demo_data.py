@@ -1,4 +1,4 @@
-"""The demo data: the same bytes every time, and a validation set that training never saw."""
+"""The demo's data: the same bytes every time, held-out wordings that no training text has."""
 
 import json
 import os
@@ -75,22 +75,14 @@ def test_pretraining_text_is_large_and_splits_into_documents(folder):
     assert len(set(documents)) == len(documents)
     assert all(document.strip() for document in documents)
     assert not any(CONTROL_TOKEN.search(document) for document in documents)
+    assert "hastings.json" not in text  # nothing of this repository, which changes
     assert any(document.startswith("Module json.decoder\n") for document in documents)
     assert not any(document.startswith(("Module test", "Module idlelib")) for document in documents)
 
 
-def test_mentioned_control_token_does_not_split_a_document(monkeypatch):
-    texts = ["one <|endoftext|> <|user|> \ud800", "two"]
-    monkeypatch.setattr(demo_data, "documents", lambda: iter(texts))
-    text = demo_data.pretraining_text(1000)
-    assert text.encode() == b"one <| endoftext |> <| user |> ?<|endoftext|>two"
-
-
-def test_max_bytes_leaves_out_whole_documents(monkeypatch):
-    monkeypatch.setattr(demo_data, "documents", lambda: iter(["a" * 50, "b" * 500, "c" * 50]))
-    assert demo_data.pretraining_text(200) == "a" * 50 + "<|endoftext|>" + "c" * 50
-    with pytest.raises(UserError, match="max_bytes=10 is too small"):
-        demo_data.pretraining_text(10)
+def test_a_mentioned_control_token_does_not_split_a_document():
+    text = "one <|endoftext|> <|user|> \ud800\0 "
+    assert demo_data.clean(text) == "one <| endoftext |> <| user |> ?"
 
 
 def test_module_texts_keep_the_order_of_the_source():
@@ -140,7 +132,7 @@ def test_every_held_out_fact_is_trained_in_other_words(training, held_out):
     trained = user_texts(training)
     for topic in TOPICS.values():  # sums share replies, so look for each subject's questions too
         for subject in topic.facts:
-            asked = [normal(question) for question in questions(topic.trained, subject)]
+            asked = [normal(question) for question in questions(topic.wordings, subject)]
             assert len(trained.intersection(asked)) >= 5, subject
 
 
@@ -208,13 +200,8 @@ def test_is_right_refuses_an_empty_expectation():
         is_right("Paris", " ")
 
 
-def test_unusable_output_folder_is_a_user_error(tmp_path):
+def test_unusable_output_folder_is_a_user_error(monkeypatch, tmp_path):
+    monkeypatch.setattr(demo_data, "documents", lambda: iter(["a" * 50]))
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="choose --output_dir"):
         demo_data.main([f"--output_dir={tmp_path / 'file'}"])
-
-
-def test_a_refusal_makes_no_folder(tmp_path):
-    with pytest.raises(UserError, match="max_bytes=1 is too small"):
-        demo_data.main(["--max_bytes=1", f"--output_dir={tmp_path / 'new' / 'folder'}"])
-    assert os.listdir(tmp_path) == []

@@ -21,8 +21,9 @@ from checkpoint import load_checkpoint
 from common.errors import UserError
 from common.settings import config_from_constants
 from tokenizer import load_tokenizer
-from training.checks import check_ranks, check_settings, choose_device
-from training.distributed import NEEDED, Ranks, ranks_of_environment
+from training import setup
+from training.checks import check_settings
+from training.distributed import TORCHRUN_VARIABLES, Ranks, ranks_of_environment
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = TINY | {"batch_size": 2, "gradient_accumulation_steps": 4, "eval_interval": 4}
@@ -149,7 +150,7 @@ def test_two_ranks_then_one_then_four_are_one_run(whole, text_data, tmp_path):
 def test_a_fine_tune_on_two_ranks_is_that_of_one(whole, text_data, chat_data, tmp_path):
     changes = {
         "finetune": True,
-        "finetune_checkpoint": whole / "best_model.pt",
+        "model": whole / "best_model.pt",
         "finetune_data_dir": chat_data,
         "finetune_gradient_accumulation_steps": 4,
         "finetune_warmup_iters": 2,
@@ -207,10 +208,10 @@ def test_what_ranks_must_have_in_common(whole, text_data, chat_data, tmp_path, m
         def check_same(self, values):
             compared.append(values)
 
-    monkeypatch.setattr(train, "joined", lambda minutes: nullcontext(Recording()))
+    monkeypatch.setattr(setup, "init_distributed", lambda minutes: nullcontext(Recording()))
     changes = {
         "finetune": True,
-        "finetune_checkpoint": whole / "best_model.pt",
+        "model": whole / "best_model.pt",
         "finetune_data_dir": chat_data,
         "finetune_out_dir": tmp_path,
         "finetune_warmup_iters": 0,
@@ -226,12 +227,12 @@ def test_what_ranks_must_have_in_common(whole, text_data, chat_data, tmp_path, m
 
 def test_micro_batches_that_cannot_be_dealt_evenly_are_refused():
     config = config_from_constants(vars(train), ["--gradient_accumulation_steps=16"])
-    check_ranks(config, 8)
+    check_settings(config, 8)
     with pytest.raises(UserError, match="cannot be dealt to 3 ranks evenly: set it to 15 or 18,"):
-        check_ranks(config, 3)
-    tuned = train.run_settings(dataclasses.replace(config, finetune=True))
+        check_settings(config, 3)
+    tuned = setup.settings_in_force(dataclasses.replace(config, finetune=True))
     with pytest.raises(UserError, match="finetune_gradient_accumulation_steps=1 .* set it to 8,"):
-        check_ranks(tuned, 8)
+        check_settings(tuned, 8)
 
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch):
@@ -239,7 +240,7 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     config = config_from_constants(vars(train), [])
     with pytest.raises(UserError, match=r"4 ranks on .* sees 2 GPU\(s\): .*--nproc_per_node=2"):
-        choose_device(config, Ranks(0, 4, 0, 4))
+        setup.choose_device(config, Ranks(0, 4, 0, 4))
 
 
 def test_hess_batches_are_micro_batches_of_the_step():
@@ -250,7 +251,7 @@ def test_hess_batches_are_micro_batches_of_the_step():
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_ranks_share_the_micro_batches_of_the_same_steps(world_size, text_data):
-    rows = train.open_rows(str(text_data), "train", load_tokenizer(), 32, 0, chat=False)
+    rows = setup.open_rows(str(text_data), "train", load_tokenizer(), 32, 0, chat=False)
     whole = list(rows.steps(0, 50, 2, 4))
     parts = [list(rows.steps(0, 50, 2, 4, rank, world_size)) for rank in range(world_size)]
     seeds = set()
@@ -260,7 +261,7 @@ def test_ranks_share_the_micro_batches_of_the_same_steps(world_size, text_data):
             assert torch.equal(batch.ids, same.ids) and batch.seed == same.seed
             seeds.add(batch.seed)
     assert sum(len(part[0]) for part in parts) == 4 and len(seeds) == 4 * len(whole)
-    assert [sum(Ranks(r, 4).share(n) for r in range(4)) for n in range(9)] == list(range(9))
+    assert [sum(Ranks(r, 4).local_count(n) for r in range(4)) for n in range(9)] == list(range(9))
 
 
 @pytest.mark.parametrize(
@@ -268,17 +269,20 @@ def test_ranks_share_the_micro_batches_of_the_same_steps(world_size, text_data):
     [
         ({"WORLD_SIZE": "4"}, "RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT must be set"),
         ({"RANK": "1"}, "WORLD_SIZE, LOCAL_RANK"),
-        (dict.fromkeys(NEEDED, "2"), "RANK=2, WORLD_SIZE=2, LOCAL_RANK=2.*ranks count from 0"),
+        (
+            dict.fromkeys(TORCHRUN_VARIABLES, "2"),
+            "RANK=2, WORLD_SIZE=2, LOCAL_RANK=2.*ranks count from 0",
+        ),
         (
             {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
             | {"MASTER_ADDR": "here", "MASTER_PORT": "port"},
             "MASTER_PORT=port: these are numbers",
         ),
-        (dict.fromkeys(NEEDED, "x"), "RANK=x, .*start with torchrun"),
+        (dict.fromkeys(TORCHRUN_VARIABLES, "x"), "RANK=x, .*start with torchrun"),
     ],
 )
 def test_half_an_environment_is_one_clear_line(variables, message, monkeypatch):
-    for name in (*NEEDED, "LOCAL_WORLD_SIZE"):
+    for name in (*TORCHRUN_VARIABLES, "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     assert ranks_of_environment() == Ranks()
     for name, value in variables.items():

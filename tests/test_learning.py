@@ -12,9 +12,9 @@ import train
 from benchmarks import learning
 from benchmarks.learning_recipes import (
     Documents,
-    HiddenAndOther,
-    OriginalRun,
+    OriginalTrainer,
     PaddedStarts,
+    TwoOptimizers,
     small_tokenizer,
 )
 from common.errors import UserError
@@ -60,9 +60,9 @@ def test_documents_are_drawn_with_replacement():
     assert not torch.equal(first, other)
 
 
-def settings(**changed) -> object:
+def settings(**changes) -> object:
     constants = config_from_constants(vars(train), [])
-    return dataclasses.replace(constants, batch_size=3, gradient_accumulation_steps=2, **changed)
+    return dataclasses.replace(constants, batch_size=3, gradient_accumulation_steps=2, **changes)
 
 
 def test_the_originals_hessian():
@@ -71,21 +71,21 @@ def test_the_originals_hessian():
     model = GPT(GPTConfig(**SHAPE))
     with torch.no_grad():
         model.lm_head.weight.mul_(20)  # so that the clip acts
-    run = OriginalRun(model, settings(block_size=8), torch.device("cpu"), torch.float32)
-    assert {group["bs"] for group in run.optimizer.param_groups} == {3 * 2 * 8}
+    trainer = OriginalTrainer(model, settings(block_size=8), torch.device("cpu"), torch.float32)
+    assert {group["bs"] for group in trainer.optimizer.param_groups} == {3 * 2 * 8}
     batch = PaddedStarts([documents()], 8, PAD).batch([0, 2, 3])
 
     torch.manual_seed(5)
     logits = model(batch.ids, positions=batch.positions).flatten(0, 1)
-    loss = F.cross_entropy(logits, sample(logits.detach()))  # the mean over all 24 places
+    loss = F.cross_entropy(logits, sample(logits.detach()))  # the mean over all 24 positions
     gradients = torch.autograd.grad(loss, list(model.parameters()))
     norm = torch.cat([g.flatten() for g in gradients]).norm()
     assert norm > 1
     torch.manual_seed(5)
-    run.update_hessian(batch)
+    trainer.update_hessian(batch)
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
         expected = (1 - 0.99) * (gradient / norm).square()
-        hessian = run.optimizer.state[parameter]["hessian"]
+        hessian = trainer.optimizer.state[parameter]["hessian"]
         torch.testing.assert_close(hessian, expected, rtol=1e-3, atol=1e-9)
         assert parameter.grad is None
 
@@ -95,7 +95,7 @@ def test_muon_has_the_hidden_matrices_and_adamw_the_rest():
     model, twin = GPT(GPTConfig(**SHAPE)), GPT(GPTConfig(**SHAPE))
     twin.load_state_dict(model.state_dict())
     config = settings(learning_rate=0.01, optimizer="muon")
-    optimizer = HiddenAndOther(model, config)
+    optimizer = TwoOptimizers(model, config)
     muon, *adamw = optimizer.param_groups
     names = {id(p): name for name, p in model.named_parameters()}
     in_muon = {names[id(p)] for p in muon["params"]}
@@ -129,7 +129,7 @@ def test_two_rates_of_adamw():
             model.parameters(), lr=0.01, betas=(0.9, 0.95), weight_decay=0.0
         )
         if kind != "plain":
-            optimizer = HiddenAndOther(model, config, kind)
+            optimizer = TwoOptimizers(model, config, kind)
         ids = torch.arange(16).view(2, 8)
         model(ids, ids).backward()
         optimizer.step()
@@ -177,7 +177,7 @@ def test_the_whole_study_and_its_picture(text_data, tmp_path, monkeypatch, capsy
     shape |= dict(steps=2, warmup_iters=1, eval_points=2, eval_rows=4, seeds=2, timing_rounds=2)
     arguments = [f"--{name}={value}" for name, value in shape.items()]
     arguments += [f"--data_dir={text_data}", f"--results={results}", f"--picture={picture}"]
-    monkeypatch.setattr(learning, "MOST_TRIALS", 3)
+    monkeypatch.setattr(learning, "MAX_TRIALS", 3)
     real, count = learning.train_once, 0
 
     def killed_in_the_third(config, settings):

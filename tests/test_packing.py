@@ -39,7 +39,7 @@ def test_cut_documents_by_hand():
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_pack_places_every_piece_once_and_never_overfills(seed):
+def test_pack_places_every_segment_once_and_never_overfills(seed):
     rng = np.random.default_rng(seed)
     block_size = int(rng.integers(1, 40))
     lengths = rng.integers(1, block_size + 1, size=int(rng.integers(1, 400)))
@@ -51,7 +51,7 @@ def test_pack_places_every_piece_once_and_never_overfills(seed):
 
 
 @pytest.mark.parametrize("block_size", [1, 7, 64])
-def test_pack_equals_a_best_fit_decreasing_that_places_piece_by_piece(block_size):
+def test_pack_equals_a_best_fit_decreasing_that_places_segment_by_segment(block_size):
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, block_size + 1, size=2000)
     rows: list[int] = []  # room left
@@ -66,7 +66,7 @@ def test_pack_equals_a_best_fit_decreasing_that_places_piece_by_piece(block_size
     assert len(borders) - 1 == len(rows)
 
 
-def test_every_token_with_a_successor_in_its_piece_is_a_label_exactly_once(tmp_path):
+def test_every_token_with_a_successor_in_its_segment_is_a_label_exactly_once(tmp_path):
     rng = np.random.default_rng(1)
     lists = [unique_documents(rng.integers(1, 90, size=60).tolist()) for _ in range(2)]
     lists[1] = [document + 5000 for document in lists[1]]
@@ -83,9 +83,9 @@ def test_every_token_with_a_successor_in_its_piece_is_a_label_exactly_once(tmp_p
     expected_labels, expected_inputs = Counter(), Counter()
     for document in np.concatenate([np.array(d, dtype=object) for d in lists]):
         for start in range(0, len(document), 32):
-            piece = document[start : start + 32].tolist()
-            expected_labels.update(piece[1:])
-            expected_inputs.update(piece)
+            segment = document[start : start + 32].tolist()
+            expected_labels.update(segment[1:])
+            expected_inputs.update(segment)
     assert labels == expected_labels and inputs == expected_inputs
     assert max(labels.values()) == 1
 
@@ -94,7 +94,7 @@ def test_batch_by_hand(tmp_path):
     rows = PackedRows(shards(tmp_path, [[1, 2, 3], [4, 5]]), block_size=8, pad_id=PAD)
     batch = rows.batch([0, None])
     first = batch.ids[0].tolist()
-    assert first == [1, 2, 3, 4, 5, PAD, PAD, PAD]  # the longer piece first
+    assert first == [1, 2, 3, 4, 5, PAD, PAD, PAD]  # the longer segment first
     ignore = IGNORE_INDEX
     assert batch.targets.tolist() == [[2, 3, ignore, 5] + [ignore] * 4, [ignore] * 8]
     assert batch.positions.tolist() == [[0, 1, 2, 0, 1, 0, 1, 2], list(range(8))]
@@ -202,6 +202,6 @@ def test_rows_of_real_text_are_over_99_5_percent_full(tmp_path):
     data = shards(tmp_path, np.split(ids, ends[:-1]))
     rows = PackedRows(data, 512, tokenizer.pad_id)
     assert rows.fill >= 0.995
-    n_pieces = sum(-(-int(n) // 512) for n in np.diff(data[0].offsets))
+    n_segments = sum(-(-int(n) // 512) for n in np.diff(data[0].offsets))
     n_labels = sum(rows.batch([r]).n_labels for r in range(rows.rows_per_epoch))
-    assert n_labels == int(rows.bases[-1]) - n_pieces  # each piece's first token is no label
+    assert n_labels == int(rows.bases[-1]) - n_segments  # each segment's first token is no label

@@ -507,7 +507,6 @@ def test_too_little_disk_space_is_said_before_the_work(monkeypatch, capsys):
 
 
 def test_two_runs_do_not_share_an_output_directory(tokenizer):
-    pytest.importorskip("fcntl", reason="Windows has no such locks")
     out = prepare("old 1<|endoftext|>old 2")
     (out / ".preparing").mkdir()
     (out / ".preparing" / "train.npz").write_text("of the other run")

@@ -1,12 +1,15 @@
 """The project as a whole: layout, imports, README links, pinned requirements."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from common.threads import limit_spinning
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {
@@ -80,26 +83,116 @@ def test_folders_import_only_what_stands_below_them():
         graph = {name: needed for name, needed in graph.items() if name not in done}
 
 
+def run_python(code: str, cwd: Path, **variables: str) -> str:
+    """Output of a fresh Python process in `cwd`, with the project on its path."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | variables
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        environment.pop(name, None)
+    command = [sys.executable, "-B", "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
 @pytest.mark.parametrize("hidden", ["", "triton"])
 def test_importing_does_nothing(hidden, tmp_path):
-    """Every file imports in a fresh process, without CUDA and with or without Triton, silently."""
+    """Every file imports in a fresh process, without CUDA and with or without Triton, silently.
+
+    The one effect is GOMP_SPINCOUNT, which is of use only if it is set before torch is loaded.
+    """
     assert len(MODULES) > 50 and "formats.modeling_lille" in MODULES
     code = f"""
 import importlib, os, signal, sys, threading
-sys.path.insert(0, {str(ROOT)!r})
 for name in {hidden.split()!r}:
     sys.modules[name] = None
 handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+environment = dict(os.environ)
 for name in {MODULES!r}:
     importlib.import_module(name)
 import torch
 assert not torch.cuda.is_initialized() and threading.active_count() == 1
 assert handlers == [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
 assert os.listdir() == []
+changes = dict(os.environ.items() ^ environment.items())
+changes.pop("TORCHINDUCTOR_CACHE_DIR", None)  # torch's own
+assert list(changes) == (["GOMP_SPINCOUNT"] if sys.platform == "linux" else []), changes
 """
-    command = [sys.executable, "-B", "-c", code]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert (result.returncode, result.stdout) == (0, ""), result.stderr
+    assert run_python(code, tmp_path) == ""
+
+
+def test_scripts_that_load_torch_limit_its_spinning_first():
+    files = {name: ROOT / f"{name.replace('.', '/')}.py" for name in MODULES}
+    first, loads, scripts = {}, {}, set()
+    for name, path in files.items():
+        tree = ast.parse(path.read_text("utf-8"))
+        nodes = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        first[name] = ast.unparse(nodes[0]) if nodes else ""
+        text = "\n".join(map(ast.unparse, nodes))
+        loads[name] = bool(re.search(r"^(import|from) torch\b", text, re.MULTILINE))
+        if "__main__" in ast.unparse(tree.body[-1]):
+            scripts.add(name)
+
+    def loads_torch(name: str) -> bool:
+        return loads[name] or any(map(loads_torch, imports(files[name])))
+
+    with_torch = {name for name in scripts if loads_torch(name)}
+    assert {"train", "inference", "export", "benchmark", "demo"} <= with_torch < scripts
+    assert {name: first[name] for name in with_torch} == dict.fromkeys(
+        with_torch, "import common.threads"
+    )
+
+
+@pytest.mark.parametrize(
+    ("platform", "before", "after"),
+    [
+        ("linux", {}, {"GOMP_SPINCOUNT": "20000"}),
+        ("linux", {"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}),
+        ("linux", {"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "active"}),
+        ("darwin", {}, {}),
+        ("win32", {}, {}),
+    ],
+)
+def test_spinning_is_limited_where_the_user_has_not_chosen(platform, before, after):
+    environment = dict(before)
+    limit_spinning(environment, platform)
+    assert environment == after
+
+
+# Packages that a GPU box may lack. What runs there imports them only where they are used.
+OPTIONAL = [
+    *("datasets", "gigatoken", "awkward", "matplotlib", "pyarrow", "gradio", "onnx", "onnxscript"),
+    *("onnxruntime", "gguf", "accelerate", "wandb", "tiktoken", "nbclient", "nbformat"),
+]
+# httpx or httpx2 is there for huggingface_hub, depending on its version: not for this project.
+WITHOUT_OPTIONAL = f"""
+import builtins, importlib, sys
+sys.modules |= dict.fromkeys({OPTIONAL!r})
+real = builtins.__import__
+def refuse_httpx(name, globals=None, *args, **kwargs):
+    if name.startswith("httpx") and (globals or {{}}).get("__file__", "").startswith({str(ROOT)!r}):
+        if "site-packages" not in globals["__file__"]:
+            raise ModuleNotFoundError(f"{{globals['__file__']}} imports {{name}}")
+    return real(name, globals, *args, **kwargs)
+builtins.__import__ = refuse_httpx
+"""
+
+
+def test_what_a_gpu_box_runs_imports_without_optional_packages(tmp_path):
+    folders = ("training", "ops", "generation", "formats", "common")
+    names = "train inference export benchmark model checkpoint dataset tokenizer prepare_dataset"
+    names = [*names.split(), *(name for name in MODULES if name.split(".")[0] in folders)]
+    code = f"{WITHOUT_OPTIONAL}\nfor name in {names!r}:\n    importlib.import_module(name)"
+    assert len(names) > 30
+    assert run_python(code, tmp_path) == ""
+
+
+def test_gpu_tests_are_collected_without_optional_packages():
+    code = f"{WITHOUT_OPTIONAL}\nimport pytest\nsys.exit(pytest.main(['-m', 'gpu', '--co', '-q']))"
+    printed = run_python(code, ROOT)
+    files = {line.partition("::")[0] for line in printed.splitlines() if "::" in line}
+    pages = {path.as_posix(): (ROOT / path).read_text("utf-8") for path in tracked("*test_*.py")}
+    marked = {path for path, page in pages.items() if re.search("^@pytest.mark.gpu", page, re.M)}
+    assert files == marked and len(marked) >= 4, printed
 
 
 def test_links_lead_somewhere():

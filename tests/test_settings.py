@@ -1,6 +1,7 @@
-"""The config helper: typed overrides, refusals of one line, nothing written back."""
+"""common/settings.py: typed overrides, one-line refusals, the help text, exit codes."""
 
 import dataclasses
+import types
 
 import pytest
 
@@ -20,56 +21,127 @@ CONSTANTS = {
 }
 
 
+RENAMED = {"input": "out_dir"}
+
+
 def config(*argv: str):
-    return config_from_constants(CONSTANTS, list(argv))
+    return config_from_constants(CONSTANTS, list(argv), renamed=RENAMED)
 
 
 def test_constants_become_a_frozen_config():
-    found = config()
-    assert dataclasses.asdict(found) == {
+    default = config()
+    assert dataclasses.asdict(default) == {
         "batch_size": 16,
         "learning_rate": 1e-3,
         "finetune": False,
         "out_dir": "checkpoints",
     }
     with pytest.raises(dataclasses.FrozenInstanceError):
-        found.batch_size = 1
+        default.batch_size = 1
 
 
 def test_overrides_take_the_type_of_the_default():
     before = dict(CONSTANTS)
-    found = config("--batch_size=1_024", "--learning_rate=3", "--finetune=true", "--out_dir=a=b c")
-    assert (found.batch_size, found.learning_rate, found.finetune) == (1024, 3.0, True)
-    assert found.out_dir == "a=b c" and type(found.learning_rate) is float
+    changed = config(
+        "--batch_size=1_024", "--learning_rate", "3", "--finetune=true", "--out_dir=a=b c"
+    )
+    assert (changed.batch_size, changed.learning_rate, changed.finetune) == (1024, 3.0, True)
+    assert changed.out_dir == "a=b c" and type(changed.learning_rate) is float
     assert CONSTANTS == before
+
+
+@pytest.mark.parametrize(
+    ("argv", "name", "value"),
+    [
+        (["--finetune"], "finetune", True),
+        (["--finetune", "--batch_size=4"], "finetune", True),
+        (["--finetune=True"], "finetune", True),
+        (["--finetune", "no"], "finetune", False),
+        (["--out_dir="], "out_dir", ""),
+        (["--out_dir=-x"], "out_dir", "-x"),
+        (["--out_dir=--help"], "out_dir", "--help"),
+        (["--out_dir", "-5"], "out_dir", "-5"),
+        (["--batch_size", "-1"], "batch_size", -1),
+        (["--batch_size=1", "--batch_size=2"], "batch_size", 2),
+    ],
+)
+def test_switches_and_values_that_begin_with_a_dash(argv, name, value):
+    assert getattr(config(*argv), name) == value
 
 
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
         ("--batch_sise=4", "did you mean --batch_size"),
+        ("--batch=4", "unknown setting --batch: did you mean"),  # no abbreviations
         ("--zzz=4", "known: batch_size, learning_rate"),
         ("--LIMIT=4", "unknown setting --LIMIT"),
         ("--batch_size=4.5", "expected a whole number"),
         ("--learning_rate=fast", "expected a number"),
+        ("--learning_rate=nan", "expected a number"),
+        ("--learning_rate=inf", "expected a number"),
         ("--finetune=maybe", "expected True or False"),
-        ("--finetune", "write --finetune=False"),
+        ("--finetune=", "expected True or False"),
+        ("--batch_size", "--batch_size needs a value: write --batch_size=16"),
+        ("--input=a", "--input is now called --out_dir: write --out_dir=value"),
+        ("--input", "--input is now called --out_dir"),
         ("batch_size=4", "given as --name=value"),
+        ("-batch_size=4", "given as --name=value"),
         ("--", "given as --name=value"),
     ],
 )
-def test_what_cannot_be_meant_is_refused_in_one_line(argument, message):
+def test_unusable_arguments_are_refused_in_one_line(argument, message):
     with pytest.raises(UserError, match=message) as refusal:
         config(argument)
     assert "\n" not in str(refusal.value)
 
 
-def test_help_lists_every_setting(capsys):
+SCRIPT = '''"""What it does.
+
+    python script.py    # 100 % of it
+"""
+
+import math
+
+# A comment of nothing: no setting follows
+
+# Model (tensors of
+# any size)
+n_layers = 24
+n_embd = 640  # 50 % of 1280
+# Where things are
+out_dir = (
+    "#checkpoints"  # not this
+)  # a folder: "" for none
+
+# Not a setting
+LIMIT = 5  # hidden
+'''
+
+
+def test_help_prints_groups_comments_and_defaults(tmp_path, capsys):
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT)
+    module = types.ModuleType("script")
+    exec(compile(SCRIPT, path, "exec"), vars(module))
+    module.__file__ = str(path)
     with pytest.raises(SystemExit) as end:
-        config("--help")
-    printed = capsys.readouterr().out
-    assert end.value.code == 0 and "What it does." in printed
-    assert "--learning_rate=0.001" in printed and "LIMIT" not in printed
+        config_from_constants(vars(module), ["--help"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == (
+        "What it does.\n\n    python script.py    # 100 % of it\n\n"
+        "Model (tensors of\nany size):\n"
+        "  --n_layers INT  (default: 24)\n"
+        "  --n_embd INT    50 % of 1280 (default: 640)\n\n"
+        "Where things are:\n"
+        "  --out_dir TEXT  a folder: \"\" for none (default: '#checkpoints')\n"
+    )
+
+
+def test_help_without_a_source_file(capsys):
+    with pytest.raises(SystemExit):
+        config("-h")
+    assert "--finetune [True|False]  (default: False)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -94,12 +166,15 @@ def test_run_script_turns_mistakes_into_a_line_and_a_code(error, code, line, cap
     assert end.value.code == code and printed.startswith(line) and printed.count("\n") == 1
 
 
-def test_run_script_does_not_hide_a_bug():
-    with pytest.raises(ZeroDivisionError):
+def test_run_script_does_not_hide_a_bug(capsys):
+    with pytest.raises(SystemExit) as end:
         run_script(lambda: 1 // 0)
+    captured = capsys.readouterr().err
+    assert end.value.code == 1 and "Traceback" in captured and "ZeroDivisionError" in captured
 
     def nameless():
         raise OSError(5, "Input/output error")
 
-    with pytest.raises(OSError, match="Input/output error"):
+    with pytest.raises(SystemExit):
         run_script(nameless)
+    assert "Traceback" in capsys.readouterr().err

@@ -18,15 +18,17 @@ import torch
 from kill_and_resume import TINY, difference, kill_and_resume, newest
 
 import train
-from checkpoint import CheckpointWriter, load_checkpoint, load_model
+from checkpoint import CheckpointWriter, TrainingState, load_checkpoint, load_model
 from common.errors import UserError
 from common.files import locked
 from common.settings import config_from_constants
 from model import GPT, GPTConfig
 from ops.cross_entropy import IGNORE_INDEX
 from tokenizer import load_tokenizer
+from training import setup
+from training.optimizers import gradient_scale
 from training.packing import Batch
-from training.trainer import MAX_BAD_STEPS, Run, gradient_scale
+from training.trainer import MAX_BAD_STEPS, Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLED = {"eval_interval": 4, "sample_tokens": 4}
@@ -119,7 +121,7 @@ def test_ten_pinned_losses(text_data, tmp_path):
 @pytest.mark.parametrize("cut", [12, 16])  # before and after the border of the first epoch
 def test_resume_continues_bit_for_bit(finished, text_data, tmp_path, cut):
     whole, result = finished
-    rows = train.open_rows(str(text_data), "train", load_tokenizer(), 32, 1337, chat=False)
+    rows = setup.open_rows(str(text_data), "train", load_tokenizer(), 32, 1337, chat=False)
     border = math.ceil(rows.rows_per_epoch / 8)
     assert 12 < border < 16 < result["step"]
     shutil.copy(whole / f"ckpt_{cut:07d}.pt", tmp_path)
@@ -182,7 +184,7 @@ def test_the_checkpoint_just_written_stays_beside_damaged_newer_ones(tmp_path):
     (tmp_path / "ckpt_mine.pt").write_bytes(b"not ours to remove")
     writer = CheckpointWriter(tmp_path, keep=1)
     for step in (440, 450):
-        writer.save({"iter_num": step}, best=False)
+        writer.save(TrainingState.of({"config": {}, "iter_num": step}, ""), best=False)
     writer.wait()
     left = sorted(path.name for path in tmp_path.iterdir())
     names = ["ckpt_0000450.pt", "ckpt_0000500.pt", "ckpt_0000600.pt", "ckpt_mine.pt"]
@@ -264,9 +266,10 @@ def test_resume_names_harmless_changes(finished, text_data, tmp_path, capsys):
         ({"n_heads": 3}, "n_embd=16 must be n_heads=3 times"),
         ({"n_kv_heads": 3}, "multiple of n_kv_heads=3"),
         ({"dropout": 1.0}, "dropout=1.0 must be"),
-        ({"data_dir": "nowhere"}, "there is no dataset directory nowhere"),
+        ({"data_dir": "nowhere"}, "no dataset directory nowhere: run python prepare_dataset.py"),
+        ({"data_dir": "fineweb_edu_x"}, "run python prepare_dataset_fineweb.py --output_dir="),
         ({"finetune": True, "finetune_out_dir": "same", "out_dir": "same"}, "the same folder"),
-        ({"finetune": True, "finetune_checkpoint": "none.pt"}, "none.pt is not there"),
+        ({"finetune": True, "model": "none.pt"}, "none.pt is not there"),
         ({"resume_checkpoint": "none.pt"}, "none.pt is not there"),
         ({"beta1": 1.0}, "beta1=1.0"),
         ({"eval_interval": -1}, "eval_interval=-1"),
@@ -319,7 +322,7 @@ def test_out_of_gpu_memory_says_what_to_lower(compile, text_data, tmp_path, monk
     def too_much(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(Run, "loss_sum", too_much)
+    monkeypatch.setattr(Trainer, "loss_sum", too_much)
     with pytest.raises(UserError, match=r"lower batch_size \(now 4\) and raise"):
         train.train(config_of(text_data, tmp_path, compile=compile))
 
@@ -364,7 +367,7 @@ def test_compiled_training_equals_eager(text_data, tmp_path):
 def test_a_finished_run_goes_on_with_more_epochs_from_the_right_row(text_data, tmp_path):
     train.train(config_of(text_data, tmp_path, num_epochs=1))
     rows_per_epoch = load_checkpoint(newest(tmp_path))["data_cursor"]
-    rows = train.open_rows(str(text_data), "train", load_tokenizer(), 32, 1337, chat=False)
+    rows = setup.open_rows(str(text_data), "train", load_tokenizer(), 32, 1337, chat=False)
     assert rows_per_epoch == rows.rows_per_epoch and rows_per_epoch % 8
     result = train.train(config_of(text_data, tmp_path, num_epochs=2))
     assert result["step"] == 2 * math.ceil(rows_per_epoch / 8)
@@ -373,22 +376,30 @@ def test_a_finished_run_goes_on_with_more_epochs_from_the_right_row(text_data, t
 def test_changed_optimizer_settings_count_after_a_resume(tiny_run):
     run, batches = tiny_run()
     run.step(batches, lr=1e-3)
-    state = {
-        "model_state_dict": run.model.state_dict(),
-        "optimizer_state_dict": run.optimizer.state_dict(),
-        "scaler_state_dict": {},
-        "rng_state": {"cpu": torch.get_rng_state()},
-        "iter_num": 1,
-        "data_cursor": 8,
-        "best_val_loss": 9.0,
-    }
+    state = run.state(1, 8, 9.0, "", "", None)
     other, _ = tiny_run(rho=0.5, weight_decay=0.7, batch_size=8)
-    assert other.restore(state) == (1, 8, 9.0)
+    other.restore(state)
     matrices = other.optimizer.param_groups[0]
     assert (matrices["rho"], matrices["weight_decay"], matrices["bs"]) == (0.5, 0.7, 8 * 32)
     for ours, theirs in zip(run.model.parameters(), other.model.parameters(), strict=True):
         saved, loaded = run.optimizer.state[ours], other.optimizer.state[theirs]
         assert torch.equal(ours, theirs) and torch.equal(saved["exp_avg"], loaded["exp_avg"])
+
+
+def test_bfloat16_moments_take_half_the_memory_and_resume_bit_for_bit(text_data, tmp_path):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    settings = {"optimizer_state_dtype": "bfloat16", "max_steps": 12, "keep_checkpoints": 99}
+    train.train(config_of(text_data, whole, **settings))
+    resumed.mkdir()
+    shutil.copy(whole / "ckpt_0000004.pt", resumed)
+    train.train(config_of(text_data, resumed, **settings))
+    states = [load_checkpoint(newest(directory)) for directory in (whole, resumed)]
+    assert difference(*states) is None
+    moments = states[0]["optimizer_state_dict"]["state"].values()
+    dtypes = {values[name].dtype for values in moments for name in ("exp_avg", "hessian")}
+    assert dtypes == {torch.bfloat16}
+    with pytest.raises(UserError, match="needs optimizer='sophiag'"):
+        train.train(config_of(text_data, tmp_path / "adamw", optimizer="adamw", **settings))
 
 
 def test_samples_work_in_sixteen_bits(tiny_run):
@@ -399,20 +410,20 @@ def test_samples_work_in_sixteen_bits(tiny_run):
 
 @pytest.fixture
 def tiny_run(text_data, tmp_path):
-    def make(**changes) -> tuple[Run, list[Batch]]:
+    def make(**changes) -> tuple[Trainer, list[Batch]]:
         changes = {"dropout": 0.0} | changes
-        config = train.run_settings(config_of(text_data, tmp_path, **changes))
+        config = setup.settings_in_force(config_of(text_data, tmp_path, **changes))
         torch.manual_seed(0)
         shape = {f.name: getattr(config, f.name, f.default) for f in dataclasses.fields(GPTConfig)}
         model = GPT(GPTConfig(**shape))
-        run = Run(model, config, torch.device("cpu"), torch.float32)
-        rows = train.open_rows(str(text_data), "train", load_tokenizer(), 32, 0, chat=False)
+        run = Trainer(model, config, torch.device("cpu"), torch.float32)
+        rows = setup.open_rows(str(text_data), "train", load_tokenizer(), 32, 0, chat=False)
         return run, [rows.batch([i, i + 1]) for i in range(0, 8, 2)]
 
     return make
 
 
-def weights_of(run: Run) -> list[torch.Tensor]:
+def weights_of(run: Trainer) -> list[torch.Tensor]:
     return [parameter.detach().clone() for parameter in run.model.parameters()]
 
 
@@ -469,11 +480,11 @@ def test_gradient_clipping_bounds_the_norm(tiny_run):
     run, batches = tiny_run(optimizer="adamw", grad_clip=1e-3)
     total = sum(run.loss_sum(batch) for batch in batches)
     total.backward()
-    norm, scale = gradient_scale(run.model, total, 1e-3)
+    norm, scale = gradient_scale(list(run.model.parameters()), total, 1e-3)
     by_hand = math.sqrt(sum(float(p.grad.square().sum()) for p in run.model.parameters()))
     assert norm.item() == pytest.approx(by_hand, rel=1e-3)  # float32 sums in another order
     assert (norm * scale).item() == pytest.approx(1e-3, rel=1e-2) and scale < 1
-    assert gradient_scale(run.model, total, 1e9)[1] == 1.0
+    assert gradient_scale(list(run.model.parameters()), total, 1e9)[1] == 1.0
 
 
 def test_hessian_estimate_counts_its_own_labels(tiny_run):
@@ -501,7 +512,7 @@ TINY_BETA2 = train.beta2
 def test_evaluation_is_the_same_every_time_and_bits_per_byte_is_by_the_formula(tiny_run, text_data):
     run, _ = tiny_run(dropout=0.3)  # which must be off
     tokenizer = load_tokenizer()
-    rows = train.open_rows(str(text_data), "val", tokenizer, 32, 0, chat=False)
+    rows = setup.open_rows(str(text_data), "val", tokenizer, 32, 0, chat=False)
     token_bytes = torch.from_numpy(tokenizer.token_bytes)
     first, second = (run.evaluate(rows, token_bytes) for _ in range(2))
     assert first == second
@@ -521,7 +532,7 @@ def test_fine_tune_end_to_end(finished, text_data, chat_data, tmp_path, capsys):
     base, _ = finished
     changes = {
         "finetune": True,
-        "finetune_checkpoint": base / "best_model.pt",
+        "model": base / "best_model.pt",
         "finetune_data_dir": chat_data,
         "finetune_out_dir": tmp_path / "ft",
         "finetune_num_epochs": 3,
@@ -538,7 +549,7 @@ def test_fine_tune_end_to_end(finished, text_data, chat_data, tmp_path, capsys):
     assert {"val_loss", "pretrain_val_loss", "pretrain_val_bpb"} <= result.keys()
     assert load_model(tmp_path / "ft/best_model.pt").config.n_layers == 2
     assert train.train(config_of(text_data, base, **changes))["step"] == result["step"]
-    other = changes | {"finetune_checkpoint": base / "ckpt_0000004.pt"}
+    other = changes | {"model": base / "ckpt_0000004.pt"}
     with pytest.raises(UserError, match="was trained with base="):
         train.train(config_of(text_data, base, **other))
     with pytest.raises(UserError, match="finetune=True"):  # a fine-tune is not continued as another
@@ -549,7 +560,7 @@ def test_fine_tune_end_to_end(finished, text_data, chat_data, tmp_path, capsys):
 def test_fine_tune_refuses_data_without_conversations(finished, text_data, tmp_path):
     changes = {
         "finetune": True,
-        "finetune_checkpoint": finished[0] / "best_model.pt",
+        "model": finished[0] / "best_model.pt",
         "finetune_data_dir": text_data,
         "finetune_out_dir": tmp_path,
     }
@@ -564,7 +575,7 @@ def test_weights_of_the_original_cannot_be_resumed_but_say_how_to_use_them(text_
     state["_orig_mod.rotary_emb.inv_freq"] = torch.ones(4)
     old = {"model_state_dict": state, "model_args": args, "iter_num": 1, "best_val_loss": 3.0}
     torch.save(old, tmp_path / "old.pt")
-    with pytest.raises(UserError, match="--finetune_checkpoint="):
+    with pytest.raises(UserError, match="--model="):
         train.train(config_of(text_data, tmp_path / "out", resume_checkpoint=tmp_path / "old.pt"))
     loaded = load_model(tmp_path / "old.pt")
     assert loaded.config.rope_style == "lille"

@@ -25,7 +25,7 @@ from test_inference import ROOT, TOKENIZER, Scripted, saved, small_gpt, turns
 
 from common.errors import UserError
 from generation import chat_web
-from inference import Lille
+from generation.conversation import Lille
 
 OPTIONS = {"max_new_tokens": 500, "temperature": 0.5, "top_p": 0.95, "top_k": None}
 ANSWER = "One two 東京 🚀 three:\n\n    four five."
@@ -51,9 +51,6 @@ def test_history_is_the_turns_that_have_an_answer():
     )
     history = chat_web.complete_turns(messages, {"f:\nx": "f:\n    x"})
     assert history == turns("a", "b", "f:\n    x", "d")
-    assert chat_web.complete_turns(
-        [{"role": user, "content": "a"}, {"role": bot, "content": "b"}], {}
-    ) == (turns("a", "b"))
     assert chat_web.complete_turns([], {}) == []
 
 
@@ -88,8 +85,7 @@ def served(browser):
     backend = Slow(TOKENIZER.encode(ANSWER))
     backend.block_size = 256
     page = chat_web.build(Lille(backend, TOKENIZER, seed=0), OPTIONS)
-    launch = {"server_name": chat_web.ADDRESS, "prevent_thread_lock": True, "quiet": True}
-    page.launch(share=False, **launch, **chat_web.LAUNCH)
+    page.launch(**chat_web.LAUNCH)
     yield page.local_url, backend
     page.close(verbose=False)
 

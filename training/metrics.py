@@ -1,4 +1,4 @@
-"""What a training run shows and keeps: metrics.jsonl, the loss curve, the progress bar, wandb."""
+"""Metrics of a training run: metrics.jsonl, the loss curve, the progress bar, wandb."""
 
 import json
 import math
@@ -29,17 +29,17 @@ PEAK_FLOPS = {  # dense 16-bit matrix products of a card, FLOP/s, by a pattern o
 
 def peak_flops(device_name: str) -> float | None:
     """Published 16-bit FLOP/s of a known GPU; None for any other device."""
-    found = (peak for name, peak in PEAK_FLOPS.items() if re.search(name, device_name))
-    return next(found, None)
+    peaks = (peak for name, peak in PEAK_FLOPS.items() if re.search(name, device_name))
+    return next(peaks, None)
 
 
 class Metrics:
     """Appends one JSON object per line to `out_dir/metrics.jsonl` and draws its loss curves.
 
-    A resumed run first forgets the lines beyond the step it resumes from, so that a killed run's
-    file ends up the same as an undisturbed one's, but for the timings and for the next loss where
-    `log_interval` does not divide the step it was cut at. A full disk costs lines and pictures,
-    with one message, never the run. Of several ranks only one is `active`, the others do nothing.
+    A resumed run first drops the lines beyond the step it resumes from, so that a killed run's file
+    ends up the same as an undisturbed one's, except for timings and for the next loss where
+    `log_interval` does not divide the step of the checkpoint. A full disk loses lines and pictures,
+    with one message, never the run. With several ranks only one is `active`.
     """
 
     def __init__(
@@ -53,9 +53,9 @@ class Metrics:
         self.active, self.failed, self.wandb = active, False, None
         if not active:
             return
-        kept = [row for row in read_metrics(self.path) if row["step"] <= first_step]
+        rows = [row for row in read_metrics(self.path) if row["step"] <= first_step]
         with atomic_file(self.path) as file:
-            file.writelines(json.dumps(row).encode() + b"\n" for row in kept if first_step)
+            file.writelines(json.dumps(row).encode() + b"\n" for row in rows if first_step)
         if wandb_settings is not None:
             import wandb
 
@@ -64,12 +64,12 @@ class Metrics:
     def log(self, step: int, **values: float | str) -> None:
         if not self.active:
             return
-        finite = {
+        json_values = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in values.items()
         }
         with self.unless_disk_is_full(), open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step} | finite) + "\n")
+            file.write(json.dumps({"step": step} | json_values) + "\n")
         if self.wandb is not None:
             self.wandb.log(values, step=step)
 
@@ -89,20 +89,7 @@ class Metrics:
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(8, 4.5), layout="constrained")
-        axes = figure.subplots()
-        rows = read_metrics(self.path)
-        for key, label, style in (
-            ("loss", "training", {"linewidth": 1, "alpha": 0.8}),
-            ("val_loss", "validation", {"marker": "o", "markersize": 4}),
-            ("pretrain_val_loss", "pretraining validation", {"marker": "s", "markersize": 4}),
-        ):
-            points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-            if points:
-                axes.plot(*zip(*points, strict=True), label=label, **style)
-        axes.set(xlabel="step", ylabel="loss (nats per token)", title=str(self.path.parent))
-        axes.grid(alpha=0.3)
-        if axes.get_lines():
-            axes.legend()
+        draw_losses(figure.subplots(), read_metrics(self.path), str(self.path.parent))
         with self.unless_disk_is_full(), atomic_file(self.curve) as file:
             figure.savefig(file, dpi=120, format="png")
 
@@ -111,8 +98,24 @@ class Metrics:
             self.wandb.finish()
 
 
+def draw_losses(axes: Any, rows: list[dict[str, Any]], title: str) -> None:
+    """Draws training and validation losses against steps on matplotlib `axes`."""
+    for key, label, style in (
+        ("loss", "training", {"linewidth": 1, "alpha": 0.8}),
+        ("val_loss", "validation", {"marker": "o", "markersize": 4}),
+        ("pretrain_val_loss", "pretraining validation", {"marker": "s", "markersize": 4}),
+    ):
+        points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, **style)
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
+    axes.grid(alpha=0.3)
+    if axes.get_lines():
+        axes.legend()
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a line that a kill cut short is left out."""
+    """The rows of a metrics.jsonl; a line that a kill cut short is skipped."""
     rows = []
     for line in path.read_text("utf-8").splitlines() if path.exists() else []:
         try:
@@ -131,9 +134,9 @@ def last_metrics(out_dir: Path) -> dict[str, Any]:
 
 
 class Progress:
-    """The bar: loss, lr, tokens/s, win rate, and MFU on known GPUs; tqdm adds the ETA.
+    """Progress bar with loss, lr, tokens/s, win rate, and MFU on known GPUs; tqdm adds the ETA.
 
-    It shows the tokens of all `n_devices` together, and the MFU of each.
+    Tokens/s are those of all `n_devices` together, MFU is per device.
     """
 
     def __init__(
@@ -159,7 +162,7 @@ class Progress:
             self.peak = peak_flops(torch.cuda.get_device_name(device))
         self.n_devices = n_devices
         self.tokens = 0
-        self.started = time.perf_counter()
+        self.start_time = time.perf_counter()
 
     def advance(self, tokens: int) -> None:
         """Counts one step of `tokens` useful tokens."""
@@ -169,8 +172,8 @@ class Progress:
     def rate(self) -> dict[str, float]:
         """Tokens/s, and MFU where the peak is known, since the last call."""
         now = time.perf_counter()
-        tokens_per_second = self.tokens / (now - self.started)
-        self.tokens, self.started = 0, now
+        tokens_per_second = self.tokens / (now - self.start_time)
+        self.tokens, self.start_time = 0, now
         rates = {"tokens_per_second": round(tokens_per_second, 1)}
         if self.peak is not None:
             per_device = tokens_per_second / self.n_devices
@@ -179,14 +182,14 @@ class Progress:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leaves the time of evaluation and saving out of the training rate."""
-        begin = time.perf_counter()
+        """Excludes the time of evaluation and saving from the training rate."""
+        pause_start = time.perf_counter()
         yield
-        self.started += time.perf_counter() - begin
+        self.start_time += time.perf_counter() - pause_start
 
     def show(self, **values: float) -> None:
-        shown = {key: f"{value:.4g}" for key, value in values.items()}
-        self.bar.set_postfix(shown, refresh=sys.stderr.isatty())
+        texts = {key: f"{value:.4g}" for key, value in values.items()}
+        self.bar.set_postfix(texts, refresh=sys.stderr.isatty())
 
     def write(self, text: str) -> None:
         self.bar.write(text)
@@ -195,31 +198,8 @@ class Progress:
         self.bar.close()
 
 
-def print_summary(run: Any, rows: Any, total: int, validation: dict[str, Any]) -> None:
-    """What is about to be trained, on what and for how long."""
-    config, model = run.config, run.model
-    rows_per_step = config.batch_size * config.gradient_accumulation_steps
-    per_step = rows_per_step * rows.block_size
-    epochs = min(config.num_epochs, total * rows_per_step / rows.rows_per_epoch)
-    print(
-        f"{model.n_parameters():,} parameters on {run.device} ({str(run.dtype)[6:]}), "
-        f"{config.optimizer}, {total:,} steps of {per_step:,} tokens"
-        + (f", {run.ranks.world_size} ranks" if run.ranks.world_size > 1 else "")
-    )
-    print(
-        f"{config.data_dir}: {rows.description}; {rows.rows_per_epoch:,} rows of "
-        f"{rows.block_size}, {rows.fill:.2%} full, {epochs:.3g} epochs; validation on "
-        f"{min(config.eval_rows, validation['val'].rows_per_epoch):,} rows"
-    )
-    if rows.n_shortened or rows.n_dropped:
-        print(
-            f"{rows.n_shortened} conversations longer than {rows.block_size} tokens keep their "
-            f"most recent turns; {rows.n_dropped} whose last turn alone is too long are left out"
-        )
-
-
-def describe(step: int, results: dict[str, Any], is_best: bool) -> str:
-    """The lines that an evaluation prints."""
+def evaluation_line(step: int, results: dict[str, Any], is_best: bool) -> str:
+    """An evaluation as text: its numbers, and the text sample on a line of its own."""
     numbers = ", ".join(f"{k} {v:.4f}" for k, v in results.items() if isinstance(v, float))
     line = f"step {step}: {numbers}" + (" (best so far)" if is_best else "")
     return line + (f"\n    {results['sample']!r}" if "sample" in results else "")

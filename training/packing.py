@@ -1,8 +1,8 @@
 """Packs documents into rows of `block_size` tokens, so that an epoch trains on every token once.
 
-Documents longer than a row are cut into pieces and the pieces are packed best-fit into rows, which
-leaves rows over 99.5 % full; attention and positions stay within a piece (see model.py). The order
-of an epoch is a pure function of (seed, epoch), so a position in it is a single number, the row.
+Documents longer than a row are cut into segments, and the segments are packed best-fit into rows,
+over 99.5 % full; attention and positions are confined to a segment (see model.py). The order of an
+epoch is a pure function of (seed, epoch), so a position in it is a single number, the row.
 
     rows = PackedRows(open_split("data/x", "train"), block_size=512, pad_id=tokenizer.pad_id)
     batch = rows.batch(range(0, 16))         # the first 16 rows of the first epoch
@@ -24,7 +24,7 @@ from ops.cross_entropy import IGNORE_INDEX
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """What packing must know of conversations; tokenizer.py owns the format itself."""
+    """Token ids and label mask of the chat format that tokenizer.py defines."""
 
     bos_id: int
     user_id: int
@@ -33,11 +33,11 @@ class ChatFormat:
 
 @dataclass
 class Batch:
-    """A packed micro-batch; tensors are (B, T) int64 except cu_seqlens (pieces + 1, padded) int32.
+    """A packed micro-batch; tensors are (B, T) int64, but cu_seqlens (segments + 1, padded) int32.
 
-    `targets` are the next tokens within each piece, IGNORE_INDEX elsewhere; `positions` count from
-    0 in each piece; `cu_seqlens` are the pieces' borders in the flattened batch. `seed` is that of
-    dropout and sampled labels; None leaves the random state as it is.
+    `targets` are the next tokens within each segment, IGNORE_INDEX elsewhere; `positions` count
+    from 0 in each segment; `cu_seqlens` are the cumulative segment lengths in the flattened batch.
+    `seed` is that of dropout and sampled labels; None leaves the random state as it is.
     """
 
     ids: torch.Tensor
@@ -56,11 +56,11 @@ class Batch:
 
 
 def cut_documents(offsets: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Starts and lengths of the pieces, each of at most `block_size` tokens, of all documents."""
+    """Starts and lengths of the segments, each of at most `block_size` tokens, of all documents."""
     offsets = offsets.astype(np.int64)
-    counts = -(-np.diff(offsets) // block_size)  # pieces of each document, 0 for an empty one
-    first_piece = np.cumsum(counts) - counts
-    within = np.arange(counts.sum()) - np.repeat(first_piece, counts)
+    counts = -(-np.diff(offsets) // block_size)  # segments of each document, 0 for an empty one
+    first_segment = np.cumsum(counts) - counts
+    within = np.arange(counts.sum()) - np.repeat(first_segment, counts)
     starts = np.repeat(offsets[:-1], counts) + within * block_size
     lengths = np.minimum(np.repeat(offsets[1:], counts) - starts, block_size)
     return starts, lengths
@@ -69,11 +69,11 @@ def cut_documents(offsets: np.ndarray, block_size: int) -> tuple[np.ndarray, np.
 def cut_conversations(
     dataset: NpzDataset, block_size: int, user_id: int
 ) -> tuple[np.ndarray, np.ndarray, int, int]:
-    """Starts and lengths of the conversations, how many were shortened and how many left out.
+    """Starts and lengths of the conversations, numbers of shortened and of dropped ones.
 
-    A conversation that is too long keeps its most recent turns. Its piece then begins one token
+    A conversation that is too long keeps its most recent turns. Its segment then begins one token
     before a user turn; PackedRows writes `<|startoftext|>` there. One whose last turn alone is too
-    long is left out.
+    long is dropped.
     """
     offsets = np.asarray(dataset.offsets, dtype=np.int64)
     starts, lengths = offsets[:-1].copy(), np.diff(offsets)
@@ -84,55 +84,55 @@ def cut_conversations(
         n_shortened, n_dropped = n_shortened + bool(len(fitting)), n_dropped + (not len(fitting))
         starts[i] = fitting[0] if len(fitting) else offsets[i + 1]
         lengths[i] = offsets[i + 1] - starts[i]
-    kept = lengths > 0
-    return starts[kept], lengths[kept], n_shortened, n_dropped
+    fits = lengths > 0
+    return starts[fits], lengths[fits], n_shortened, n_dropped
 
 
 def pack(
     lengths: np.ndarray, block_size: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Best-fit decreasing: (order, borders); row r holds pieces order[borders[r]:borders[r + 1]].
+    """Best-fit decreasing: (order, borders); row r holds segments order[borders[r]:borders[r + 1]].
 
-    Pieces of one length are interchangeable, so all of them are placed at once: into the fullest
-    rows with room first, into new rows last. `rng` decides which of them meet and the rows' order.
+    Segments of one length are interchangeable, so all of them are placed at once: into the fullest
+    rows with space first, into new rows last. `rng` decides which of them meet and the rows' order.
     """
     shuffled = rng.permutation(len(lengths))
-    pieces = shuffled[np.argsort(-lengths[shuffled], kind="stable")]  # longest first
-    row_of = np.empty(len(pieces), dtype=np.int64)
-    room: list[list[np.ndarray]] = [[] for _ in range(block_size + 1)]  # rows by free places
-    n_rows = placed = 0
+    segments = shuffled[np.argsort(-lengths[shuffled], kind="stable")]  # longest first
+    row_of = np.empty(len(segments), dtype=np.int64)
+    room: list[list[np.ndarray]] = [[] for _ in range(block_size + 1)]  # rows by free positions
+    n_rows = n_placed = 0
     counts = np.bincount(lengths, minlength=block_size + 1)
     for length in np.flatnonzero(counts)[::-1].tolist():
-        left = int(counts[length])
-        while left:
+        remaining = int(counts[length])
+        while remaining:
             free = next((c for c in range(length, block_size + 1) if room[c]), block_size)
             per_row = free // length
-            needed = -(-left // per_row)
+            n_needed = -(-remaining // per_row)
             if room[free]:
                 rows = np.concatenate(room[free])
-                room[free] = [rows[needed:]] if len(rows) > needed else []
-                rows = rows[:needed]
+                room[free] = [rows[n_needed:]] if len(rows) > n_needed else []
+                rows = rows[:n_needed]
             else:
-                rows = np.arange(n_rows, n_rows + needed)
-                n_rows += needed
-            n = min(left, len(rows) * per_row)
-            row_of[placed : placed + n] = np.repeat(rows, per_row)[:n]
+                rows = np.arange(n_rows, n_rows + n_needed)
+                n_rows += n_needed
+            n = min(remaining, len(rows) * per_row)
+            row_of[n_placed : n_placed + n] = np.repeat(rows, per_row)[:n]
             in_last = n - (len(rows) - 1) * per_row
             room[free - in_last * length].append(rows[-1:])
             if len(rows) > 1:
                 room[free - per_row * length].append(rows[:-1])
-            placed, left = placed + n, left - n
+            n_placed, remaining = n_placed + n, remaining - n
     row_of = rng.permutation(n_rows)[row_of]
     by_row = np.argsort(row_of, kind="stable")
     borders = np.concatenate(([0], np.cumsum(np.bincount(row_of, minlength=n_rows))))
-    return pieces[by_row], borders
+    return segments[by_row], borders
 
 
 class PackedRows:
     """All shards of a split as an endless sequence of packed rows, epoch after epoch.
 
     Row numbers run on across epochs: row r belongs to epoch r // rows_per_epoch. Every epoch packs
-    the same pieces anew. `chat` selects conversations, which are never cut in the middle.
+    the same segments anew. `chat` selects conversations, which are never cut in the middle.
     """
 
     def __init__(
@@ -163,24 +163,24 @@ class PackedRows:
         self.plan_epoch(0)
         # Lengths alone decide which lengths share a row, so these are the same in every epoch.
         self.rows_per_epoch = len(self.borders) - 1
-        self.max_pieces = int(np.diff(self.borders).max(initial=0)) + 1  # with padding
+        self.max_segments = int(np.diff(self.borders).max(initial=0)) + 1  # with padding
 
     @property
     def description(self) -> str:
-        """How many documents and tokens there are; a resumed run must find the same."""
+        """Numbers of documents and tokens; must match on resume."""
         return f"{self.n_documents:,} documents, {int(self.bases[-1]):,} tokens"
 
     def fingerprint(self) -> str:
-        """Tells data sets apart: a hash of the documents' borders and of 4,096 tokens."""
+        """Hash of the document boundaries and of 4,096 tokens a shard."""
         digest = hashlib.sha256(self.starts.tobytes() + self.lengths.tobytes())
         for tokens in self.tokens:
-            picked = np.linspace(0, len(tokens) - 1, num=min(4096, len(tokens)), dtype=np.int64)
-            digest.update(tokens[picked].tobytes())
+            sample = np.linspace(0, len(tokens) - 1, num=min(4096, len(tokens)), dtype=np.int64)
+            digest.update(tokens[sample].tobytes())
         return digest.hexdigest()[:16]
 
     @property
     def fill(self) -> float:
-        """Share of the places of an epoch's rows that hold a token."""
+        """Share of the token positions of an epoch's rows that hold a token."""
         return float(self.lengths.sum() / max(1, self.rows_per_epoch * self.block_size))
 
     def plan_epoch(self, epoch: int) -> None:
@@ -189,20 +189,20 @@ class PackedRows:
             self.order, self.borders = pack(self.lengths, self.block_size, rng)
             self.epoch = epoch
 
-    def pieces(self, row: int) -> list[np.ndarray]:
-        """The token ids of the pieces of a row."""
+    def segments(self, row: int) -> list[np.ndarray]:
+        """The token ids of the segments of a row."""
         epoch, row = divmod(row, self.rows_per_epoch)
         self.plan_epoch(epoch)
-        found = []
-        for piece in self.order[self.borders[row] : self.borders[row + 1]]:
-            start, length = self.starts[piece], self.lengths[piece]
+        arrays = []
+        for segment in self.order[self.borders[row] : self.borders[row + 1]]:
+            start, length = self.starts[segment], self.lengths[segment]
             shard = int(np.searchsorted(self.bases, start, side="right")) - 1
             begin = start - self.bases[shard]
             ids = np.array(self.tokens[shard][begin : begin + length], dtype=np.int64)
             if self.chat is not None:
-                ids[0] = self.chat.bos_id  # already so, unless earlier turns were left out
-            found.append(ids)
-        return found
+                ids[0] = self.chat.bos_id  # already so, unless earlier turns were dropped
+            arrays.append(ids)
+        return arrays
 
     def batch(self, rows: Iterable[int | None]) -> Batch:
         """The batch of these rows; None stands for a row of padding, without labels."""
@@ -214,20 +214,20 @@ class PackedRows:
         borders = []
         for r, row in enumerate(rows):
             end = 0
-            for piece in self.pieces(row) if row is not None else []:
-                start, end = end, end + len(piece)
+            for segment in self.segments(row) if row is not None else []:
+                start, end = end, end + len(segment)
                 borders.append(r * self.block_size + start)
-                ids[r, start:end] = piece
-                positions[r, start:end] = np.arange(len(piece))
-                labels = piece[1:]
+                ids[r, start:end] = segment
+                positions[r, start:end] = np.arange(len(segment))
+                labels = segment[1:]
                 if self.chat is not None:
-                    labels = np.where(self.chat.assistant_mask(piece)[1:], labels, IGNORE_INDEX)
+                    labels = np.where(self.chat.assistant_mask(segment)[1:], labels, IGNORE_INDEX)
                 targets[r, start : end - 1] = labels
-            if end < self.block_size:  # the padding is one more piece that nothing else sees
+            if end < self.block_size:  # the padding is a segment of its own
                 borders.append(r * self.block_size + end)
                 positions[r, end:] = np.arange(self.block_size - end)
-        # Of one length whatever the batch, so that a compiled model is compiled once.
-        cu_seqlens = np.full(len(rows) * self.max_pieces + 1, ids.size, dtype=np.int32)
+        # Of the same length in every batch, so that a model is compiled once.
+        cu_seqlens = np.full(len(rows) * self.max_segments + 1, ids.size, dtype=np.int32)
         cu_seqlens[: len(borders)] = borders
         arrays = map(torch.from_numpy, (ids, targets, positions, cu_seqlens))
         return Batch(*arrays, n_labels=int((targets != IGNORE_INDEX).sum()))
@@ -243,7 +243,7 @@ class PackedRows:
     ) -> Iterator[list[Batch]]:
         """Yields the micro-batches of each optimizer step; the last one is filled with padding.
 
-        A step has `accumulation` micro-batches, dealt to the ranks in turn: these are every
+        A step has `accumulation` micro-batches, dealt to the ranks in turn: this rank has every
         `world_size`-th from `rank` on. Each has a seed of its own, a pure function of its place in
         the data, so that a run is the same on any number of ranks and after any resume.
         """

@@ -1,0 +1,131 @@
+"""common/files.py and common/signals.py: locks, directory sync, deferred signals."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from common import files
+from common.errors import UserError
+from common.files import locked, sync_directory
+from common.signals import interrupts_deferred, terminated_as_interrupted
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from common.files import locked
+with locked(Path(sys.argv[1]), "run"):
+    print("locked", flush=True)
+    time.sleep(float(sys.argv[2]))
+"""
+
+
+def holder(directory: Path, seconds: float) -> subprocess.Popen:
+    """A process that holds the lock on `directory` for some seconds."""
+    command = [sys.executable, "-c", HOLDER, str(directory), str(seconds)]
+    root = Path(files.__file__).parents[1]
+    process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "locked\n"
+    return process
+
+
+def test_a_directory_is_locked_by_one_at_a_time_and_left_as_it_was(tmp_path):
+    for _ in range(2):
+        with locked(tmp_path, "run"):
+            with pytest.raises(UserError, match="another run is writing to .*: wait for it or"):
+                with locked(tmp_path, "run"):
+                    pass
+            assert os.listdir(tmp_path) == [".lock"]
+        assert os.listdir(tmp_path) == []
+
+
+def test_the_lock_of_a_killed_process_is_free_at_once(tmp_path):
+    process = holder(tmp_path, 60)
+    with pytest.raises(UserError, match="another run"), locked(tmp_path, "run"):
+        pass
+    process.kill()
+    process.wait()
+    with locked(tmp_path, "run"):
+        pass
+    assert os.listdir(tmp_path) == []
+
+
+def test_waiting_for_a_lock(tmp_path):
+    process = holder(tmp_path, 0.5)
+    with locked(tmp_path, "run", wait=True):
+        with pytest.raises(UserError), locked(tmp_path, "run"):  # on the file that is there now
+            pass
+        assert os.listdir(tmp_path) == [".lock"]
+    assert process.wait(timeout=10) == 0
+
+
+def test_a_lock_may_be_released_in_another_thread(tmp_path):
+    lock = locked(tmp_path, "run")
+    lock.__enter__()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(lock.__exit__, None, None, None).result()
+    with locked(tmp_path, "run"):
+        pass
+
+
+@pytest.mark.skipif(os.name != "posix", reason="of POSIX file systems")
+def test_a_file_system_without_locks_or_directory_sync_will_do(tmp_path, monkeypatch):
+    import fcntl
+
+    def unsupported(*args):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", unsupported)
+    n_open = len(os.listdir("/dev/fd"))
+    for _ in range(5):
+        sync_directory(tmp_path)
+    for number in files.NO_LOCKS:
+
+        def no_lock(*args, number=number):
+            raise OSError(number, os.strerror(number))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(fcntl, "flock", no_lock)
+            with locked(tmp_path, "run"):
+                assert len(os.listdir("/dev/fd")) == n_open
+        assert os.listdir(tmp_path) == []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        sync_directory(tmp_path)
+    assert len(os.listdir("/dev/fd")) == n_open
+
+
+def test_a_lock_that_cannot_be_made_is_an_error_with_its_path(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError) as caught, locked(tmp_path / "file", "run"):
+        pass
+    assert caught.value.filename.startswith(str(tmp_path / "file"))
+
+
+def test_deferred_interrupts_go_to_the_previous_handlers():
+    handled = []
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: handled.append(number))
+    try:
+        with pytest.raises(KeyboardInterrupt), interrupts_deferred():
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+            assert handled == []
+        assert handled == [signal.SIGTERM]
+        with ThreadPoolExecutor(1) as pool:  # no signals come to a thread: nothing to do
+            assert pool.submit(lambda: interrupts_deferred().__enter__()).result() is None
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def test_sigterm_is_an_interrupt_for_the_block():
+    previous = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), terminated_as_interrupted():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+    assert signal.getsignal(signal.SIGTERM) == previous

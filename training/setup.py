@@ -1,0 +1,346 @@
+"""Building and resuming a training run: settings, device, checkpoint, data, model, optimizer."""
+
+import dataclasses
+import math
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkpoint import (
+    BEST,
+    TrainingState,
+    check_tokenizer,
+    checkpoints_in,
+    latest_checkpoint,
+    load_checkpoint,
+    model_from_checkpoint,
+)
+from common.errors import UserError
+from common.files import file_sha256, locked
+from common.prefetch import Prefetcher
+from dataset import open_split
+from model import GPT, GPTConfig
+from tokenizer import Tokenizer, load_tokenizer
+from training.checks import (
+    FINETUNE_NAMES,
+    check_disk,
+    check_sample_prompt,
+    check_schedule,
+    check_settings,
+    flag_name,
+)
+from training.distributed import SINGLE_PROCESS, Ranks, init_distributed
+from training.packing import ChatFormat, PackedRows
+from training.trainer import Trainer, prefetch_steps, prompt_ids
+
+
+@dataclasses.dataclass
+class TrainingRun:
+    """A built run and its position; the loop in train.py advances `step`, `row` and `best`."""
+
+    config: Any  # the settings in force
+    ranks: Ranks
+    tokenizer: Tokenizer
+    trainer: Trainer
+    rows: PackedRows
+    validation: dict[str, PackedRows]  # by name: "val", and in a fine-tune "pretrain_val"
+    data: str  # dataset id of `rows`
+    base: str | None  # sha256 of the checkpoint that a fine-tune starts from
+    checkpoint: tuple[Path, dict[str, Any]] | None  # path and content of the one to continue
+    source: Path | None = None  # path of the checkpoint that was continued
+    step: int = 0  # completed steps
+    row: int = 0  # the next row of `rows`
+    best: float = math.inf  # lowest validation loss
+    total_steps: int = 0
+
+    @property
+    def out_dir(self) -> Path:
+        return Path(self.config.out_dir)
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.config.batch_size * self.config.gradient_accumulation_steps
+
+    @property
+    def end_row(self) -> int:
+        return self.rows.rows_per_epoch * self.config.num_epochs
+
+    def advance(self) -> None:
+        """Counts one step."""
+        self.step, self.row = self.step + 1, min(self.row + self.rows_per_step, self.end_row)
+
+    def state(self) -> TrainingState:
+        position = (self.step, self.row, self.best)
+        return self.trainer.state(*position, self.tokenizer.sha256, self.data, self.base)
+
+    def resume(self) -> None:
+        """Continues the checkpoint, if there is one; UserError if it is not one of this run."""
+        if self.checkpoint is not None:
+            self.source, checkpoint = self.checkpoint
+            self.checkpoint = None  # frees its memory
+            state = TrainingState.of(checkpoint, self.source)
+            changes = state.check_resume(self.source, self.state())
+            self.trainer.restore(state)
+            self.step, self.row, self.best = state.iter_num, state.data_cursor, state.best_val_loss
+            self.data, self.base = state.data or self.data, state.base
+            changes = "".join(f"; {change}" for change in changes)
+            print(f"continuing {self.source} at step {self.step}{changes}")
+        steps_left = math.ceil(max(0, self.end_row - self.row) / self.rows_per_step)
+        self.total_steps = self.step + steps_left
+        if self.config.max_steps:
+            self.total_steps = min(self.total_steps, self.config.max_steps)
+
+    def start(self) -> None:
+        """The checks that need the number of steps, the summary, and compilation."""
+        config = self.config
+        if not (self.out_dir / BEST).exists():
+            self.best = math.inf  # the best model stayed in another folder
+        check_schedule(config, self.total_steps)
+        if self.ranks.is_main:
+            state_bytes = getattr(torch, config.optimizer_state_dtype).itemsize
+            check_disk(self.out_dir, self.trainer.model, config.keep_checkpoints, state_bytes)
+        self.print_summary()
+        if config.compile:
+            self.trainer.try_compile(self.rows.batch(range(config.batch_size)))
+
+    def print_summary(self) -> None:
+        """Prints the size of the model, of the data and of the run."""
+        config, trainer, rows = self.config, self.trainer, self.rows
+        tokens_per_step = self.rows_per_step * rows.block_size
+        epochs = min(config.num_epochs, self.total_steps * self.rows_per_step / rows.rows_per_epoch)
+        n_validation = min(config.eval_rows, self.validation["val"].rows_per_epoch)
+        ranks = f", {self.ranks.world_size} ranks" if self.ranks.world_size > 1 else ""
+        print(
+            f"{trainer.model.n_parameters():,} parameters on {trainer.device} "
+            f"({str(trainer.dtype)[6:]}), {config.optimizer}, {self.total_steps:,} steps of "
+            f"{tokens_per_step:,} tokens{ranks}"
+        )
+        print(
+            f"{config.data_dir}: {rows.description}; {rows.rows_per_epoch:,} rows of "
+            f"{rows.block_size}, {rows.fill:.2%} full, {epochs:.3g} epochs; validation on "
+            f"{n_validation:,} rows"
+        )
+        if rows.n_shortened or rows.n_dropped:
+            print(
+                f"{rows.n_shortened} conversations longer than {rows.block_size} tokens keep their "
+                f"most recent turns; {rows.n_dropped} whose last turn alone is too long are dropped"
+            )
+
+    def batches(self) -> Prefetcher:
+        """This rank's micro-batches of every step that is left."""
+        config = self.config
+        shape = (config.batch_size, config.gradient_accumulation_steps)
+        pin = self.trainer.device.type == "cuda"
+        return prefetch_steps(self.rows, self.row, self.end_row, *shape, pin, self.ranks)
+
+    def resume_hint(self, path: Path) -> str:
+        """The message of an interrupted run that was saved as `path`."""
+        hint = "run the same command again to continue"
+        if self.config.resume_checkpoint != "auto":
+            hint = f"to continue, add --resume_checkpoint={path}"
+        return f"interrupted at step {self.step} and saved as {path}; {hint}"
+
+
+@contextmanager
+def open_run(config: Any) -> Iterator[TrainingRun]:
+    """Joins the ranks, locks the output folder and builds the run.
+
+    Raises UserError for settings, data or checkpoints that do not fit.
+    """
+    with init_distributed(config.distributed_timeout_minutes) as ranks, ExitStack() as stack:
+        ranks.check_same(dataclasses.asdict(config))  # others would send other messages
+        pretrain_data_dir, config = config.data_dir, settings_in_force(config)
+        check_settings(config, ranks.world_size)
+        if ranks.is_main:
+            make_folder(Path(config.out_dir))
+            stack.enter_context(locked(Path(config.out_dir), "train.py"))
+        stack.enter_context(explain_out_of_memory(config))
+        yield build_run(config, pretrain_data_dir, ranks)
+
+
+def build_run(config: Any, pretrain_data_dir: str, ranks: Ranks) -> TrainingRun:
+    """Device, data, model and optimizer of a run."""
+    device, dtype = choose_device(config, ranks)
+    tokenizer = load_tokenizer()
+    path, checkpoint = ranks.broadcast(lambda: find_checkpoint(config) or (None, None))
+    torch.manual_seed(config.seed)
+    model = build_model(config, tokenizer, path, checkpoint, ranks)
+    block_size = model.config.block_size
+    rows = open_rows(config.data_dir, "train", tokenizer, block_size, config.seed, config.finetune)
+    validation = open_validation(config, pretrain_data_dir, tokenizer, block_size)
+    max_segments = max(split.max_segments for split in (rows, *validation.values()))
+    for split in (rows, *validation.values()):  # one shape of cu_seqlens: compiled once
+        split.max_segments = max_segments
+    n_prompt = len(prompt_ids(config.sample_prompt, config.finetune, tokenizer))
+    check_sample_prompt(config, n_prompt, block_size)
+
+    data = dataset_id(rows)
+    validation_ids = "; ".join(f"{name} {dataset_id(split)}" for name, split in validation.items())
+    ids = {"data": data, "validation": validation_ids}
+    ranks.check_same({"device": device.type, "dtype": dtype} | ids)
+    base = ranks.broadcast(lambda: base_checkpoint_hash(config))
+    trainer = Trainer(model.to(device), config, device, dtype, ranks)
+    datasets = (rows, validation, data, base)
+    return TrainingRun(config, ranks, tokenizer, trainer, *datasets, path and (path, checkpoint))
+
+
+def settings_in_force(config: Any) -> Any:
+    """`config`, in a fine-tune with the finetune_* values under their plain names."""
+    if not config.finetune:
+        return config
+    if Path(config.finetune_out_dir).resolve() == Path(config.out_dir).resolve():
+        raise UserError(
+            "finetune_out_dir and out_dir are the same folder, so a fine-tune would overwrite the "
+            "pretrained model: change finetune_out_dir"
+        )
+    values = {name: getattr(config, f"finetune_{name}") for name in FINETUNE_NAMES}
+    return dataclasses.replace(config, **values)
+
+
+def choose_device(config: Any, ranks: Ranks = SINGLE_PROCESS) -> tuple[torch.device, torch.dtype]:
+    """Device and compute dtype, with "auto" resolved; every rank of a machine gets a GPU."""
+    name = config.device
+    if name == "auto":
+        mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device='cuda', but PyTorch sees no GPU: set device='auto'")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device='mps', but PyTorch sees no Apple GPU: set device='auto'")
+    if ranks.world_size > 1 and name == "mps":
+        raise UserError("several ranks cannot share an Apple GPU: run python train.py once")
+    if ranks.world_size > 1 and name == "cuda":
+        if ranks.local_world_size > (count := torch.cuda.device_count()):
+            raise UserError(
+                f"{ranks.local_world_size} ranks on {socket.gethostname()}, where PyTorch sees "
+                f"{count} GPU(s): start torchrun with --nproc_per_node={count}"
+            )
+        name = f"cuda:{ranks.local_rank}"
+        torch.cuda.set_device(name)
+    if config.dtype != "auto":
+        if not name.startswith("cuda") and config.dtype != "float32":
+            raise UserError(f"dtype={config.dtype!r} needs a CUDA GPU: set dtype='auto'")
+        return torch.device(name), getattr(torch, config.dtype)
+    if name.startswith("cuda"):
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.device(name), torch.bfloat16 if bf16 else torch.float16
+    return torch.device(name), torch.float32
+
+
+def make_folder(directory: Path) -> None:
+    """Makes the output folder; UserError when it cannot be made or written to."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {directory}: {error.strerror or error}") from None
+    if not os.access(directory, os.W_OK):
+        raise UserError(f"cannot write to {directory}: change its permissions, or choose another")
+
+
+def find_checkpoint(config: Any) -> tuple[Path, dict[str, Any]] | None:
+    """Path and content of the checkpoint to continue from, or None for a new run.
+
+    UserError when `resume_checkpoint` cannot be read, and when a new run would overwrite the
+    results of another.
+    """
+    out_dir = Path(config.out_dir)
+    checkpoints = checkpoints_in(out_dir)
+    if config.resume_checkpoint not in ("auto", ""):
+        path = Path(config.resume_checkpoint)
+        checkpoint = load_checkpoint(path)
+        if not checkpoints and (out_dir / BEST).exists():
+            checkpoints = [out_dir / BEST]
+        if checkpoints and checkpoints[0].resolve() != path.resolve():
+            raise UserError(
+                f"{checkpoints[0]} is newer than {path} or of another run, and continuing would "
+                f"replace it: change {flag_name(config, 'out_dir')}, move its files away, or "
+                "continue that run with --resume_checkpoint=auto"
+            )
+        return path, checkpoint
+    if config.resume_checkpoint == "auto":
+        newest = latest_checkpoint(out_dir)
+        if newest is not None:
+            return newest
+    if checkpoints or (out_dir / BEST).exists():
+        ways = f"change {flag_name(config, 'out_dir')}, or move its files away"
+        if config.resume_checkpoint == "":
+            ways = f"continue it with --resume_checkpoint=auto, {ways}"
+        raise UserError(f"{out_dir} holds the results of an earlier run: {ways}")
+    return None
+
+
+def build_model(
+    config: Any,
+    tokenizer: Tokenizer,
+    path: Path | None,
+    checkpoint: dict[str, Any] | None,
+    ranks: Ranks,
+) -> GPT:
+    """A new model, or in a fine-tune the one of the checkpoint to continue or to start from."""
+    if config.finetune:
+        name = path or config.model
+        checkpoint = checkpoint or ranks.broadcast(lambda: load_checkpoint(name))
+        check_tokenizer(checkpoint.get("tokenizer_sha256"), name, tokenizer.sha256)
+        return model_from_checkpoint(checkpoint, name, dropout=config.dropout)
+    try:
+        shape = {f.name: getattr(config, f.name, f.default) for f in dataclasses.fields(GPTConfig)}
+        return GPT(GPTConfig(**shape | {"vocab_size": tokenizer.vocab_size}))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def open_rows(
+    directory: str, split: str, tokenizer: Tokenizer, block_size: int, seed: int, chat: bool
+) -> PackedRows:
+    """The packed rows of a split; UserError when it has no label to train on."""
+    shards = open_split(directory, split, tokenizer.sha256, tokenizer.vocab_size)
+    format = ChatFormat(tokenizer.bos_id, tokenizer.user_id, tokenizer.assistant_mask)
+    rows = PackedRows(shards, block_size, tokenizer.pad_id, seed, format if chat else None)
+    if rows.batch(range(min(64, rows.rows_per_epoch))).n_labels == 0:
+        kind = "conversation that fits the context" if chat else "text"
+        raise UserError(f"{directory}: its {split} split has no {kind}; prepare it again")
+    return rows
+
+
+def open_validation(
+    config: Any, pretrain_data_dir: str, tokenizer: Tokenizer, block_size: int
+) -> dict[str, PackedRows]:
+    """Validation rows by name; a fine-tune also watches the loss on the pretraining data."""
+    rows = open_rows(config.data_dir, "val", tokenizer, block_size, 0, config.finetune)
+    validation = {"val": rows}
+    if config.finetune:
+        try:
+            rows = open_rows(pretrain_data_dir, "val", tokenizer, block_size, 0, chat=False)
+            validation["pretrain_val"] = rows
+        except UserError as error:
+            print(f"no pretraining validation loss: {error}")
+    return validation
+
+
+def dataset_id(rows: PackedRows) -> str:
+    """Size and fingerprint of a dataset; must match on every rank and on resume."""
+    return f"{rows.description} ({rows.fingerprint()})"
+
+
+def base_checkpoint_hash(config: Any) -> str | None:
+    """sha256 of the checkpoint that a fine-tune starts from; None if there is none any more."""
+    base = Path(config.model)
+    return file_sha256(base) if config.finetune and base.is_file() else None
+
+
+@contextmanager
+def explain_out_of_memory(config: Any) -> Iterator[None]:
+    """Turns running out of GPU memory into a line that says which constants to lower."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        shape = "" if config.finetune else "; or lower block_size or n_layers"
+        raise UserError(
+            f"out of GPU memory: lower batch_size (now {config.batch_size}) and raise "
+            f"{flag_name(config, 'gradient_accumulation_steps')} by the same factor{shape}"
+        ) from None
