@@ -74,12 +74,9 @@ class NpzDataset:
             raise self._error(f"holds no array '{name}'") from None
         try:
             with archive.open(info) as member:
-                version = np.lib.format.read_magic(member)
-                read_header = {
-                    (1, 0): np.lib.format.read_array_header_1_0,
-                    (2, 0): np.lib.format.read_array_header_2_0,
-                }[version]
-                shape, _, dtype = read_header(member)
+                if np.lib.format.read_magic(member) != (1, 0):  # NumPy's for a short header
+                    raise ValueError
+                shape, _, dtype = np.lib.format.read_array_header_1_0(member)
                 header_bytes = member.tell()
                 if len(shape) != 1 or dtype.kind not in "iu":
                     raise self._error(f"has '{name}' as {dtype} {shape}, not a row of integers")
@@ -89,7 +86,7 @@ class NpzDataset:
                     return np.frombuffer(member.read(), dtype, count=shape[0])
         except UserError:
             raise
-        except (ValueError, KeyError):
+        except ValueError:
             raise self._error(f"has an array '{name}' that is not in .npy format") from None
 
         with open(self.path, "rb") as file:  # the local header's extra field may differ from info's

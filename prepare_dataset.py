@@ -156,17 +156,17 @@ def check_settings(config: Any) -> None:
     if config.seed < 0:
         raise UserError(f"seed={config.seed} is negative: choose 0 or more")
     defaults = settings_of(globals())
-    changed = {name for name in defaults if getattr(config, name) != defaults[name]}
-    if config.hf_dataset and "input_file_path" in changed:
+    overrides = {name for name in defaults if getattr(config, name) != defaults[name]}
+    if config.hf_dataset and "input_file_path" in overrides:
         raise UserError(
             f"both hf_dataset={config.hf_dataset} and input_file_path={config.input_file_path} are "
             "given: choose one of them"
         )
     if config.hf_dataset and config.trust_control_tokens:
         raise UserError("trust_control_tokens is for .txt files only: turn it off for hf_dataset")
-    unused = changed & {"hf_config", "hf_split", "hf_revision"}
-    if unused and not config.hf_dataset:
-        raise UserError(f"{min(unused)} is given without hf_dataset: name the dataset as well")
+    hf_settings = overrides & {"hf_config", "hf_split", "hf_revision"}
+    if hf_settings and not config.hf_dataset:
+        raise UserError(f"{min(hf_settings)} is given without hf_dataset: name the dataset as well")
 
 
 def open_inputs(config: Any) -> list[Input]:

@@ -47,6 +47,7 @@ from preparation.resumable_parts import (
     DOWNLOAD,
     STAGING,
     Part,
+    check_sizes,
     finish,
     part_folder,
     read_record,
@@ -216,10 +217,7 @@ def read_finished(output: Path, config: Any, tokenizer: Any) -> dict[str, Any] |
     refuse_if_different(output, "a finished", output, old, identity_of(config, tokenizer, names))
     if files:
         refuse_if_changed(manifest["sources"], files)
-    for name, entry in manifest["files"].items():
-        path = output / name
-        if not path.is_file() or path.stat().st_size != entry["bytes"]:
-            raise UserError(f"{path} is missing or damaged: delete {output}, prepare it again")
+    check_sizes(output, manifest)
     return manifest
 
 

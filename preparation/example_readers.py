@@ -1,7 +1,6 @@
 """Readers of the examples that prepare_dataset.py encodes: text, JSON lines and Parquet files."""
 
 import glob
-import hashlib
 import json
 import reprlib
 from collections.abc import Callable, Iterator
@@ -36,12 +35,12 @@ class Input(Protocol):
 
 
 def split_file(
-    path: Path, separator: bytes, on_bytes: Callable[[bytes], None]
+    path: Path, separator: bytes, advance: Callable[[int], Any]
 ) -> Iterator[tuple[int, str, bool]]:
     """Splits a UTF-8 file at a separator: yields (byte offset, text, whether it is the last one).
 
-    Holds one text and one chunk in memory. Skips a byte order mark. Calls `on_bytes` with every
-    chunk. Raises UserError with the byte offset for bytes that are not UTF-8.
+    Holds one text and one chunk in memory. Skips a byte order mark. Calls `advance` with the bytes
+    of every chunk. Raises UserError with the byte offset for bytes that are not UTF-8.
     """
 
     def decode(offset: int, text: bytes) -> str:
@@ -56,7 +55,7 @@ def split_file(
     buffer, offset, search_start = bytearray(), 0, 0
     with open(path, "rb") as file:
         while chunk := file.read(CHUNK_BYTES):
-            on_bytes(chunk)
+            advance(len(chunk))
             buffer += chunk
             start = 0
             while (end := buffer.find(separator, max(start, search_start))) >= 0:
@@ -68,9 +67,9 @@ def split_file(
     yield offset, decode(offset, buffer), True
 
 
-def read_txt(path: Path, on_bytes: Callable[[bytes], None]) -> Iterator[Example]:
+def read_txt(path: Path, advance: Callable[[int], Any]) -> Iterator[Example]:
     """Yields the texts between `<|endoftext|>`; a blank one at the end of the file is skipped."""
-    for offset, text, is_last in split_file(path, END_OF_TEXT.encode(), on_bytes):
+    for offset, text, is_last in split_file(path, END_OF_TEXT.encode(), advance):
         text = text.strip()
         if text:
             yield "text", text, f"{path}, byte {offset}"
@@ -78,9 +77,9 @@ def read_txt(path: Path, on_bytes: Callable[[bytes], None]) -> Iterator[Example]
             yield "empty", None, f"{path}, byte {offset}"
 
 
-def read_chat_txt(path: Path, on_bytes: Callable[[bytes], None]) -> Iterator[Example]:
+def read_chat_txt(path: Path, advance: Callable[[int], Any]) -> Iterator[Example]:
     """Yields the conversations of a file in the chat layout; only the last may lack its end."""
-    texts = split_file(path, START_OF_TEXT.encode(), on_bytes)
+    texts = split_file(path, START_OF_TEXT.encode(), advance)
     for number, (offset, text, is_last) in enumerate(texts):
         if number > 0:
             position = f"{path}, example {number} at byte {offset - len(START_OF_TEXT)}"
@@ -95,9 +94,9 @@ def read_chat_txt(path: Path, on_bytes: Callable[[bytes], None]) -> Iterator[Exa
             )
 
 
-def read_jsonl(path: Path, on_bytes: Callable[[bytes], None]) -> Iterator[Example]:
+def read_jsonl(path: Path, advance: Callable[[int], Any]) -> Iterator[Example]:
     """Yields one example per line; blank lines are skipped."""
-    for number, (_, line, _) in enumerate(split_file(path, b"\n", on_bytes), 1):
+    for number, (_, line, _) in enumerate(split_file(path, b"\n", advance), 1):
         if not line.strip():
             continue
         try:
@@ -126,20 +125,15 @@ class TextFile:
         self.read = read_chat_txt if trusted else read_txt
         if path.suffix.lower() == ".jsonl":
             self.read = read_jsonl
-        self.digest = hashlib.sha256()
 
     def __str__(self) -> str:
         return str(self.path)
 
     def examples(self, advance: Callable[[int], Any]) -> Iterator[Example]:
-        def on_bytes(chunk: bytes) -> None:
-            self.digest.update(chunk)
-            advance(len(chunk))
-
-        return self.read(self.path, on_bytes)
+        return self.read(self.path, advance)
 
     def sources(self) -> list[dict[str, Any]]:
-        return [{"name": self.name, "bytes": self.size, "sha256": self.digest.hexdigest()}]
+        return [{"name": self.name, "bytes": self.size, "sha256": file_sha256(self.path)}]
 
 
 def parse_example(row: Any) -> tuple[str, Any]:
@@ -147,23 +141,21 @@ def parse_example(row: Any) -> tuple[str, Any]:
     forms = '{"text"}, {"messages"} or {"question", "answer"}'
     if not isinstance(row, dict):
         raise ValueError(f"a {type(row).__name__}, expected an object: {forms}")
-    present = [name for name in ("text", "messages", "question") if name in row]
-    if len(present) != 1:
-        names = " and ".join(present) or f"only {reprlib.repr(list(row))}"
-        raise ValueError(f"expected exactly one of {forms}, found {names}")
-    if present == ["text"]:
-        if not isinstance(row["text"], str):
-            raise ValueError(f'"text" is not a string but {type(row["text"]).__name__}')
-        return "text", row["text"]
-    if present == ["messages"]:
+    names = [name for name in ("text", "messages", "question") if name in row]
+    if len(names) != 1:
+        columns = " and ".join(names) or f"only {reprlib.repr(list(row))}"
+        raise ValueError(f"expected exactly one of {forms}, found {columns}")
+    if names == ["messages"]:
         check_messages(row["messages"])
         if row["messages"][-1]["role"] != "assistant":
             raise ValueError("the conversation ends with a user turn, without an answer")
         return "chat", row["messages"]
-    for name in ("question", "answer"):
+    for name in ("text",) if names == ["text"] else ("question", "answer"):
         if not isinstance(row.get(name), str):
             kind = type(row[name]).__name__ if name in row else "missing"
             raise ValueError(f'"{name}" is not a string but {kind}')
+    if names == ["text"]:
+        return "text", row["text"]
     return "chat", [
         {"role": "user", "content": row["question"]},
         {"role": "assistant", "content": row["answer"]},

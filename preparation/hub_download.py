@@ -14,12 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from huggingface_hub import HfApi, constants, hf_hub_url
-from huggingface_hub.errors import (
-    HTTPError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers, filter_repo_objects
 from tqdm import tqdm
@@ -83,8 +78,8 @@ def train_patterns(card: Any, repo_id: str, config_name: str) -> list[str]:
     """
     configs = {config["config_name"]: config for config in getattr(card, "configs", None) or []}
     if config_name not in configs:
-        known = ", ".join(list(configs)[:8]) + (", ..." if len(configs) > 8 else "")
-        raise UserError(f"{repo_id} has no config_name '{config_name}' (known: {known or 'none'})")
+        names = ", ".join(list(configs)[:8]) + (", ..." if len(configs) > 8 else "")
+        raise UserError(f"{repo_id} has no config_name '{config_name}' (known: {names or 'none'})")
     files = configs[config_name].get("data_files") or []
     if isinstance(files, list) and all(isinstance(entry, dict) for entry in files):
         files = [entry["path"] for entry in files if entry.get("split") == "train"]
@@ -142,11 +137,6 @@ def retry(action: Callable[[], Result], what: str, waits: Sequence[float]) -> Re
     for wait in (*waits, None):
         try:
             return action()
-        except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-            raise UserError(
-                f"the hub has no {what}, or not for you: check the name, or set HF_TOKEN "
-                f"({type(error).__name__})"
-            ) from None
         except OfflineModeIsEnabled:
             raise UserError(f"cannot fetch {what}: HF_HUB_OFFLINE is set, unset it") from None
         except (HTTPError, OSError) as error:
@@ -154,10 +144,12 @@ def retry(action: Callable[[], Result], what: str, waits: Sequence[float]) -> Re
             if not is_network_error and error.errno:  # such as a full disk
                 raise
             response = getattr(error, "response", None)
-            status = response.status_code if response is not None else None
-            if status is not None and status < 500 and status not in (408, 429):
-                hint = "check HF_TOKEN" if status in (401, 403) else "try later"
-                raise UserError(f"the hub refuses {what} (HTTP {status}): {hint}") from None
+            status = response.status_code if response is not None else 500
+            if status < 500 and status not in (408, 429):
+                raise UserError(
+                    f"the hub has no {what}, or not for you: check the name, or set HF_TOKEN "
+                    f"(HTTP {status})"
+                ) from None
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             if wait is None:
                 raise UserError(

@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 from array import array
-from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -202,17 +201,18 @@ def plan_shards(
     stay as they are, so this can be repeated.
     """
     staging = output / STAGING
-    dropped: Counter[tuple[str, str]] = Counter()
+    counts = Counts()
     for record in records:
-        for reason, counts in record["dropped"].items():
-            dropped.update({(reason, what): count for what, count in counts.items()})
+        counts.documents += record["documents"]
+        for reason, entry in record["dropped"].items():
+            counts.drop(reason, entry["documents"], entry["tokens"])
     text_bytes = sum(record["text_bytes"] for record in records)
     parts = [Path(part_folder(output, index).name) for index in range(len(records))]
     duplicates: list[np.ndarray] = []
     if config.remove_duplicates:
         hashes = [np.load(staging / part / "text_hashes.npy", mmap_mode="r") for part in parts]
         duplicates = find_duplicates(hashes)
-        dropped.update({(DUPLICATE, "documents"): 0, (DUPLICATE, "tokens"): 0})
+        counts.drop(DUPLICATE, 0, 0)
 
     shards: list[tuple[Path, dict[str, Any]]] = []
     with ShardWriter(staging) as val:
@@ -227,8 +227,7 @@ def plan_shards(
                 if drop.any():
                     documents = np.flatnonzero(drop)
                     tokens, n_bytes = count_tokens(data, documents, tokenizer.token_bytes)
-                    dropped[DUPLICATE, "documents"] += len(documents)
-                    dropped[DUPLICATE, "tokens"] += tokens
+                    counts.drop(DUPLICATE, len(documents), tokens)
                     text_bytes -= n_bytes
                 if name == "val.npz":
                     append_documents(data, np.flatnonzero(~drop), val)
@@ -240,15 +239,11 @@ def plan_shards(
                     shards.append((unique, entry))
         val_entry = val.write(staging / "val.npz")
 
-    reasons = {reason: {} for reason, _ in dropped}
-    for (reason, what), count in dropped.items():
-        reasons[reason][what] = count
-    n_read = sum(record["documents"] for record in records)
     if not shards:
-        counts = ", ".join(f"{count['documents']:,} {why}" for why, count in reasons.items())
+        reasons = ", ".join(f"{n['documents']:,} {reason}" for reason, n in counts.dropped.items())
         raise UserError(
-            f"none of the {n_read:,} documents passed the filters ({counts}): loosen them and "
-            f"delete {staging}"
+            f"none of the {counts.documents:,} documents passed the filters ({reasons}): loosen "
+            f"them and delete {staging}"
         )
     if not val_entry["documents"]:
         raise UserError(
@@ -265,10 +260,18 @@ def plan_shards(
         tokenizer=tokenizer,
         sources=[{name: record["source"][name] for name in SOURCE} for record in records],
         settings=records[0]["identity"],
-        dropped=reasons,
+        dropped=counts.dropped,
         files=entries,
-    ) | {"documents_read": n_read, "text_bytes": text_bytes}
+    ) | {"documents_read": counts.documents, "text_bytes": text_bytes}
     return {"moves": moves, "manifest": manifest}
+
+
+def check_sizes(output: Path, manifest: dict[str, Any]) -> None:
+    """UserError unless every shard of the manifest exists with its size."""
+    for name, entry in manifest["files"].items():
+        path = output / name
+        if not path.is_file() or path.stat().st_size != entry["bytes"]:
+            raise UserError(f"{path} is missing or damaged: delete {output} and run again")
 
 
 def finish(
@@ -283,10 +286,7 @@ def finish(
     for name, path in layout["moves"].items():
         with suppress(FileNotFoundError):  # an earlier run has moved it
             os.replace(staging / path, output / name)
-    for name, entry in layout["manifest"]["files"].items():
-        path = output / name
-        if not path.exists() or path.stat().st_size != entry["bytes"]:
-            raise UserError(f"{path} is missing or damaged: delete {output} and run again")
+    check_sizes(output, layout["manifest"])
     write_manifest(output / "manifest.json", layout["manifest"])
     shutil.rmtree(staging, ignore_errors=True)
     return layout["manifest"]

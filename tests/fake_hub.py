@@ -80,8 +80,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self) -> None:
         path = unquote(urlsplit(self.path).path)
-        asked = self.headers.get("Range", "")
-        self.hub.requests.append(" ".join([self.command, path, asked]).strip())
+        byte_range = self.headers.get("Range", "")
+        self.hub.requests.append(" ".join([self.command, path, byte_range]).strip())
         self.hub.authorizations.append(self.headers.get("Authorization"))
         if path.startswith("/api/"):
             self.hub.wake.wait(self.hub.api_delay)
@@ -159,8 +159,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_json([entries[path] for path in sorted(entries)])
 
     def paths_info(self, repository: Repository, name: str) -> None:
-        asked = parse_qs(self.body.decode())["paths"]
-        self.send_json([self.entry(repository, path) for path in asked if path in repository.files])
+        paths = parse_qs(self.body.decode())["paths"]
+        self.send_json([self.entry(repository, path) for path in paths if path in repository.files])
 
     def resolve(self, repository: Repository, name: str, path: str) -> None:
         if path not in repository.files:
@@ -183,8 +183,8 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "truncate":
             content = content[:argument]
         start, entry = 0, self.entry(repository, path)
-        if asked := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
-            start = 0 if fault == "whole" else int(asked[1])
+        if match := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
+            start = 0 if fault == "whole" else int(match[1])
         if start >= len(content) > 0 and start:
             return self.refuse(416, "")
         self.send_response(206 if start else 200)

@@ -658,15 +658,15 @@ def test_memory_does_not_grow_with_a_row_group():
 
 def test_an_earlier_writer_is_closed_when_the_second_input_fails(monkeypatch):
     """No open file descriptors stay behind after a refusal."""
-    opened = []
+    writers = []
     real = ShardWriter.__init__
 
     def counted(self, directory):
         real(self, directory)
-        opened.append(self)
+        writers.append(self)
 
     monkeypatch.setattr(ShardWriter, "__init__", counted)
     Path("val.txt").write_bytes(b"\xff")
     with pytest.raises(UserError, match="val.txt: not UTF-8 at byte 0"):
         prepare("a<|endoftext|>b", val_file_path="val.txt")
-    assert len(opened) == 2 and all(writer._file.closed for writer in opened)
+    assert len(writers) == 2 and all(writer._file.closed for writer in writers)

@@ -90,9 +90,11 @@ def key(name: str) -> int:
 def test_filters_and_their_counts(tokenizer, capsys):
     write("in/a.parquet")
     out = prepare("in", val_split=0.8, min_int_score=4, remove_duplicates=False)
-    kept = {"Hello world": "<urn:0>", "Good": "<urn:4>"}
+    documents = {"Hello world": "<urn:0>", "Good": "<urn:4>"}
     for split, inside in (("train", False), ("val", True)):
-        names = {name: text for text, name in kept.items() if (key(name) < 0.8 * 2**64) == inside}
+        names = {
+            name: text for text, name in documents.items() if (key(name) < 0.8 * 2**64) == inside
+        }
         expected = [names[name] + "<|endoftext|>" for name in sorted(names, key=key)]
         assert texts_of(out, split, tokenizer) == expected and len(expected) == 1
     manifest = read_manifest(out)
@@ -162,8 +164,8 @@ def test_a_document_goes_where_its_id_says(source, tokenizer):
     moved = prepare("moved", "moved_out", remove_duplicates=False, shard_size=10**9)
     for split in ("train", "val"):
         expected = texts_of(whole, split, tokenizer)
-        found = texts_of(moved, split, tokenizer)
-        assert sorted(found) == sorted(expected) and len(found) > 10
+        texts = texts_of(moved, split, tokenizer)
+        assert sorted(texts) == sorted(expected) and len(texts) > 10
     assert len(texts_of(moved, "val", tokenizer)) == pytest.approx(0.02 * 1400, rel=0.5)
 
 
@@ -175,8 +177,8 @@ def test_every_document_once_and_as_tokenizers_encodes_it(source, tokenizer):
             if row["language"] == "en" and row["language_score"] >= 0.95 and row["text"]:
                 expected.append([*tokenizer.encode(row["text"]), tokenizer.eos_id])
     shards = open_split(out, "train") + open_split(out, "val")
-    found = [shard[i].tolist() for shard in shards for i in range(len(shard))]
-    assert sorted(found) == sorted(expected)
+    ids = [shard[i].tolist() for shard in shards for i in range(len(shard))]
+    assert sorted(ids) == sorted(expected)
     manifest = read_manifest(out)
     assert manifest["documents"] == len(expected)
     assert manifest["tokens"] == sum(map(len, expected))
@@ -196,16 +198,16 @@ def test_duplicates_are_removed_across_files(tokenizer, monkeypatch):
         pq.write_table(pa.table({"text": texts, "id": ids}), f"in/{name}.parquet")
     off = {"language_filter": "", "language_score_threshold": 0, "min_int_score": 0}
     off |= {"val_split": 0.1, "shard_size": 100}
-    every = prepare("in", "every", remove_duplicates=False, **off)
+    all_texts = prepare("in", "every", remove_duplicates=False, **off)
     for slices in (1, 7):
         monkeypatch.setattr(resumable_parts, "DUPLICATES_AT_A_TIME", 300 // slices + 1)
         unique = prepare("in", f"unique{slices}", **off)
-        found = texts_of(unique, "train", tokenizer) + texts_of(unique, "val", tokenizer)
-        assert sorted(found) == sorted(f"{text}<|endoftext|>" for text in pool)
+        texts = texts_of(unique, "train", tokenizer) + texts_of(unique, "val", tokenizer)
+        assert sorted(texts) == sorted(f"{text}<|endoftext|>" for text in pool)
     # Of equal texts the first stays, in the order of the files and of the shards in each.
     first_file = parts_texts("in/a.parquet", tokenizer, off)
     assert texts_of(unique, "train", tokenizer)[: len(first_file)] == first_file
-    manifest, other = read_manifest(unique), read_manifest(every)
+    manifest, other = read_manifest(unique), read_manifest(all_texts)
     assert manifest["dropped"]["duplicate text"] == {
         "documents": 260,
         "tokens": other["tokens"] - manifest["tokens"],
@@ -570,8 +572,8 @@ def test_hub_equals_local_whatever_the_network_does(source, server):
     manifest = read_manifest(out)
     assert [entry["name"] for entry in manifest["sources"]] == names
     assert manifest["settings"]["revision"] == "main"
-    resumed = fetches(server, names[0])
-    assert resumed[0] == "" and all(re.fullmatch(r"bytes=\d+-", r) for r in resumed[1:])
+    ranges = fetches(server, names[0])
+    assert ranges[0] == "" and all(re.fullmatch(r"bytes=\d+-", r) for r in ranges[1:])
     assert fetches(server, names[1])[-1] == "bytes=9000-"
     assert fetches(server, names[2]) == ["", ""]  # all of it again
     assert not fetches(server, "data/x")
@@ -591,8 +593,10 @@ def test_a_redirect_to_another_host_without_ranges_gets_no_token(source, server,
         server.cdn = cdn
         out = prepare("owner/texts", revision=COMMIT)
     assert shards(out) == shards(prepare(source, "local"))
-    asked = zip(server.requests, server.authorizations, strict=True)
-    ours = [token for request, token in asked if "owner/texts" in request]  # not the library's own
+    requests = zip(server.requests, server.authorizations, strict=True)
+    ours = [
+        token for request, token in requests if "owner/texts" in request
+    ]  # not the library's own
     assert set(ours) == {"Bearer hf_secret"} and set(cdn.authorizations) == {None}
     assert fetches(cdn, name)[1].startswith("bytes=")
 

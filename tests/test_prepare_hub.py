@@ -53,9 +53,9 @@ def hub():
 
 
 def environment(url: str, **variables: str) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    others = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     home = str(Path("hf_home").resolve())
-    return kept | {"HF_ENDPOINT": url, "HF_HOME": home, "PYTHONPATH": str(ROOT)} | variables
+    return others | {"HF_ENDPOINT": url, "HF_HOME": home, "PYTHONPATH": str(ROOT)} | variables
 
 
 def run(url: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
@@ -136,10 +136,10 @@ def test_a_dataset_of_the_hub_then_offline_and_pinned(hub):
     assert read_manifest("out")["sources"] == [source]
     assert read_manifest("out")["kind"] == "chat"
 
-    first, asked = contents("out"), len(hub.requests)
+    first, n_requests = contents("out"), len(hub.requests)
     arguments = [f"--hf_dataset={KYOTO}", "--output_dir=out"]
     result = run(hub.url, *arguments, HF_HUB_OFFLINE="1")
-    assert (result.returncode, result.stderr, len(hub.requests)) == (0, "", asked)
+    assert (result.returncode, result.stderr, len(hub.requests)) == (0, "", n_requests)
     assert result.stdout.startswith(
         f"note: cannot ask the hub for {KYOTO}, reading commit {COMMIT} of the cache\n"
     )
@@ -208,7 +208,7 @@ def test_faults_of_the_network_change_nothing(hub):
     check_errors(
         printed[4:6],
         [
-            "the hub refuses o/gone/train-gone.parquet (HTTP 404)",
+            "the hub has no o/gone/train-gone.parquet, or not for you",
             f"from {hub.url} (it does not have the sha256 that the hub publishes): check the netw",
         ],
     )
