@@ -2,14 +2,14 @@
 
     python benchmark.py --section=decode [--exports]
 
-Everyone reads the same prompt and writes equally many tokens, prompt included in the time. The
-limit is the time to read the weights once for each token, at the rate of a large float sum on this
-machine. With --exports random weights of the same shape are written as ONNX and GGUF files into a
-temporary folder, by export.py's writers, and run by onnxruntime and llama.cpp.
+All read the same prompt and write equally many tokens, prompt included in the time. The limit is
+the time to read the weights once for each token, at the rate of a large float sum on this machine.
+With --exports random weights of the same shape are written as ONNX and GGUF files into a temporary
+folder, by export.py's writers, and run by onnxruntime and llama.cpp.
 """
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,23 +27,21 @@ from tokenizer import load_tokenizer
 Answers = dict[str, tuple[Callable[[], object], float]]  # name -> (one answer, bytes of weights)
 
 
-def peer_answers(
-    gpt: GPT, prompt: torch.Tensor, n: int, device: torch.device, dtype: torch.dtype
-) -> Answers:
+def peer_answers(gpt: GPT, prompt: torch.Tensor, n: int) -> Answers:
     """transformers' generate and the original's; on CUDA also transformers' compiled one."""
-    answers: Answers = {}
-    n_bytes = gpt.n_parameters() * dtype.itemsize
-    if (llama := llama_of(gpt.config)) is not None:
-        llama = llama.to(device, dtype).eval()
-        llama.generation_config.eos_token_id = None  # all write equally many tokens
-        options = {"max_new_tokens": n, "do_sample": False, "pad_token_id": 0}
-        options["attention_mask"] = torch.ones_like(prompt)
-        answers["transformers generate"] = partial(llama.generate, prompt, **options), n_bytes
-        if device.type == "cuda":  # a static cache makes it compile its step into CUDA graphs
-            static = partial(llama.generate, prompt, **options, cache_implementation="static")
-            answers["transformers, static cache, compiled"] = static, n_bytes
+    weight = gpt.lm_head.weight
+    n_bytes = gpt.n_parameters() * weight.dtype.itemsize
+    llama = llama_of(gpt.config).to(weight.device, weight.dtype).eval()
+    llama.generation_config.eos_token_id = None  # all write equally many tokens
+    options = {"max_new_tokens": n, "do_sample": False, "pad_token_id": 0}
+    options["attention_mask"] = torch.ones_like(prompt)
+    generate = partial(llama.generate, prompt, **options)
+    answers: Answers = {"transformers generate": (generate, n_bytes)}
+    if weight.is_cuda:  # a static cache makes it compile its step into CUDA graphs
+        static = partial(generate, cache_implementation="static")
+        answers["transformers, static cache, compiled"] = static, n_bytes
     if (original := original_of(gpt.config)) is not None:
-        original = original.to(device, dtype).eval()
+        original = original.to(weight.device, weight.dtype).eval()
         answer = partial(original.generate, prompt, n, top_k=1)  # its way to be greedy
         answers["original Lille generate"] = answer, n_bytes
     return answers
@@ -99,7 +97,7 @@ def gguf_answers(gpt: GPT, folder: Path, prompt: list[int], n: int) -> Answers:
         return {}
     from formats.write_gguf import write_file
 
-    def answer(llama) -> None:
+    def answer(llama: Any) -> None:
         llama.reset()
         llama.eval(prompt)
         for _ in range(n - 1):
@@ -118,27 +116,22 @@ def gguf_answers(gpt: GPT, folder: Path, prompt: list[int], n: int) -> Answers:
 
 
 @torch.inference_mode()
-def logit_errors(gpt: GPT, by_name: dict[str, tuple[Decoder, float]]) -> dict[str, dict]:
-    """Largest deviation of each decoder's logits from the full forward pass, over 64 tokens."""
+def logit_error(gpt: GPT, decoder: Decoder) -> float:
+    """Largest deviation of a decoder's logits from the full forward pass, over 64 tokens."""
     weight = gpt.lm_head.weight
-    ids = torch.randint(gpt.config.vocab_size, (1, min(64, gpt.config.block_size)))
-    ids = ids.to(weight.device)
-    expected = gpt(ids)[0].float()
-    columns = {}
-    for name, (decoder, _) in by_name.items():
-        cache = KVCache.empty(gpt.config, 1, like=weight)
-        rows = []
-        for token in ids[0]:
-            rows.append(decoder(token[None], cache)[0].float())
-            cache.lengths += 1
-        columns[name] = {"logit error": (torch.stack(rows) - expected).abs().max().item()}
-    return columns
+    ids = torch.arange(min(64, gpt.config.block_size), device=weight.device)[None]
+    cache = KVCache.empty(gpt.config, 1, like=weight)
+    rows = []
+    for token in ids[0]:
+        rows.append(decoder(token[None], cache)[0].float())
+        cache.lengths += 1
+    return (torch.stack(rows) - gpt(ids)[0].float()).abs().max().item()
 
 
-def run(config: Any, device: torch.device) -> None:
+def run(config: Any, device: torch.device) -> Iterator[dict[str, Any]]:
     """Greedy answers at batch 1, and what the rounding of the weights does to logits."""
-    dtype, n = getattr(torch, config.dtype), config.new_tokens
-    gpt = GPT(model_config(config)).to(device, dtype).eval()
+    n = config.new_tokens
+    gpt = GPT(model_config(config)).to(device, getattr(torch, config.dtype)).eval()
     prompt = torch.randint(gpt.config.vocab_size, (1, config.prompt_tokens), device=device)
     ours = decoders(gpt)
     cache = KVCache.empty(gpt.config, 1, like=gpt.tok_embeddings.weight)
@@ -147,22 +140,25 @@ def run(config: Any, device: torch.device) -> None:
         gpt.generate(prompt, n, temperature=0, decoder=decoder, cache=cache)
 
     with tempfile.TemporaryDirectory() as name:
-        answers = peer_answers(gpt, prompt, n, device, dtype)
+        answers = peer_answers(gpt, prompt, n)
         answers |= {k: (partial(answer, decoder), size) for k, (decoder, size) in ours.items()}
         if config.exports and device.type == "cpu":
             for make in (onnx_answers, gguf_answers):
                 answers |= make(gpt, Path(name), prompt[0].tolist(), n)
         elif config.exports:
             print("decode: onnxruntime and llama.cpp are timed on the CPU only (--device=cpu)")
-        rate = limits(device).read_bandwidth
-        size = f"{gpt.n_parameters():,} parameters, {config.dtype}"
-        compare(
-            "decode",
-            f"{size}, {config.prompt_tokens} tokens in, {n} out",
+        rate = limits(device)["read_bandwidth"]
+        table = compare(
+            f"{gpt.n_parameters():,} parameters, {config.dtype}, "
+            f"{config.prompt_tokens} tokens in, {n} out",
             {name: function for name, (function, _) in answers.items()},
             config.rounds,
             device,
-            work=("tokens/s", n),
-            bound={name: n * size / rate for name, (_, size) in answers.items()},
-            extra=logit_errors(gpt, ours),
+            unit="tokens/s",
+            amounts=dict.fromkeys(answers, n),
+            bounds={name: n * size / rate for name, (_, size) in answers.items()},
         )
+    for name, (decoder, _) in ours.items():
+        if name in table["rows"]:
+            table["rows"][name]["logit error"] = logit_error(gpt, decoder)
+    yield table

@@ -7,7 +7,7 @@ machine's copy bandwidth. Gradients are made outside the timed calls; the optimi
 share parameters and gradients, and each has its own moments.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -22,11 +22,6 @@ from training.optimizers import gradient_scale
 # Bytes that a formula moves per float32 parameter: reads of p, g and moments, writes of p, moments
 ADAMW, SOPHIA, SOPHIA_BF16, HESSIAN = 28, 24, 18, 12
 NORM, SCALE = 4, 8  # the gradients' norm; their multiplication by the clip factor
-
-
-def give_gradients(parameters: list[nn.Parameter]) -> None:
-    for p in parameters:
-        p.grad = torch.randn_like(p) * 1e-3
 
 
 def muon_and_adamw(model: GPT) -> Callable[[], None]:
@@ -44,20 +39,18 @@ def muon_and_adamw(model: GPT) -> Callable[[], None]:
     return step
 
 
-def compare_updates(title: str, model: GPT, device: torch.device, rounds: int, muon: bool) -> None:
-    """Times updates of all of a model's parameters."""
+def compare_updates(
+    title: str, model: GPT, device: torch.device, rounds: int, muon: bool
+) -> dict[str, Any]:
+    """Table of the updates of all of a model's parameters."""
     parameters = list(model.to(device).parameters())
-    give_gradients(parameters)
+    for p in parameters:
+        p.grad = torch.randn_like(p) * 1e-3
     adamw, ours = torch.optim.AdamW(parameters, fused=True), SophiaG(parameters)
     ours_bf16 = SophiaG(parameters, state_dtype=torch.bfloat16)
+    for optimizer in (ours, ours_bf16):  # a Hessian of zeros would clip every coordinate
+        optimizer.update_hessian()
     loss = torch.zeros((), device=device)
-    functions: dict[str, Callable[[], Any]] = {}
-    traffic: dict[str, int] = {}  # bytes for each parameter
-
-    def add(name: str, function: Callable[[], Any], n_bytes: int = 0) -> None:
-        functions[name] = function
-        if n_bytes:
-            traffic[name] = n_bytes
 
     def clip_and_adamw() -> None:
         nn.utils.clip_grad_norm_(parameters, 1e6)  # no effect: gradients stay as they are
@@ -67,30 +60,36 @@ def compare_updates(title: str, model: GPT, device: torch.device, rounds: int, m
         _, scale = gradient_scale(parameters, loss, 1.0)
         ours.step(grad_scale=scale)
 
-    add("torch.optim.AdamW(fused=True)", adamw.step, ADAMW)
-    add("clip_grad_norm_ and AdamW", clip_and_adamw, NORM + SCALE + ADAMW)
+    functions: dict[str, tuple[Callable[[], Any], int]] = {  # with bytes for each parameter
+        "torch.optim.AdamW(fused=True)": (adamw.step, ADAMW),
+        "clip_grad_norm_ and AdamW": (clip_and_adamw, NORM + SCALE + ADAMW),
+    }
     if (sophia_opt := peer("sophia_opt")) is not None:
         official = sophia_opt.SophiaG(parameters)  # a loop over the tensors in plain PyTorch
         official.update_hessian()
-        add("SophiaG of its authors", official.step, SOPHIA)
-    if muon and hasattr(torch.optim, "Muon"):
-        add("torch.optim.Muon and AdamW", muon_and_adamw(model))
-    for optimizer in (ours, ours_bf16):  # a Hessian of zeros would clip every coordinate
-        optimizer.update_hessian()
-    add("ours, SophiaG", ours.step, SOPHIA)
-    add("ours, clip and SophiaG", clip_and_ours, NORM + SOPHIA)
-    add("ours, bfloat16 moments", ours_bf16.step, SOPHIA_BF16)
-    add("ours, Hessian update", ours.update_hessian, HESSIAN)
-    n, rate = model.n_parameters(), limits(device).copy_bandwidth
-    bound = {name: n_bytes * n / rate for name, n_bytes in traffic.items()}
-    title = f"{title}: {len(parameters)} tensors, {n:,} float32 parameters"
-    compare("optimizer", title, functions, rounds, device, bound=bound)
+        functions["SophiaG of its authors"] = official.step, SOPHIA
+    if muon:
+        functions["torch.optim.Muon and AdamW"] = muon_and_adamw(model), 0
+    functions |= {
+        "ours, SophiaG": (ours.step, SOPHIA),
+        "ours, clip and SophiaG": (clip_and_ours, NORM + SOPHIA),
+        "ours, bfloat16 moments": (ours_bf16.step, SOPHIA_BF16),
+        "ours, Hessian update": (ours.update_hessian, HESSIAN),
+    }
+    n, rate = model.n_parameters(), limits(device)["copy_bandwidth"]
+    return compare(
+        f"{title}: {len(parameters)} tensors, {n:,} float32 parameters",
+        {name: function for name, (function, _) in functions.items()},
+        rounds,
+        device,
+        bounds={name: size * n / rate for name, (_, size) in functions.items() if size},
+    )
 
 
-def run(config: Any, device: torch.device) -> None:
+def run(config: Any, device: torch.device) -> Iterator[dict[str, Any]]:
     """The section, on the shape in `config` (n_layers, n_embd, ...) and on the demo's."""
     # Muon's products take half a minute on a CPU for the full model: there it is timed on the small
-    muon = device.type == "cuda"
-    compare_updates("full model", GPT(model_config(config)), device, 3 * config.rounds, muon)
-    small = GPT(model_config(demo_config()))
-    compare_updates("the demo's model", small, device, 3 * config.rounds, muon=True)
+    muon, rounds = device.type == "cuda", 3 * config.rounds
+    yield compare_updates("full model", GPT(model_config(config)), device, rounds, muon)
+    demo_model = GPT(model_config(demo_config()))
+    yield compare_updates("the demo's model", demo_model, device, rounds, muon=True)

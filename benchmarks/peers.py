@@ -1,8 +1,8 @@
 """Models of other projects in Lille's shape, and one plain training step for all of them.
 
 transformers' Llama, litgpt's GPT (code in the style of nanoGPT), liger-kernel's fused loss, and the
-original Lille with the batches of its train.py. Each is called as its own project trains it. All
-are optional, see requirements/bench.txt.
+original Lille with the batches of its train.py. All but transformers are optional
+(requirements/bench.txt): a function returns None where its package is absent.
 """
 
 import dataclasses
@@ -21,13 +21,14 @@ from tokenizer import load_tokenizer
 from training.optimizers import make_optimizer
 from training.packing import Batch
 
-LossOf = Callable[[Callable, tuple[torch.Tensor, ...]], torch.Tensor]  # (forward, batch) -> mean
+# (forward, ids, targets) -> mean loss
+LossOf = Callable[[Callable, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def llama_of(config: GPTConfig) -> torch.nn.Module | None:
-    """transformers' LlamaForCausalLM of the same shape, or None where transformers is absent."""
-    if (transformers := peer("transformers")) is None:
-        return None
+def llama_of(config: GPTConfig) -> torch.nn.Module:
+    """transformers' LlamaForCausalLM of the same shape."""
+    import transformers
+
     settings = llama_config(config, load_tokenizer())
     settings = {k: v for k, v in settings.items() if not k.endswith(("token_id", "dtype"))}
     settings = transformers.LlamaConfig(**settings, attn_implementation="sdpa")
@@ -35,7 +36,7 @@ def llama_of(config: GPTConfig) -> torch.nn.Module | None:
 
 
 def litgpt_of(config: GPTConfig) -> torch.nn.Module | None:
-    """litgpt's GPT of the same shape with a tied head, or None where litgpt is absent."""
+    """litgpt's GPT of the same shape with a tied head."""
     if (litgpt := peer("litgpt.model")) is None:
         return None
     model = litgpt.GPT(
@@ -63,12 +64,11 @@ def litgpt_of(config: GPTConfig) -> torch.nn.Module | None:
 
 
 def original_of(config: GPTConfig) -> torch.nn.Module | None:
-    """The original's model of the same shape, or None where simpleai-sdk is absent."""
+    """The original's model of the same shape."""
     if (simple_ai := peer("simple_ai.model")) is None:
         return None
-    settings = config.to_dict()
-    names = [field.name for field in dataclasses.fields(simple_ai.GPTConfig)]
-    shape = {name: settings[name] for name in names if name in settings}
+    names = {field.name for field in dataclasses.fields(simple_ai.GPTConfig)}
+    shape = {name: value for name, value in config.to_dict().items() if name in names}
     return simple_ai.GPT(simple_ai.GPTConfig(**shape))
 
 
@@ -79,15 +79,7 @@ def plain_rows(batch: Batch, pad_id: int) -> Batch:
     """
     targets = batch.ids.masked_fill(batch.ids == pad_id, IGNORE_INDEX)
     n_labels = int((targets[:, 1:] != IGNORE_INDEX).sum())
-    return Batch(batch.ids, targets, batch.positions, batch.cu_seqlens, n_labels)
-
-
-def one_segment_rows(ids: torch.Tensor, targets: torch.Tensor) -> Batch:
-    """A batch of rows with causal attention over each whole row."""
-    n_rows, block_size = ids.shape
-    positions = torch.arange(block_size).expand(n_rows, -1).contiguous()
-    borders = torch.arange(0, ids.numel() + 1, block_size, dtype=torch.int32)
-    return Batch(ids, targets, positions, borders, int((targets != IGNORE_INDEX).sum()))
+    return dataclasses.replace(batch, targets=targets, n_labels=n_labels)
 
 
 def beginnings(documents: Sequence[np.ndarray | None], block_size: int, pad_id: int) -> Batch:
@@ -103,37 +95,23 @@ def beginnings(documents: Sequence[np.ndarray | None], block_size: int, pad_id: 
             tokens = torch.from_numpy(document[:block_size].astype(np.int64))
             ids[row, : len(tokens)] = tokens
             targets[row, : len(tokens) - 1] = tokens[1:]
-    return one_segment_rows(ids, targets)
+    positions = torch.arange(block_size).repeat(len(documents), 1)
+    borders = torch.arange(0, ids.numel() + 1, block_size, dtype=torch.int32)
+    return Batch(ids, targets, positions, borders, int((targets != IGNORE_INDEX).sum()))
 
 
-def padded_rows(
-    documents: Sequence[np.ndarray],
-    block_size: int,
-    batch_size: int,
-    pad_id: int,
-    rng: np.random.Generator,
-) -> Batch:
-    """The original's micro-batch: documents drawn with replacement."""
-    numbers = rng.integers(len(documents), size=batch_size)
-    return beginnings([documents[i] for i in numbers], block_size, pad_id)
+def llama_loss(forward: Callable, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return forward(input_ids=ids, labels=targets, use_cache=False).loss
 
 
-def llama_loss(forward: Callable, tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    ids, labels = tensors[:2]
-    return forward(input_ids=ids, labels=labels, use_cache=False).loss
-
-
-def litgpt_loss(forward: Callable, tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
+def litgpt_loss(forward: Callable, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """All logits at once, in float32, then F.cross_entropy, as in nanoGPT."""
-    ids, targets = tensors[:2]
     return F.cross_entropy(forward(ids).flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX)
 
 
 def original_loss(pad_id: int) -> LossOf:
-    def loss_of(forward: Callable, tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        ids, targets = tensors[:2]
-        logits, _ = forward(ids, attn_mask=ids != pad_id)
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX)
+    def loss_of(forward: Callable, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return litgpt_loss(lambda ids: forward(ids, attn_mask=ids != pad_id)[0], ids, targets)
 
     return loss_of
 
@@ -144,10 +122,9 @@ def liger_loss(llama: torch.nn.Module) -> LossOf | None:
         return None
     criterion = liger.LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORE_INDEX)
 
-    def loss_of(forward: Callable, tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        ids, labels = tensors[:2]
+    def loss_of(forward: Callable, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         x = forward(input_ids=ids, use_cache=False).last_hidden_state
-        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+        targets = F.pad(targets[:, 1:], (0, 1), value=IGNORE_INDEX)
         return criterion(llama.lm_head.weight, x.flatten(0, 1), targets.flatten())
 
     return loss_of
@@ -156,7 +133,7 @@ def liger_loss(llama: torch.nn.Module) -> LossOf | None:
 class PlainTrainer:
     """A peer's training step over micro-batches: forward, backward, clip_grad_norm_, optimizer.
 
-    The optimizer is that of `config`, the same fused AdamW as ours, unless another one is passed.
+    The optimizer is that of `config`, the same fused AdamW as ours.
     """
 
     def __init__(
@@ -167,12 +144,11 @@ class PlainTrainer:
         device: torch.device,
         dtype: torch.dtype,
         forward: Callable | None = None,
-        optimizer: torch.optim.Optimizer | None = None,
     ):
         self.model, self.loss_of, self.config = model.to(device).train(), loss_of, config
         self.device, self.dtype = device, dtype
         self.forward = forward or model
-        self.optimizer = optimizer or make_optimizer(self.model, config)
+        self.optimizer = make_optimizer(self.model, config)
 
     def step(self, batches: list[Batch], lr: float) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimizer step; returns its loss and gradient norm, on the device."""
@@ -182,9 +158,9 @@ class PlainTrainer:
         total = torch.zeros((), device=self.device)
         half = self.dtype != torch.float32
         for batch in batches:
-            tensors = tuple(t.to(self.device, non_blocking=True) for t in batch.tensors()[:2])
+            ids, targets = (t.to(self.device, non_blocking=True) for t in batch.tensors()[:2])
             with torch.autocast(self.device.type, self.dtype, enabled=half):
-                loss = self.loss_of(self.forward, tensors) * (batch.n_labels / n_labels)
+                loss = self.loss_of(self.forward, ids, targets) * (batch.n_labels / n_labels)
             loss.backward()
             total += loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)

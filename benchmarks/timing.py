@@ -7,49 +7,42 @@ import ctypes
 import gc
 import importlib
 import math
-import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from benchmarks.report import record_times
+from common.errors import one_line
 
 CPU = torch.device("cpu")
 SHORTEST_SAMPLE = 0.02  # seconds: a shorter call is repeated within a sample
 
 
 def free_memory(device: torch.device) -> None:
-    """Releases unused memory: models and optimizers hold reference cycles.
+    """Returns unused memory to the system: models and optimizers hold reference cycles.
 
-    Back to the system too, where the C library can (glibc). A table that begins with the free
-    memory of a larger one before it would not show the page faults that a training run pays for.
+    A table that begins with the free memory of a larger one before it would not show the page
+    faults that a training run pays for.
     """
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-    if trim is not None:
-        trim(0)
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Best measured rates of plain operations, each on data larger than the device's caches."""
-
-    copy_bandwidth: float  # bytes/s, read and written, of a large Tensor.copy_
-    read_bandwidth: float  # bytes/s of a large float32 sum
-    matmul_rate: dict[str, float]  # FLOP/s by dtype: "float32" on a CPU, "bfloat16" on CUDA
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @cache
-def limits(device: torch.device) -> Limits:
-    """The device's limits, measured at the first call; half a gigabyte, some seconds."""
+def limits(device: torch.device) -> dict[str, float]:
+    """Best rates of plain operations on data larger than the caches, measured at the first call.
+
+    "copy_bandwidth" of Tensor.copy_ and "read_bandwidth" of a float32 sum, in bytes/s;
+    "matmul_rate" in FLOP/s, float32 on a CPU, bfloat16 on CUDA. Half a gigabyte, some seconds.
+    """
     gpu = device.type == "cuda"
     n, width, dtype = (1 << 28, 8192, torch.bfloat16) if gpu else (1 << 26, 1536, torch.float32)
     source = torch.ones(n, device=device)
@@ -57,61 +50,50 @@ def limits(device: torch.device) -> Limits:
     a, b = (torch.randn(width, width, device=device, dtype=dtype) for _ in range(2))
     product = torch.empty_like(a)
 
-    def best(function: Callable[[], object], rounds: int) -> float:
-        function()
-        return min(seconds_of(function, 4 if gpu else 1, device) for _ in range(rounds))
+    def best(function: Callable[[], object]) -> float:
+        return min(seconds_of(function, 4 if gpu else 1, device) for _ in range(20))
 
-    return Limits(
-        copy_bandwidth=2 * 4 * n / best(lambda: target.copy_(source), 20),
-        read_bandwidth=4 * n / best(source.sum, 20),
-        matmul_rate={str(dtype)[6:]: 2 * width**3 / best(lambda: torch.mm(a, b, out=product), 12)},
-    )
+    return {
+        "copy_bandwidth": 2 * 4 * n / best(lambda: target.copy_(source)),
+        "read_bandwidth": 4 * n / best(source.sum),
+        "matmul_rate": 2 * width**3 / best(lambda: torch.mm(a, b, out=product)),
+    }
 
 
-def seconds_of(function: Callable[[], object], calls: int, device: torch.device = CPU) -> float:
-    """Seconds of one call, the mean of `calls` in a row.
+def seconds_of(function: Callable[[], object], calls: int, device: torch.device) -> float:
+    """Seconds of one call, the mean of `calls` in a row, from an idle device to its last kernel.
 
-    On CUDA by events, from an idle device to the end of the last kernel, so the host's launch time
-    counts where the device waits for it. Calls in a row find data that fits into the cache (50 MB
-    of L2 on an H100) warm: functions that are meant to read memory need more than that.
+    Calls in a row find data that fits into the cache (50 MB of L2 on an H100) warm: functions that
+    are meant to read memory need more than that.
     """
-    if device.type != "cuda":
-        started = time.perf_counter()
-        for _ in range(calls):
-            function()
-        return (time.perf_counter() - started) / calls
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize(device)
-    start.record()
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronize()
+    started = time.perf_counter()
     for _ in range(calls):
         function()
-    end.record()
-    torch.cuda.synchronize(device)
-    return start.elapsed_time(end) / 1e3 / calls
-
-
-def error_line(error: BaseException) -> str:
-    """The kind of an error and its first line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:150]}" if lines else type(error).__name__
+    synchronize()
+    return (time.perf_counter() - started) / calls
 
 
 def compare(
-    section: str,
     title: str,
     functions: dict[str, Callable[[], object]],
     rounds: int,
     device: torch.device = CPU,
-    **columns: Any,
-) -> dict[str, float]:
-    """Times functions in turn and records their table; returns the median seconds of each.
+    *,
+    unit: str = "",
+    amounts: dict[str, float] | None = None,
+    bounds: dict[str, float] | None = None,
+) -> dict[str, Any]:
+    """Times functions in turn; returns their table, in which the first row is the baseline.
 
     A first call of each, which may compile, is not counted. A function that raises is left out of
-    the other rounds and of the table, with a line that says why. `columns`: see `record_times`.
+    the other rounds and of the table, with a line that says why. `amounts` is the work of a call,
+    such as tokens for the unit "tokens/s", and `bounds` the least seconds that this machine's
+    limits allow for a call, both by name.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
     calls: dict[str, int] = {}
-    left_out: dict[str, str] = {}
 
     def sample(name: str, turn: int) -> None:
         seconds = seconds_of(functions[name], calls.get(name, 1), device)
@@ -127,22 +109,28 @@ def compare(
             try:
                 sample(name, turn)
             except Exception as error:  # out of memory, no compiler, ...: the others go on
-                left_out[name] = error_line(error)
-                print(f"{name}: left out, {left_out[name]}", flush=True)
+                print(f"{name}: left out, {one_line(error)}", flush=True)
                 del times[name]
-            if name in left_out:  # after the except clause, which holds the frames and their memory
+            if name not in times:  # after the except clause, which holds the frames' memory
                 free_memory(device)
-    record_times(section, title, times, left_out=left_out, **columns)
-    return {name: statistics.median(seconds) for name, seconds in times.items()}
+    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
+    rows = {}
+    for name, seconds in times.items():
+        row = {"median_s": medians[name], "min_s": min(seconds), "max_s": max(seconds)}
+        row |= {"n": len(seconds), "ratio": next(iter(medians.values())) / medians[name]}
+        if amounts:
+            row["rate"] = amounts[name] / medians[name]
+        if name in (bounds or {}):
+            row["share"] = bounds[name] / medians[name]
+        rows[name] = row
+    return {"title": title, "unit": unit, "rows": rows}
 
 
 @cache
 def peer(name: str) -> ModuleType | None:
-    """An optional package, or None after one line that says how to install it."""
+    """An optional package, or None after one line that says why it cannot be imported."""
     try:
         return importlib.import_module(name)
     except Exception as error:  # a broken package may raise any kind, such as OSError
-        missing = getattr(error, "name", None) in (name, name.partition(".")[0])
-        reason = "is not installed" if missing else f"cannot be imported ({error_line(error)})"
-        print(f"skipped: {name} {reason} (see requirements/bench.txt)", flush=True)
+        print(f"skipped: {one_line(error)} (see requirements/bench.txt)", flush=True)
         return None

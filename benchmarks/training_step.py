@@ -5,15 +5,14 @@
 A step is forward, backward, clipping and optimizer over all its micro-batches, with the same fused
 AdamW for everyone, so that the optimizer does not decide. Rows are packed from documents with
 log-normal lengths fitted to FineWeb-Edu; the original pads documents of the same distribution and
-has its own dropout of 0.1. Compiled implementations also get larger micro-batches. Rates count
-labelled tokens only. The limit is PaLM's count of FLOPs (2204.02311, appendix B), of padding too,
-at this machine's matmul rate: the column is the MFU.
+has its own dropout of 0.1. Rates count labelled tokens only. The limit is PaLM's count of FLOPs
+(2204.02311, appendix B), of padding too, at this machine's matmul rate: the column is the MFU.
 """
 
 import copy
 import dataclasses
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +22,16 @@ import torch
 from benchmarks.inputs import SHAPE, demo_config, make_documents, model_config, train_config
 from benchmarks.peers import (
     PlainTrainer,
+    beginnings,
     liger_loss,
     litgpt_loss,
     litgpt_of,
     llama_loss,
     llama_of,
-    one_segment_rows,
     original_loss,
     original_of,
-    padded_rows,
     plain_rows,
 )
-from benchmarks.report import record_values
 from benchmarks.timing import compare, free_memory, limits
 from dataset import NpzDataset
 from model import GPT
@@ -43,34 +40,30 @@ from training.packing import Batch, PackedRows
 from training.trainer import Trainer
 
 N_DOCUMENTS = 20_000
+N_STEPS = 2  # different ones, in turn
 Steps = list[list[Batch]]  # the micro-batches of each step
 
 
 def make_steps(
-    rows: PackedRows, documents: NpzDataset, size: int, count: int, n_steps: int, pin: bool
+    rows: PackedRows, documents: NpzDataset, batch_size: int, accumulation: int
 ) -> dict[str, Steps]:
-    """Micro-batches of steps, `count` of `size` rows each, in the forms that implementations read.
+    """N_STEPS steps in the forms that implementations read.
 
-    "packed" with document masks, "causal" without, "plain" for transformers, "padded" documents.
+    "packed" with document masks, "plain" for transformers, "padded" documents, which the original
+    draws with replacement.
     """
     rng = np.random.default_rng(0)
-    packed = list(rows.steps(0, n_steps * size * count, size, count))
-    steps = {
+    packed = list(rows.steps(0, N_STEPS * batch_size * accumulation, batch_size, accumulation))
+
+    def padded() -> Batch:
+        numbers = rng.integers(len(documents), size=batch_size)
+        return beginnings([documents[i] for i in numbers], rows.block_size, rows.pad_id)
+
+    return {
         "packed": packed,
-        "causal": [[one_segment_rows(b.ids, b.targets) for b in step] for step in packed],
         "plain": [[plain_rows(b, rows.pad_id) for b in step] for step in packed],
-        "padded": [
-            [padded_rows(documents, rows.block_size, size, rows.pad_id, rng) for _ in step]
-            for step in packed
-        ],
+        "padded": [[padded() for _ in step] for step in packed],
     }
-    if pin:
-        steps = {k: [[b.pin_memory() for b in step] for step in s] for k, s in steps.items()}
-    return steps
-
-
-def labels_per_step(steps: Steps) -> float:
-    return sum(batch.n_labels for step in steps for batch in step) / len(steps)
 
 
 def step_function(trainer: Trainer | PlainTrainer, steps: Steps) -> Callable[[], None]:
@@ -89,13 +82,10 @@ def step_function(trainer: Trainer | PlainTrainer, steps: Steps) -> Callable[[],
     return run
 
 
-def with_compiled(trainer: Trainer | PlainTrainer, mode: str) -> Trainer | PlainTrainer:
-    """The trainer with a compiled forward pass, sharing weights and optimizer.
-
-    For static shapes: several batch sizes of one model must not make them dynamic.
-    """
+def with_compiled(trainer: Trainer | PlainTrainer) -> Trainer | PlainTrainer:
+    """The trainer with a compiled forward pass, sharing weights and optimizer."""
     other = copy.copy(trainer)
-    other.forward = other.parallel = torch.compile(trainer.forward, dynamic=False, mode=mode)
+    other.forward = other.parallel = torch.compile(trainer.forward, dynamic=False)
     return other
 
 
@@ -107,72 +97,51 @@ def compare_steps(
     device: torch.device,
     dtype: torch.dtype,
     rounds: int,
-    modes: Sequence[str] = (),
-    peers: Sequence[str] = (),
-) -> None:
-    """Times steps of ours and of `peers`, eager and compiled in each of `modes`.
+    compile: bool,
+) -> dict[str, Any]:
+    """Table of the steps of ours and of peers, compiled ones first, so that one is the baseline."""
+    shape, pad_id = model_config(config), rows.pad_id
+    steps = make_steps(rows, documents, config.batch_size, config.gradient_accumulation_steps)
+    if device.type == "cuda":
+        steps = {k: [[b.pin_memory() for b in step] for step in s] for k, s in steps.items()}
+    trainers: dict[str, tuple[Trainer | PlainTrainer, str]] = {}  # with the form of its batches
 
-    The main ones also with as many rows in larger micro-batches, compiled on CUDA.
-    """
-    shape, gpu = model_config(config), device.type == "cuda"
-    n_rows = config.batch_size * config.gradient_accumulation_steps
-    sizes = [config.batch_size]
-    sizes += [n for n in (16, 32, 64) if gpu and modes and n not in sizes and n_rows % n == 0]
-    steps = {}
-    for size in sizes:
-        steps[size] = make_steps(rows, documents, size, n_rows // size, n_steps=2, pin=gpu)
-    functions: dict[str, Callable[[], None]] = {}
-    labels: dict[str, float] = {}
-
-    def add(name: str, trainer: Trainer | PlainTrainer, form: str, larger: bool = False) -> None:
-        for mode in (None, *modes):
-            variant = with_compiled(trainer, mode) if mode else trainer
-            mode_name = {None: "", "default": ", torch.compile"}.get(mode, f", {mode}")
-            for size in sizes if larger and mode == "default" else sizes[:1]:
-                size_name = f", micro-batches of {size}" if size != sizes[0] else ""
-                functions[name + mode_name + size_name] = step_function(variant, steps[size][form])
-                labels[name + mode_name + size_name] = labels_per_step(steps[size][form])
-
-    def add_peer(
-        name: str, model: Any, loss_of: Any, form: str, larger: bool = False, **options: Any
-    ) -> None:
+    def add(name: str, model: Any, loss_of: Any, form: str, **options: Any) -> None:
         if model is not None and loss_of is not None:
-            add(name, PlainTrainer(model, loss_of, config, device, dtype, **options), form, larger)
+            trainer = PlainTrainer(model, loss_of, config, device, dtype, **options)
+            trainers[name] = trainer, form
 
-    if "transformers" in peers:
-        add_peer("transformers Llama", llama_of(shape), llama_loss, "plain", larger=True)
-    if "litgpt" in peers:
-        add_peer("litgpt GPT", litgpt_of(shape), litgpt_loss, "packed")
-    if "original" in peers:
-        model = original_of(dataclasses.replace(shape, dropout=0.1))
-        loss_of = original_loss(rows.pad_id)
-        add_peer("original Lille, padded", model, loss_of, "padded", larger=True)
-    if "liger" in peers and gpu:
-        if (llama := llama_of(shape)) is not None:
-            name = "transformers Llama, liger loss"
-            add_peer(name, llama, liger_loss(llama), "plain", forward=llama.model)
-    elif "liger" in peers:
-        print("skipped: liger-kernel's loss needs a GPU")
+    add("transformers Llama", llama_of(shape), llama_loss, "plain")
+    if device.type == "cuda":  # liger-kernel needs one
+        llama = llama_of(shape)
+        loss_of = liger_loss(llama)
+        add("transformers Llama, liger loss", llama, loss_of, "plain", forward=llama.model)
+    add("litgpt GPT", litgpt_of(shape), litgpt_loss, "packed")
+    original = original_of(dataclasses.replace(shape, dropout=0.1))
+    add("original Lille, padded", original, original_loss(pad_id), "padded")
     ours = Trainer(GPT(shape).to(device), config, device, dtype)
-    add("ours", ours, "packed", larger=True)
-    if gpu:
-        add("ours, no document masks", ours, "causal")
+    trainers["ours"] = ours, "packed"
+    if compile:
+        compiled = {
+            f"{name}, torch.compile": (with_compiled(trainer), form)
+            for name, (trainer, form) in trainers.items()
+        }
+        trainers = compiled | trainers
 
-    (rate,) = limits(device).matmul_rate.values()
-    fastest = ours.model.flops_per_token() * n_rows * rows.block_size / rate
-    batch = f"{config.gradient_accumulation_steps} x {config.batch_size} x {config.block_size}"
-    title = f"{title}, {ours.model.n_parameters():,} parameters, {batch} tokens, {str(dtype)[6:]}"
-    with torch._dynamo.config.patch(recompile_limit=64):
-        compare(
-            "train",
-            f"{title}, AdamW",
-            functions,
-            rounds,
-            device,
-            baseline="transformers Llama, torch.compile",
-            work=("tokens/s", labels),
-            bound=dict.fromkeys(functions, fastest),
-        )
+    labels = {k: sum(b.n_labels for step in s for b in step) / len(s) for k, s in steps.items()}
+    micro_batches = f"{config.gradient_accumulation_steps} x {config.batch_size}"
+    positions = config.gradient_accumulation_steps * config.batch_size * config.block_size
+    bound = ours.model.flops_per_token() * positions / limits(device)["matmul_rate"]
+    return compare(
+        f"{title}, {ours.model.n_parameters():,} parameters, "
+        f"{micro_batches} x {config.block_size} tokens, {str(dtype)[6:]}, AdamW",
+        {name: step_function(trainer, steps[form]) for name, (trainer, form) in trainers.items()},
+        rounds,
+        device,
+        unit="tokens/s",
+        amounts={name: labels[form] for name, (_, form) in trainers.items()},
+        bounds=dict.fromkeys(trainers, bound),
+    )
 
 
 def token_use(rows: PackedRows, documents: NpzDataset) -> dict[str, dict[str, float]]:
@@ -181,45 +150,39 @@ def token_use(rows: PackedRows, documents: NpzDataset) -> dict[str, dict[str, fl
     The original draws documents with replacement and trains on the first `block_size` tokens.
     """
     lengths = np.diff(documents.offsets.astype(np.int64))
-    beginnings = np.minimum(lengths, rows.block_size)
-    filled = beginnings.mean() / rows.block_size
+    used = np.minimum(lengths, rows.block_size)
+    filled = used.mean() / rows.block_size
     return {
-        "original Lille": {"filled": filled, "trained on": beginnings.sum() / lengths.sum()},
+        "original Lille": {"filled": filled, "trained on": used.sum() / lengths.sum()},
         "ours": {"filled": rows.fill, "trained on": rows.lengths.sum() / lengths.sum()},
     }
 
 
-def run(config: Any, device: torch.device) -> None:
-    """The section: steps of the full and of the demo's model, and the use of tokens.
+def run(config: Any, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Tables of the steps of the demo's and of the full model, and of the use of tokens.
 
     `config` has the shape (n_layers, n_embd, ...), batch_size (0: 2 rows on a CPU, 16 on a GPU),
     gradient_accumulation_steps (0: 1 and 16), dtype, rounds, compile.
     """
     gpu, dtype = device.type == "cuda", getattr(torch, config.dtype)
-    tokenizer = load_tokenizer()
+    tokenizer, small = load_tokenizer(), demo_config()
     full = train_config(
         **{name: getattr(config, name) for name in SHAPE},
         optimizer="adamw",
         batch_size=config.batch_size or (16 if gpu else 2),
         gradient_accumulation_steps=config.gradient_accumulation_steps or (16 if gpu else 1),
     )
-    small = demo_config()
-    compile = config.compile or gpu
-    # CUDA graphs are the mode in which the original trains; trying kernels out takes minutes.
-    modes = ("default", "max-autotune") if gpu and config.compile else ("default",) * compile
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        documents = make_documents(folder / "train.npz", N_DOCUMENTS, tokenizer.n_text)
-        rows = PackedRows([documents], small.block_size, tokenizer.pad_id)
-        where, rounds = (device, dtype), 2 * config.rounds
-        peers = ("transformers", "litgpt")
-        compare_steps("the demo's model", small, rows, documents, *where, rounds, (), peers)
-        free_memory(device)
-        rows = PackedRows([documents], full.block_size, tokenizer.pad_id)
+        documents = make_documents(Path(name, "train.npz"), N_DOCUMENTS, tokenizer.n_text)
+        for title, settings, rounds, compile in (
+            ("the demo's model", small, 2 * config.rounds, False),
+            ("full model", full, config.rounds, gpu or config.compile),
+        ):
+            rows = PackedRows([documents], settings.block_size, tokenizer.pad_id)
+            inputs = (settings, rows, documents)
+            yield compare_steps(title, *inputs, device, dtype, rounds, compile)
+            torch.compiler.reset()
+            free_memory(device)
         title = f"rows of {full.block_size} tokens, {N_DOCUMENTS:,} made-up documents"
-        record_values("train", title, token_use(rows, documents))
-        peers = ("transformers", "litgpt", "original", "liger")
-        compare_steps("full model", full, rows, documents, *where, config.rounds, modes, peers)
-        torch.compiler.reset()  # and the memory of its CUDA graphs
-        free_memory(device)
-        del rows, documents  # the mapped file, before its folder
+        yield {"title": title, "rows": token_use(rows, documents)}
+        del rows, documents, inputs  # the mapped file, before its folder
