@@ -50,20 +50,17 @@ def peer_answers(gpt: GPT, prompt: torch.Tensor, n: int) -> Answers:
 def decoders(gpt: GPT) -> dict[str, tuple[Decoder, float]]:
     """Our decoders by name, each with the bytes of its weights; a line for each impossible one."""
     weight = gpt.lm_head.weight
-    size = weight.dtype.itemsize
-    variants: dict[str, tuple[dict[str, Any], int]] = {
-        "ours, plain PyTorch": ({"mode": "eager"}, size)
-    }
+    variants: dict[str, dict[str, Any]] = {"ours, plain PyTorch": {"mode": "eager"}}
     if weight.is_cuda:
-        variants |= {"ours": ({}, size), "ours, compiled": ({"mode": "compile"}, size)}
+        variants |= {"ours": {}, "ours, compiled": {"mode": "compile"}}
     else:
-        variants["ours, float32"] = {}, 4
-        variants["ours, bfloat16 weights"] = {"weights": "bfloat16"}, 2
-        variants["ours, int8 weights"] = {"weights": "int8"}, 1
+        dtypes = ("float32", "bfloat16", "int8")
+        variants |= {f"ours, {dtype} weights": {"weights": dtype} for dtype in dtypes}
     by_name = {}
-    for name, (options, bytes_each) in variants.items():
+    for name, options in variants.items():
+        dtype = getattr(torch, options.get("weights", str(weight.dtype)[6:]))
         try:
-            by_name[name] = Decoder(gpt, **options), gpt.n_parameters() * bytes_each
+            by_name[name] = Decoder(gpt, **options), gpt.n_parameters() * dtype.itemsize
         except ValueError as error:  # no C++ compiler
             print(f"{name}: left out, {error}")
     return by_name

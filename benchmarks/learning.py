@@ -23,12 +23,12 @@ from typing import Any
 import torch
 
 import train
-from benchmarks.learning_plot import best_runs, draw, study_table
+from benchmarks.inputs import train_config
+from benchmarks.learning_plot import draw, study_table
 from benchmarks.learning_recipes import (
     ADAMW,
     CHANGES,
     MUON,
-    OF_SOPHIAG,
     ORIGINAL,
     RECIPES,
     SOPHIAG,
@@ -39,7 +39,7 @@ from benchmarks.learning_recipes import (
     load_documents,
     small_tokenizer,
 )
-from benchmarks.report import append_record, git, processor, read_records, text_table
+from benchmarks.report import append_record, git, markdown_table, processor, read_records
 from common.errors import UserError
 from common.settings import config_from_constants, run_script
 from model import GPT, GPTConfig
@@ -64,84 +64,65 @@ warmup_iters = 26
 eval_points = 8  # of each run, the last one at its end
 eval_rows = 64  # packed rows of held-out documents
 seeds = 3
-timing_rounds = 4  # of ten steps of every recipe in turn, the first one not counted
 
 FIRST_RATES = (2e-3, 4e-3, 8e-3)  # everyone's grid; grows by a factor of 2 while its edge is best
 FIRST_RHOS = (0.05, 0.2)  # SophiaG's, by factors of 4
 MAX_TRIALS = 8
-NOT_OF_A_RUN = ("data_dir", "results", "picture", "plot", "seeds", "timing_rounds")
+NOT_OF_A_RUN = ("data_dir", "results", "picture", "plot", "seeds")
 
 
-def run_settings(config: Any, name: str, seed: int = 0, **changes: Any) -> dict[str, Any]:
-    """The settings that identify a run in `results`, beside train.py's constants."""
-    study = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_OF_A_RUN}
-    return study | {"name": name, "seed": seed} | RECIPES.get(name, {}) | changes
+def make_trainer(settings: dict[str, Any]) -> Trainer:
+    """The trainer of a recipe: train.py's settings with those of the study."""
+    names = settings.keys() & vars(train_config()).keys()
+    config = train_config(**{name: settings[name] for name in names})
+    torch.manual_seed(config.seed)
+    fields = [field.name for field in dataclasses.fields(GPTConfig)]
+    model = GPT(GPTConfig(**{name: settings[name] for name in fields if name in settings}))
+    kind = OriginalTrainer if settings.get("hessian") == "original" else Trainer
+    trainer = kind(model, config, torch.device("cpu"), torch.float32)
+    if config.optimizer == "muon" or "hidden_rate" in settings:
+        trainer.optimizer = TwoOptimizers(model, config, settings.get("hidden_rate", 1.0))
+    return trainer
 
 
-class RecipeRun:
-    """A recipe in training: trainer, batches, and train.py's settings with those of the study."""
+def train_once(data_dir: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Trains one run; returns its line of `results`."""
+    trainer = make_trainer(settings)
+    config, steps, vocab_size = trainer.config, settings["steps"], settings["vocab_size"]
+    rows_per_step = config.batch_size * config.gradient_accumulation_steps
+    tokens_per_step = rows_per_step * config.block_size
+    corpus = load_documents(data_dir, "train", vocab_size, tokens_per_step * steps)
+    held_out = load_documents(data_dir, "val", vocab_size, None)
+    tokenizer, block = small_tokenizer(vocab_size), config.block_size
+    kind = PaddedStarts if settings.get("batches") == "padded" else PackedRows
+    rows = kind([corpus], block, tokenizer.pad_id, config.seed)
+    validation = PackedRows([held_out], block, tokenizer.pad_id)
+    starts = PaddedStarts([held_out], block, tokenizer.pad_id, seed=None)
 
-    def __init__(self, data_dir: str, settings: dict[str, Any]):
-        constants = config_from_constants(vars(train), [])
-        changes = {k: settings[k] for k in settings.keys() & vars(constants).keys()}
-        self.config = config = dataclasses.replace(constants, **changes)
-        torch.manual_seed(config.seed)
-        shape = {f.name: settings.get(f.name, f.default) for f in dataclasses.fields(GPTConfig)}
-        model = GPT(GPTConfig(**shape))
-        self.rows_per_step = config.batch_size * config.gradient_accumulation_steps
-        self.tokens_per_step = self.rows_per_step * config.block_size
-        kind = OriginalTrainer if settings.get("hessian") == "original" else Trainer
-        self.trainer = kind(model, config, torch.device("cpu"), torch.float32)
-        if config.optimizer == "muon" or "hidden_rate" in settings:
-            rate = settings.get("hidden_rate", 1.0)
-            self.trainer.optimizer = TwoOptimizers(model, config, rate)
-        self.steps, vocab_size = settings["steps"], settings["vocab_size"]
-        n_tokens = self.tokens_per_step * self.steps
-        corpus = load_documents(data_dir, "train", vocab_size, n_tokens)
-        held_out = load_documents(data_dir, "val", vocab_size, 0)
-        tokenizer, block = small_tokenizer(vocab_size), config.block_size
-        kind = PaddedStarts if settings.get("batches") == "padded" else PackedRows
-        self.rows = kind([corpus], block, tokenizer.pad_id, config.seed)
-        self.validation = PackedRows([held_out], block, tokenizer.pad_id)
-        self.starts = PaddedStarts([held_out], block, tokenizer.pad_id, seed=None)
-        self.token_bytes = torch.from_numpy(tokenizer.token_bytes)
-
-    def step(self, step: int) -> int:
-        """Optimizer step number `step`; returns its number of labels."""
-        config = self.config
-        first, end = step * self.rows_per_step, (step + 1) * self.rows_per_step
-        starts = range(first, end, config.batch_size)
-        batches = [self.rows.batch(range(start, start + config.batch_size)) for start in starts]
-        if config.optimizer == "sophiag" and step % config.hess_interval == 0:
-            self.trainer.update_hessian(batches[-1])
-        schedule = (config.learning_rate, config.warmup_iters, self.steps, 0.1)
-        self.trainer.step(batches, train.learning_rate_at(step, *schedule))
-        return sum(batch.n_labels for batch in batches)
-
-    def evaluate(self, rows: PackedRows | PaddedStarts) -> float | None:
-        """Nats per token; None if it is not finite."""
-        loss, _ = self.trainer.evaluate(rows, self.token_bytes)
+    def evaluate(rows: PackedRows | PaddedStarts) -> float | None:
+        loss, _ = trainer.evaluate(rows, torch.from_numpy(tokenizer.token_bytes))
         return loss if math.isfinite(loss) else None
 
-
-def train_once(config: Any, settings: dict[str, Any]) -> dict[str, Any]:
-    """Trains one run; returns its line of `results`."""
-    run = RecipeRun(config.data_dir, settings)
-    points = {config.steps * k // config.eval_points for k in range(1, config.eval_points + 1)}
+    points = {steps * k // settings["eval_points"] for k in range(1, settings["eval_points"] + 1)}
     curve, n_labels, seconds = [], 0, 0.0
-    for step in range(config.steps):
+    for step in range(steps):
         started = time.process_time()
-        n_labels += run.step(step)
+        first = range(step * rows_per_step, (step + 1) * rows_per_step, config.batch_size)
+        batches = [rows.batch(range(row, row + config.batch_size)) for row in first]
+        if config.optimizer == "sophiag" and step % config.hess_interval == 0:
+            trainer.update_hessian(batches[-1])
+        schedule = (config.learning_rate, config.warmup_iters, steps, 0.1)
+        trainer.step(batches, train.learning_rate_at(step, *schedule))
+        n_labels += sum(batch.n_labels for batch in batches)
         seconds += time.process_time() - started
         if step + 1 in points:
-            curve.append([(step + 1) * run.tokens_per_step, run.evaluate(run.validation)])
+            curve.append([(step + 1) * tokens_per_step, evaluate(validation)])
             print(f"  {curve[-1][0]:>9,} tokens  {curve[-1][1]}", flush=True)
     line = {"settings": settings, "curve": curve, "loss": curve[-1][1]}
-    line["loss_of_document_starts"] = run.evaluate(run.starts)
-    if hasattr(run.trainer.optimizer, "win_rate"):
-        line["win_rate"] = round(run.trainer.optimizer.win_rate.item(), 4)
-    corpus = {"documents": run.rows.n_documents, "rows": run.rows.rows_per_epoch}
-    return line | {"labels": n_labels, "cpu_seconds": round(seconds, 1), "corpus": corpus}
+    line |= {"loss_of_document_starts": evaluate(starts), "labels": n_labels}
+    if config.optimizer == "sophiag":
+        line["win_rate"] = round(trainer.optimizer.win_rate.item(), 4)
+    return line | {"cpu_seconds": round(seconds, 1)}
 
 
 class Study:
@@ -151,30 +132,28 @@ class Study:
         self.config, self.path = config, Path(config.results)
         self.lines = read_records(self.path)
 
-    def add(self, line: dict[str, Any]) -> dict[str, Any]:
+    def run(self, name: str, seed: int = 0, **changes: Any) -> float | None:
+        """The loss of this run, trained now unless it has been already; None if not finite."""
+        study = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in NOT_OF_A_RUN}
+        settings = study | {"name": name, "seed": seed} | RECIPES.get(name, {}) | changes
+        for line in self.lines:
+            if line["settings"] == settings:
+                return line["loss"]
+        print(f"{time.strftime('%H:%M')} {name}, seed {seed}, {changes}", flush=True)
+        line = train_once(self.config.data_dir, settings)
         line |= {"hardware": f"{processor()}, {torch.get_num_threads()} thread(s)"}
         line |= {"torch": torch.__version__, "commit": git("describe", "--always", "--dirty")}
         self.lines.append(line)
         append_record(self.path, line)
-        return line
-
-    def run(self, name: str, seed: int = 0, **changes: Any) -> dict[str, Any]:
-        """The line of this run, trained now unless it has been already."""
-        settings = run_settings(self.config, name, seed, **changes)
-        for line in self.lines:
-            if line.get("settings") == settings:
-                return line
-        print(f"{time.strftime('%H:%M')} {name}, seed {seed}, {changes}", flush=True)
-        return self.add(train_once(self.config, settings))
+        return line["loss"]
 
     def tune(self, name: str, setting: str, grid: tuple[float, ...], **changes: Any) -> float:
         """The value of `setting` with the lowest loss of seed 0, not at the edge of its grid."""
         values, factor = list(grid), grid[1] / grid[0]
         while True:
-            losses = [self.run(name, **changes | {setting: value})["loss"] for value in values]
-            best = min(
-                range(len(values)), key=lambda i: math.inf if losses[i] is None else losses[i]
-            )
+            losses = [self.run(name, **changes | {setting: value}) for value in values]
+            losses = [math.inf if loss is None else loss for loss in losses]
+            best = losses.index(min(losses))
             if len(values) == MAX_TRIALS or 0 < best < len(values) - 1:
                 return values[best]
             if best == 0:
@@ -183,51 +162,25 @@ class Study:
                 values.append(float(f"{values[-1] * factor:.4g}"))
 
     def work(self) -> None:
-        """All runs, the most informative ones first."""
-        best = {}
+        """All runs: the tuning of each recipe, then its seeds and those of untuned variants."""
+        best: dict[str, dict[str, Any]] = {}
         for name in (SOPHIAG, ADAMW, MUON, ORIGINAL):
             changes = {"rho": FIRST_RHOS[0]} if name == SOPHIAG else {}
-            rate = self.tune(name, "learning_rate", FIRST_RATES, **changes)
-            best[name] = {"learning_rate": rate}
+            best[name] = {"learning_rate": self.tune(name, "learning_rate", FIRST_RATES, **changes)}
         # SophiaG has one more setting, and its rate once more with that
         rate = best[SOPHIAG]["learning_rate"]
         rho = self.tune(SOPHIAG, "rho", FIRST_RHOS, learning_rate=rate)
         rate = self.tune(SOPHIAG, "learning_rate", (rate / 2, rate), rho=rho)
         best[SOPHIAG] = {"learning_rate": rate, "rho": rho}
-        for seed in range(self.config.seeds + 1):
-            if seed < self.config.seeds:
-                for name, changes in best.items():
-                    self.run(name, seed, **changes)
-            if seed == 1:
-                self.time_steps(best)
-            if seed > 0:  # a seed behind: should time run out, more has been tried once
-                self.run_untuned(best, seed - 1)
-
-    def run_untuned(self, best: dict[str, dict[str, Any]], seed: int) -> None:
-        """Variants that take the best settings of the recipe they differ from."""
         # Muon's rate is also its embedding's; AdamW with that one, and its own where Muon is.
         ratio = best[ADAMW]["learning_rate"] / best[MUON]["learning_rate"]
-        self.run(TWO_RATES, seed, learning_rate=best[MUON]["learning_rate"], hidden_rate=ratio)
-        for name, change in CHANGES.items():
-            for base in (SOPHIAG,) if name in OF_SOPHIAG else (SOPHIAG, ADAMW):
-                self.run(f"{base}, {name}", seed, **RECIPES[base] | best[base] | change)
-
-    def time_steps(self, best: dict[str, dict[str, Any]]) -> None:
-        """CPU seconds of ten steps of each recipe in turn, A B C A B C."""
-        if any("seconds_of_ten_steps" in line for line in self.lines):
-            return
-        times: dict[str, list[float]] = {name: [] for name in best}
-        runs = {
-            name: RecipeRun(self.config.data_dir, run_settings(self.config, name, **changes))
-            for name, changes in best.items()
-        }
-        for turn in range(self.config.timing_rounds):
-            for name, run in runs.items():
-                started = time.process_time()
-                for step in range(10 * turn, 10 * turn + 10):
-                    run.step(step)
-                times[name].append(round(time.process_time() - started, 3))
-        self.add({"seconds_of_ten_steps": {name: values[1:] for name, values in times.items()}})
+        untuned = {TWO_RATES: best[MUON] | {"hidden_rate": ratio}}
+        for base, changes in CHANGES.items():
+            for change_name, change in changes.items():
+                untuned[f"{base}, {change_name}"] = RECIPES[base] | best[base] | change
+        for seed in range(self.config.seeds):
+            for name, changes in (best | untuned).items():
+                self.run(name, seed, **changes)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -235,9 +188,9 @@ def main(argv: list[str] | None = None) -> int:
     study = Study(config)
     if not config.plot:
         study.work()
-    elif not best_runs(study.lines):
+    elif not study.lines:
         raise UserError(f"{config.results} holds no finished run: leave --plot out to train some")
-    print(text_table(study_table(study.lines)))
+    print(markdown_table(study_table(study.lines)))
     draw(study.lines, Path(config.picture))
     return 0
 

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 
 from benchmarks.peers import beginnings
-from common.errors import UserError
 from dataset import open_split
 from hastings.build import build_json
 from model import GPT
@@ -42,14 +41,17 @@ RECIPES: dict[str, dict[str, Any]] = {  # what differs from train.py's constants
         "rho": 0.04,
     },
 }
-CHANGES = {  # single settings of the original's in our recipe
+CHANGES_OF_ANY = {
     "padded batches": {"batches": "padded"},
     "lille RoPE": {"rope_style": "lille"},
     "dropout 0.1": {"dropout": 0.1},
+}
+CHANGES_OF_SOPHIAG = {
     "original's Hessian": {"hessian": "original"},
     "betas 0.9, 0.95": {"beta1": 0.9, "beta2": 0.95},
 }
-OF_SOPHIAG = ("original's Hessian", "betas 0.9, 0.95")
+# Single settings of the original's in our recipe
+CHANGES = {SOPHIAG: CHANGES_OF_ANY | CHANGES_OF_SOPHIAG, ADAMW: CHANGES_OF_ANY}
 
 
 @dataclasses.dataclass
@@ -70,7 +72,7 @@ class PaddedStarts:
     """The original's batches: a document's first `block_size` tokens to a row, padded.
 
     With a seed every row is a document drawn with replacement; without, row i is document i. It has
-    the part of PackedRows' interface that Trainer.evaluate and `train_once` use.
+    the part of PackedRows' interface that training and evaluation use.
     """
 
     def __init__(
@@ -78,16 +80,14 @@ class PaddedStarts:
     ):
         (self.documents,) = datasets
         self.block_size, self.pad_id, self.seed = block_size, pad_id, seed
-        self.n_documents = self.rows_per_epoch = len(self.documents)
+        self.rows_per_epoch = len(self.documents)
 
     def batch(self, rows: Iterable[int | None]) -> Batch:
-        documents = [None if row is None else self.document(row) for row in rows]
-        return beginnings(documents, self.block_size, self.pad_id)
-
-    def document(self, row: int) -> np.ndarray:
         if self.seed is not None:
-            row = np.random.default_rng((self.seed, row)).integers(len(self.documents))
-        return self.documents[row]
+            seeds = [(self.seed, row) for row in rows]
+            rows = [np.random.default_rng(s).integers(len(self.documents)) for s in seeds]
+        documents = [None if row is None else self.documents[row] for row in rows]
+        return beginnings(documents, self.block_size, self.pad_id)
 
 
 class OriginalTrainer(Trainer):
@@ -123,12 +123,12 @@ class TwoOptimizers:
         norms = [p for p in model.parameters() if p.dim() < 2]
         settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
         groups = [{"params": [embedding]}, {"params": norms, "weight_decay": 0.0}]
-        betas = (config.adamw_beta1, config.adamw_beta2)
+        adamw = settings | {"betas": (config.adamw_beta1, config.adamw_beta2), "fused": True}
         if config.optimizer == "muon":
             first = torch.optim.Muon(hidden, adjust_lr_fn="match_rms_adamw", **settings)
         else:
-            first = torch.optim.AdamW(hidden, betas=betas, **settings)
-        self.optimizers = [first, torch.optim.AdamW(groups, betas=betas, **settings)]
+            first = torch.optim.AdamW(hidden, **adamw)
+        self.optimizers = [first, torch.optim.AdamW(groups, **adamw)]
         self.param_groups = [g for optimizer in self.optimizers for g in optimizer.param_groups]
 
     def step(self, *, grad_scale: torch.Tensor | None = None) -> None:
@@ -147,28 +147,22 @@ class TwoOptimizers:
 @functools.cache
 def small_tokenizer(vocab_size: int) -> Tokenizer:
     """Hastings with as many of its merges, the most frequent ones, as `vocab_size` allows."""
-    largest = load_tokenizer().vocab_size
-    if not 256 + len(CONTROL_TOKENS) <= vocab_size <= largest:
-        limits = f"must be 261 to {largest:,}"
-        raise UserError(f"vocab_size={vocab_size} {limits}: the bytes, then merges")
     merges = json.loads(load_tokenizer().json_text)["model"]["merges"]
     return Tokenizer(build_json(merges[: vocab_size - 256 - len(CONTROL_TOKENS)]).encode())
 
 
 @functools.cache
-def load_documents(data_dir: str, split: str, vocab_size: int, n_tokens: int) -> Documents:
-    """Documents of a split in a fixed random order, until they have `n_tokens` (0: all of them)."""
+def load_documents(data_dir: str, split: str, vocab_size: int, n_tokens: int | None) -> Documents:
+    """Documents of a split in a fixed random order, until they have `n_tokens` (None: all)."""
     tokenizer, small = load_tokenizer(), small_tokenizer(vocab_size)
     shards = open_split(data_dir, split, tokenizer.sha256, tokenizer.vocab_size)
     documents = [(shard, i) for shard in shards for i in range(len(shard))]
-    ids, ends = [np.empty(0, np.uint16)], [0]
-    for numbers in np.array_split(np.random.default_rng(0).permutation(len(documents)), 64):
-        batch = (documents[number] for number in numbers)
-        texts = [tokenizer.decode(shard[i][:-1].tolist()) for shard, i in batch]
-        new_ids, new_ends = small.encode_documents(texts)
-        ends += (new_ends + ends[-1]).tolist()
-        ids.append(new_ids)
+    ids, ends = [], [0]
+    for number in np.random.default_rng(0).permutation(len(documents)):
+        shard, i = documents[number]
+        text = tokenizer.decode(shard[i][:-1].tolist())
+        ids.append(np.array([*small.encode(text), small.eos_id], dtype=np.uint16))
+        ends.append(ends[-1] + len(ids[-1]))
         if n_tokens and ends[-1] >= n_tokens:
-            ends = ends[: int(np.searchsorted(ends, n_tokens)) + 1]
             break
-    return Documents(np.concatenate(ids)[: ends[-1]], np.array(ends))
+    return Documents(np.concatenate(ids), np.array(ends))

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.inputs import demo_config, model_config
+from benchmarks.inputs import demo_config, model_config, train_config
+from benchmarks.learning_recipes import TwoOptimizers
 from benchmarks.timing import compare, limits, peer
 from model import GPT
 from sophia_triton import SophiaG
@@ -22,21 +23,6 @@ from training.optimizers import gradient_scale
 # Bytes that a formula moves per float32 parameter: reads of p, g and moments, writes of p, moments
 ADAMW, SOPHIA, SOPHIA_BF16, HESSIAN = 28, 24, 18, 12
 NORM, SCALE = 4, 8  # the gradients' norm; their multiplication by the clip factor
-
-
-def muon_and_adamw(model: GPT) -> Callable[[], None]:
-    """torch.optim.Muon for the matrices of the layers and fused AdamW for the rest, as advised."""
-    hidden = [p for p in model.layers.parameters() if p.dim() == 2]
-    hidden_ids = set(map(id, hidden))
-    muon = torch.optim.Muon(hidden)
-    rest = [p for p in model.parameters() if id(p) not in hidden_ids]
-    adamw = torch.optim.AdamW(rest, fused=True)
-
-    def step() -> None:
-        muon.step()
-        adamw.step()
-
-    return step
 
 
 def compare_updates(
@@ -69,7 +55,8 @@ def compare_updates(
         official.update_hessian()
         functions["SophiaG of its authors"] = official.step, SOPHIA
     if muon:
-        functions["torch.optim.Muon and AdamW"] = muon_and_adamw(model), 0
+        two = TwoOptimizers(model, train_config(optimizer="muon"))
+        functions["torch.optim.Muon and AdamW"] = two.step, 0
     functions |= {
         "ours, SophiaG": (ours.step, SOPHIA),
         "ours, clip and SophiaG": (clip_and_ours, NORM + SOPHIA),

@@ -1,4 +1,4 @@
-"""Models of other projects in Lille's shape, and one plain training step for all of them.
+"""Models of other projects in Lille's shape, their batches and losses, for the training step.
 
 transformers' Llama, litgpt's GPT (code in the style of nanoGPT), liger-kernel's fused loss, and the
 original Lille with the batches of its train.py. All but transformers are optional
@@ -18,8 +18,8 @@ from formats.llama import llama_config
 from model import GPTConfig
 from ops.cross_entropy import IGNORE_INDEX
 from tokenizer import load_tokenizer
-from training.optimizers import make_optimizer
 from training.packing import Batch
+from training.trainer import Trainer
 
 # (forward, ids, targets) -> mean loss
 LossOf = Callable[[Callable, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -33,6 +33,18 @@ def llama_of(config: GPTConfig) -> torch.nn.Module:
     settings = {k: v for k, v in settings.items() if not k.endswith(("token_id", "dtype"))}
     settings = transformers.LlamaConfig(**settings, attn_implementation="sdpa")
     return transformers.LlamaForCausalLM(settings)
+
+
+def liger_llama_of(config: GPTConfig) -> torch.nn.Module | None:
+    """The same with liger-kernel's fused head and cross-entropy; CUDA only.
+
+    Its other kernels would replace those of every Llama of this process.
+    """
+    if (liger := peer("liger_kernel.transformers")) is None:
+        return None
+    llama = llama_of(config)
+    liger.apply_liger_kernel_to_llama(rope=False, rms_norm=False, swiglu=False, model=llama)
+    return llama
 
 
 def litgpt_of(config: GPTConfig) -> torch.nn.Module | None:
@@ -116,25 +128,8 @@ def original_loss(pad_id: int) -> LossOf:
     return loss_of
 
 
-def liger_loss(llama: torch.nn.Module) -> LossOf | None:
-    """transformers' Llama with liger-kernel's fused head and cross-entropy; CUDA only."""
-    if (liger := peer("liger_kernel.transformers")) is None:
-        return None
-    criterion = liger.LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORE_INDEX)
-
-    def loss_of(forward: Callable, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        x = forward(input_ids=ids, use_cache=False).last_hidden_state
-        targets = F.pad(targets[:, 1:], (0, 1), value=IGNORE_INDEX)
-        return criterion(llama.lm_head.weight, x.flatten(0, 1), targets.flatten())
-
-    return loss_of
-
-
-class PlainTrainer:
-    """A peer's training step over micro-batches: forward, backward, clip_grad_norm_, optimizer.
-
-    The optimizer is that of `config`, the same fused AdamW as ours.
-    """
+class PeerTrainer(Trainer):
+    """The training step of ours on a peer's model; `loss_of` is its mean loss of a micro-batch."""
 
     def __init__(
         self,
@@ -143,27 +138,13 @@ class PlainTrainer:
         config: Any,
         device: torch.device,
         dtype: torch.dtype,
-        forward: Callable | None = None,
     ):
-        self.model, self.loss_of, self.config = model.to(device).train(), loss_of, config
-        self.device, self.dtype = device, dtype
-        self.forward = forward or model
-        self.optimizer = make_optimizer(self.model, config)
+        super().__init__(model.to(device).train(), config, device, dtype)
+        self.loss_of = loss_of
 
-    def step(self, batches: list[Batch], lr: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """One optimizer step; returns its loss and gradient norm, on the device."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        n_labels = sum(batch.n_labels for batch in batches)
-        total = torch.zeros((), device=self.device)
-        half = self.dtype != torch.float32
-        for batch in batches:
-            ids, targets = (t.to(self.device, non_blocking=True) for t in batch.tensors()[:2])
-            with torch.autocast(self.device.type, self.dtype, enabled=half):
-                loss = self.loss_of(self.forward, ids, targets) * (batch.n_labels / n_labels)
-            loss.backward()
-            total += loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return total, norm
+    def loss_sum(
+        self, batch: Batch, sample_targets: bool = False, forward: Any = None
+    ) -> torch.Tensor:
+        ids, targets = (t.to(self.device, non_blocking=True) for t in batch.tensors()[:2])
+        with self.autocast():
+            return self.loss_of(forward or self.forward, ids, targets) * batch.n_labels

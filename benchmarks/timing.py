@@ -95,19 +95,16 @@ def compare(
     times: dict[str, list[float]] = {name: [] for name in functions}
     calls: dict[str, int] = {}
 
-    def sample(name: str, turn: int) -> None:
-        seconds = seconds_of(functions[name], calls.get(name, 1), device)
-        if turn > 0 and name not in calls:  # the first counted call tells how many make a sample
-            calls[name] = max(1, math.ceil(SHORTEST_SAMPLE / max(seconds, 1e-9)))
-            if calls[name] > 1:
-                seconds = seconds_of(functions[name], calls[name], device)
-        if turn > 0:
-            times[name].append(seconds)
-
     for turn in range(rounds + 1):
         for name in list(times):
+            function = functions[name]
             try:
-                sample(name, turn)
+                seconds = seconds_of(function, calls.get(name, 1), device)
+                if turn == 1 and seconds < SHORTEST_SAMPLE:  # also of the later rounds
+                    calls[name] = math.ceil(SHORTEST_SAMPLE / max(seconds, 1e-9))
+                    seconds = seconds_of(function, calls[name], device)
+                if turn > 0:
+                    times[name].append(seconds)
             except Exception as error:  # out of memory, no compiler, ...: the others go on
                 print(f"{name}: left out, {one_line(error)}", flush=True)
                 del times[name]

@@ -1,6 +1,6 @@
 """Tokenizer speed: the source files of the Python library as documents in memory.
 
-    python benchmark.py --section=data
+python benchmark.py --section=data
 """
 
 import os

@@ -2,11 +2,12 @@
 
     python benchmark.py --section=train
 
-A step is forward, backward, clipping and optimizer over all its micro-batches, with the same fused
-AdamW for everyone, so that the optimizer does not decide. Rows are packed from documents with
-log-normal lengths fitted to FineWeb-Edu; the original pads documents of the same distribution and
-has its own dropout of 0.1. Rates count labelled tokens only. The limit is PaLM's count of FLOPs
-(2204.02311, appendix B), of padding too, at this machine's matmul rate: the column is the MFU.
+A step is forward, backward, clipping and optimizer over all its micro-batches, with the same
+clipping and fused AdamW for everyone, so that the model and its loss decide. Rows are packed from
+documents with log-normal lengths fitted to FineWeb-Edu; the original pads documents of the same
+distribution and has its own dropout of 0.1. Rates count labelled tokens only. The limit is PaLM's
+count of FLOPs (2204.02311, appendix B), of padding too, at this machine's matmul rate: the column
+is the MFU.
 """
 
 import copy
@@ -21,9 +22,9 @@ import torch
 
 from benchmarks.inputs import SHAPE, demo_config, make_documents, model_config, train_config
 from benchmarks.peers import (
-    PlainTrainer,
+    PeerTrainer,
     beginnings,
-    liger_loss,
+    liger_llama_of,
     litgpt_loss,
     litgpt_of,
     llama_loss,
@@ -66,7 +67,7 @@ def make_steps(
     }
 
 
-def step_function(trainer: Trainer | PlainTrainer, steps: Steps) -> Callable[[], None]:
+def step_function(trainer: Trainer, steps: Steps) -> Callable[[], None]:
     """A function that trains on the next step's batches, in a circle."""
     turn = 0
 
@@ -82,7 +83,7 @@ def step_function(trainer: Trainer | PlainTrainer, steps: Steps) -> Callable[[],
     return run
 
 
-def with_compiled(trainer: Trainer | PlainTrainer) -> Trainer | PlainTrainer:
+def with_compiled(trainer: Trainer) -> Trainer:
     """The trainer with a compiled forward pass, sharing weights and optimizer."""
     other = copy.copy(trainer)
     other.forward = other.parallel = torch.compile(trainer.forward, dynamic=False)
@@ -104,21 +105,22 @@ def compare_steps(
     steps = make_steps(rows, documents, config.batch_size, config.gradient_accumulation_steps)
     if device.type == "cuda":
         steps = {k: [[b.pin_memory() for b in step] for step in s] for k, s in steps.items()}
-    trainers: dict[str, tuple[Trainer | PlainTrainer, str]] = {}  # with the form of its batches
+    trainers: dict[str, tuple[Trainer, str]] = {}  # with the form of its batches
 
-    def add(name: str, model: Any, loss_of: Any, form: str, **options: Any) -> None:
-        if model is not None and loss_of is not None:
-            trainer = PlainTrainer(model, loss_of, config, device, dtype, **options)
-            trainers[name] = trainer, form
-
-    add("transformers Llama", llama_of(shape), llama_loss, "plain")
-    if device.type == "cuda":  # liger-kernel needs one
-        llama = llama_of(shape)
-        loss_of = liger_loss(llama)
-        add("transformers Llama, liger loss", llama, loss_of, "plain", forward=llama.model)
-    add("litgpt GPT", litgpt_of(shape), litgpt_loss, "packed")
-    original = original_of(dataclasses.replace(shape, dropout=0.1))
-    add("original Lille, padded", original, original_loss(pad_id), "padded")
+    models = {
+        "transformers Llama": (llama_of(shape), llama_loss, "plain"),
+        "litgpt GPT": (litgpt_of(shape), litgpt_loss, "packed"),
+        "original Lille, padded": (
+            original_of(dataclasses.replace(shape, dropout=0.1)),
+            original_loss(pad_id),
+            "padded",
+        ),
+    }
+    if device.type == "cuda":
+        models["transformers Llama, liger loss"] = liger_llama_of(shape), llama_loss, "plain"
+    for name, (model, loss_of, form) in models.items():
+        if model is not None:
+            trainers[name] = PeerTrainer(model, loss_of, config, device, dtype), form
     ours = Trainer(GPT(shape).to(device), config, device, dtype)
     trainers["ours"] = ours, "packed"
     if compile:

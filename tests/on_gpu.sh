@@ -62,16 +62,9 @@ for step in sorted(runs["float32"].keys() | runs["bfloat16"].keys()):
     speed = [(row.get("tokens_per_second"), row.get("mfu")) for row in rows]
     print(f"step {step}: loss float32 {losses[0]}, bfloat16 {losses[1]}; tokens/s, MFU {speed}")
 END
-# `data` needs pyarrow, which a machine that only trains may not have.
-sections=train,optimizer,decode
-"$python" -c 'import pyarrow' 2> /dev/null && sections=all
 # shellcheck disable=SC2086
-run benchmark "$python" benchmark.py --section=$sections --device="$device" \
-    --results="$out/results.jsonl" $settings
+run benchmark "$python" benchmark.py --device="$device" --results="$out/results.jsonl" $settings
 cat "$out/benchmark.txt"
-if [ "$sections" != all ]; then
-    echo "left out: benchmark.py --section=data, which needs pyarrow"
-fi
 if [ -n "$failures" ]; then
     echo "not done, see above and $out:$failures"
     exit 1
