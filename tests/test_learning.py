@@ -105,7 +105,9 @@ def test_muon_has_the_hidden_matrices_and_adamw_the_rest():
         in_muon == {n for n in names.values() if n.endswith("_proj.weight")} and len(in_muon) == 10
     )
 
-    theirs = torch.optim.AdamW(twin.parameters(), lr=0.01, betas=(0.9, 0.95), weight_decay=0.1)
+    theirs = torch.optim.AdamW(
+        twin.parameters(), lr=0.01, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
     ids = torch.randint(250, (2, 8))
     for network, stepper in ((model, optimizer), (twin, theirs)):
         network(ids, ids).backward()
@@ -126,7 +128,7 @@ def test_two_rates_of_adamw():
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         config = settings(learning_rate=0.01, optimizer="adamw", weight_decay=0.0)
         optimizer = torch.optim.AdamW(
-            model.parameters(), lr=0.01, betas=(0.9, 0.95), weight_decay=0.0
+            model.parameters(), lr=0.01, betas=(0.9, 0.95), weight_decay=0.0, fused=True
         )
         if kind != "plain":
             optimizer = TwoOptimizers(model, config, kind)
@@ -145,14 +147,12 @@ def test_the_tokenizer_cut_short_spells_the_same_text():
     ids = small.encode(text)
     assert small.vocab_size == 400 and max(ids) < 395 and small.decode(ids) == text
     assert len(ids) > len(load_tokenizer().encode(text))
-    with pytest.raises(UserError, match="261 to 32,768"):
-        small_tokenizer(260)
 
 
 def test_tuning_leaves_the_edge_of_the_grid_and_runs_nothing_twice(tmp_path, monkeypatch):
     rates = []
 
-    def pretend(config, settings):
+    def pretend(data_dir, settings):
         rates.append(settings["learning_rate"])
         return {"settings": settings, "loss": abs(settings["learning_rate"] - 0.0011)}
 
@@ -174,18 +174,18 @@ def test_the_whole_study_and_its_picture(text_data, tmp_path, monkeypatch, capsy
     """Every recipe trains, once; a run that is cut off leaves the finished ones alone."""
     results, picture = tmp_path / "r.jsonl", tmp_path / "r.png"
     shape = {**SHAPE, "block_size": 32, "vocab_size": 400, "batch_size": 2}
-    shape |= dict(steps=2, warmup_iters=1, eval_points=2, eval_rows=4, seeds=2, timing_rounds=2)
+    shape |= dict(steps=2, warmup_iters=1, eval_points=2, eval_rows=4, seeds=2)
     arguments = [f"--{name}={value}" for name, value in shape.items()]
     arguments += [f"--data_dir={text_data}", f"--results={results}", f"--picture={picture}"]
     monkeypatch.setattr(learning, "MAX_TRIALS", 3)
     real, count = learning.train_once, 0
 
-    def killed_in_the_third(config, settings):
+    def killed_in_the_third(data_dir, settings):
         nonlocal count
         count += 1
         if count == 3:
             raise KeyboardInterrupt
-        return real(config, settings)
+        return real(data_dir, settings)
 
     monkeypatch.setattr(learning, "train_once", killed_in_the_third)
     with pytest.raises(KeyboardInterrupt):
@@ -196,9 +196,9 @@ def test_the_whole_study_and_its_picture(text_data, tmp_path, monkeypatch, capsy
     after = results.read_text()
     assert after.startswith(before)
     lines = [json.loads(line) for line in after.splitlines()]
-    runs = [json.dumps(line["settings"], sort_keys=True) for line in lines if "settings" in line]
-    assert len(set(runs)) == len(runs) == len(lines) - 1 == count - 1
-    assert {len(line["curve"]) for line in lines if "settings" in line} == {2}
+    runs = [json.dumps(line["settings"], sort_keys=True) for line in lines]
+    assert len(set(runs)) == len(runs) == count - 1
+    assert {len(line["curve"]) for line in lines} == {2}
 
     def untrained(*_):
         raise AssertionError("trained again")
@@ -210,8 +210,8 @@ def test_the_whole_study_and_its_picture(text_data, tmp_path, monkeypatch, capsy
     assert learning.main([*arguments, "--plot"]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG") and results.read_text() == after
     printed = capsys.readouterr().out.splitlines()
-    (row,) = (line.split() for line in printed if line.startswith("ours, Muon"))
-    losses = [x["loss"] for x in lines if x.get("settings", {}).get("name") == "ours, Muon"]
-    assert 0 < float(row[4]) and float(row[4]) <= max(losses) + 1e-4
+    (row,) = (line.split("|") for line in printed if line.startswith("| ours, Muon"))
+    losses = [line["loss"] for line in lines if line["settings"]["name"] == "ours, Muon"]
+    assert min(losses) - 1e-4 <= float(row[5]) <= max(losses) + 1e-4
     with pytest.raises(UserError, match="no finished run"):
         learning.main(["--plot", f"--results={tmp_path / 'none.jsonl'}"])
