@@ -146,5 +146,6 @@ class PeerTrainer(Trainer):
         self, batch: Batch, sample_targets: bool = False, forward: Any = None
     ) -> torch.Tensor:
         ids, targets = (t.to(self.device, non_blocking=True) for t in batch.tensors()[:2])
+        forward = self.forward if forward is None else forward
         with self.autocast():
-            return self.loss_of(forward or self.forward, ids, targets) * batch.n_labels
+            return self.loss_of(forward, ids, targets) * batch.n_labels

@@ -3,6 +3,8 @@
 Peers that are not installed are skipped (requirements/bench.txt); transformers always takes part.
 """
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -163,14 +165,16 @@ def test_use_of_tokens_against_sums_by_hand():
     assert use["original Lille"] == {"filled": 13 / 16, "trained on": 13 / 31}
 
 
-def test_tables_of_a_tiny_model(tmp_path, capsys):
+def test_tables_of_a_tiny_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     torch.manual_seed(0)
     documents = make_documents(tmp_path / "train.npz", 40, vocab_size=32000)
     rows = PackedRows([documents], T, load_tokenizer().pad_id)
-    steps = compare_steps("tiny", CONFIG, rows, documents, CPU, torch.float32, 1, compile=False)
+    steps = compare_steps("tiny", CONFIG, rows, documents, CPU, torch.float32, 1, compile=True)
     optimizers = compare_updates("tiny", GPT(shape()), CPU, 1, muon=True)
 
-    assert {"transformers Llama", "ours"} <= steps["rows"].keys()
+    assert list(steps["rows"])[0] == "transformers Llama, torch.compile"
+    assert {"transformers Llama", "ours, torch.compile", "ours"} <= steps["rows"].keys()
     for row in steps["rows"].values():
         assert 0 < row["share"] < 1 and row["rate"] > 0
     assert len(optimizers["rows"]) == 7 + (peer("sophia_opt") is not None)
