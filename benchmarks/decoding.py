@@ -66,49 +66,43 @@ def decoders(gpt: GPT) -> dict[str, tuple[Decoder, float]]:
     return by_name
 
 
-def onnx_answers(gpt: GPT, folder: Path, prompt: list[int], n: int) -> Answers:
-    if not all(map(peer, ("onnx", "onnxscript", "onnxruntime"))):
-        return {}
-    from formats.onnx_runtime import CONFIG, MODEL, OnnxBackend
-    from formats.write_onnx import write_graph, write_json
-
-    def answer(backend: OnnxBackend) -> None:
-        ids = list(prompt)
-        for _ in range(n):
-            ids.append(int(backend.logits(ids).argmax()))
-
+def export_answers(gpt: GPT, folder: Path, prompt: list[int], n: int) -> Answers:
+    """onnxruntime and llama.cpp on exports of the model, on the CPU."""
     answers: Answers = {}
-    for dtype in ("fp32", "int8"):
-        target = folder / dtype
-        target.mkdir()
-        write_graph(gpt, target / MODEL, dtype)
-        write_json(target / CONFIG, {"model_type": "lille-onnx", **gpt.config.to_dict()})
-        n_bytes = sum(file.stat().st_size for file in target.glob("model.onnx*"))
-        answers[f"onnxruntime, {dtype}"] = partial(answer, OnnxBackend(target, "cpu")), n_bytes
-    return answers
+    if all(map(peer, ("onnx", "onnxscript", "onnxruntime"))):
+        from formats.onnx_runtime import CONFIG, MODEL, OnnxBackend
+        from formats.write_onnx import write_graph, write_json
 
+        def onnx_answer(backend: OnnxBackend) -> None:
+            ids = list(prompt)
+            for _ in range(n):
+                ids.append(int(backend.logits(ids).argmax()))
 
-def gguf_answers(gpt: GPT, folder: Path, prompt: list[int], n: int) -> Answers:
-    llama_cpp = peer("llama_cpp") if peer("gguf") else None
-    if llama_cpp is None:
-        return {}
-    from formats.write_gguf import write_file
+        for dtype in ("fp32", "int8"):
+            target = folder / dtype
+            target.mkdir()
+            write_graph(gpt, target / MODEL, dtype)
+            write_json(target / CONFIG, {"model_type": "lille-onnx", **gpt.config.to_dict()})
+            n_bytes = sum(file.stat().st_size for file in target.glob("model.onnx*"))
+            answer = partial(onnx_answer, OnnxBackend(target, "cpu"))
+            answers[f"onnxruntime, {dtype}"] = answer, n_bytes
+    if peer("gguf") and (llama_cpp := peer("llama_cpp")):
+        from formats.write_gguf import write_file
 
-    def answer(llama: Any) -> None:
-        llama.reset()
-        llama.eval(prompt)
-        for _ in range(n - 1):
-            llama.eval([llama.sample(temp=0.0)])
-        llama.sample(temp=0.0)
+        def llama_answer(llama: Any) -> None:
+            llama.reset()
+            llama.eval(prompt)
+            for _ in range(n - 1):
+                llama.eval([llama.sample(temp=0.0)])
+            llama.sample(temp=0.0)
 
-    answers: Answers = {}
-    threads = torch.get_num_threads()
-    options = {"n_ctx": gpt.config.block_size, "n_threads": threads, "n_threads_batch": threads}
-    for dtype in ("f32", "q8_0"):
-        path = folder / f"{dtype}.gguf"
-        write_file(gpt, load_tokenizer(), path, dtype)
-        llama = llama_cpp.Llama(str(path), verbose=False, **options)
-        answers[f"llama.cpp, {dtype}"] = partial(answer, llama), path.stat().st_size
+        threads = torch.get_num_threads()
+        options = {"n_ctx": gpt.config.block_size, "n_threads": threads, "verbose": False}
+        for dtype in ("f32", "q8_0"):
+            path = folder / f"{dtype}.gguf"
+            write_file(gpt, load_tokenizer(), path, dtype)
+            llama = llama_cpp.Llama(str(path), n_threads_batch=threads, **options)
+            answers[f"llama.cpp, {dtype}"] = partial(llama_answer, llama), path.stat().st_size
     return answers
 
 
@@ -140,8 +134,7 @@ def run(config: Any, device: torch.device) -> Iterator[dict[str, Any]]:
         answers = peer_answers(gpt, prompt, n)
         answers |= {k: (partial(answer, decoder), size) for k, (decoder, size) in ours.items()}
         if config.exports and device.type == "cpu":
-            for make in (onnx_answers, gguf_answers):
-                answers |= make(gpt, Path(name), prompt[0].tolist(), n)
+            answers |= export_answers(gpt, Path(name), prompt[0].tolist(), n)
         elif config.exports:
             print("decode: onnxruntime and llama.cpp are timed on the CPU only (--device=cpu)")
         rate = limits(device)["read_bandwidth"]

@@ -1,7 +1,6 @@
 """Inputs of the benchmarks: synthetic documents, model shapes, settings of train.py."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +8,6 @@ import numpy as np
 import demo
 import train
 from common.settings import config_from_constants
-from dataset import NpzDataset, ShardWriter
 from model import GPTConfig
 from tokenizer import load_tokenizer
 
@@ -17,15 +15,27 @@ MEAN_LENGTH, SIGMA = 1030, 1.08  # of FineWeb-Edu's documents, tokens, log-norma
 SHAPE = ("n_layers", "n_embd", "n_heads", "n_kv_heads", "block_size")
 
 
-def make_documents(path: Path, n: int, vocab_size: int, seed: int = 0) -> NpzDataset:
-    """A shard of `n` documents of random text ids, their lengths log-normal, at least 2."""
-    rng = np.random.default_rng(seed)
+@dataclasses.dataclass
+class Documents:
+    """Documents in memory, with the part of NpzDataset's interface that PackedRows uses."""
+
+    tokens: np.ndarray  # (N,) uint16
+    offsets: np.ndarray  # (documents + 1,)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        return self.tokens[self.offsets[i] : self.offsets[i + 1]]
+
+
+def make_documents(n: int, vocab_size: int) -> Documents:
+    """`n` documents of random text ids, their lengths log-normal, at least 2."""
+    rng = np.random.default_rng(0)
     mu = np.log(MEAN_LENGTH) - SIGMA**2 / 2
     lengths = np.maximum(2, rng.lognormal(mu, SIGMA, size=n).astype(np.int64))
-    with ShardWriter(path.parent) as writer:
-        writer.add_batch(rng.integers(vocab_size, size=k).astype(np.uint16) for k in lengths)
-        writer.write(path)
-    return NpzDataset(path)
+    tokens = rng.integers(vocab_size, size=lengths.sum(), dtype=np.uint16)
+    return Documents(tokens, np.cumsum([0, *lengths]))
 
 
 def train_config(**changes: Any) -> Any:

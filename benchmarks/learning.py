@@ -23,22 +23,9 @@ from typing import Any
 import torch
 
 import train
+from benchmarks import learning_recipes as recipes
 from benchmarks.inputs import train_config
 from benchmarks.learning_plot import draw, study_table
-from benchmarks.learning_recipes import (
-    ADAMW,
-    CHANGES,
-    MUON,
-    ORIGINAL,
-    RECIPES,
-    SOPHIAG,
-    TWO_RATES,
-    OriginalTrainer,
-    PaddedStarts,
-    TwoOptimizers,
-    load_documents,
-    small_tokenizer,
-)
 from benchmarks.report import append_record, git, markdown_table, processor, read_records
 from common.errors import UserError
 from common.settings import config_from_constants, run_script
@@ -78,10 +65,10 @@ def make_trainer(settings: dict[str, Any]) -> Trainer:
     torch.manual_seed(config.seed)
     fields = [field.name for field in dataclasses.fields(GPTConfig)]
     model = GPT(GPTConfig(**{name: settings[name] for name in fields if name in settings}))
-    kind = OriginalTrainer if settings.get("hessian") == "original" else Trainer
+    kind = recipes.OriginalTrainer if settings.get("hessian") == "original" else Trainer
     trainer = kind(model, config, torch.device("cpu"), torch.float32)
     if config.optimizer == "muon" or "hidden_rate" in settings:
-        trainer.optimizer = TwoOptimizers(model, config, settings.get("hidden_rate", 1.0))
+        trainer.optimizer = recipes.TwoOptimizers(model, config, settings.get("hidden_rate", 1.0))
     return trainer
 
 
@@ -91,15 +78,15 @@ def train_once(data_dir: str, settings: dict[str, Any]) -> dict[str, Any]:
     config, steps, vocab_size = trainer.config, settings["steps"], settings["vocab_size"]
     rows_per_step = config.batch_size * config.gradient_accumulation_steps
     tokens_per_step = rows_per_step * config.block_size
-    corpus = load_documents(data_dir, "train", vocab_size, tokens_per_step * steps)
-    held_out = load_documents(data_dir, "val", vocab_size, None)
-    tokenizer, block = small_tokenizer(vocab_size), config.block_size
-    kind = PaddedStarts if settings.get("batches") == "padded" else PackedRows
+    corpus = recipes.load_documents(data_dir, "train", vocab_size, tokens_per_step * steps)
+    held_out = recipes.load_documents(data_dir, "val", vocab_size, None)
+    tokenizer, block = recipes.small_tokenizer(vocab_size), config.block_size
+    kind = recipes.PaddedStarts if settings.get("batches") == "padded" else PackedRows
     rows = kind([corpus], block, tokenizer.pad_id, config.seed)
     validation = PackedRows([held_out], block, tokenizer.pad_id)
-    starts = PaddedStarts([held_out], block, tokenizer.pad_id, seed=None)
+    starts = recipes.PaddedStarts([held_out], block, tokenizer.pad_id, seed=None)
 
-    def evaluate(rows: PackedRows | PaddedStarts) -> float | None:
+    def evaluate(rows: PackedRows | recipes.PaddedStarts) -> float | None:
         loss, _ = trainer.evaluate(rows, torch.from_numpy(tokenizer.token_bytes))
         return loss if math.isfinite(loss) else None
 
@@ -107,8 +94,8 @@ def train_once(data_dir: str, settings: dict[str, Any]) -> dict[str, Any]:
     curve, n_labels, seconds = [], 0, 0.0
     for step in range(steps):
         started = time.process_time()
-        first = range(step * rows_per_step, (step + 1) * rows_per_step, config.batch_size)
-        batches = [rows.batch(range(row, row + config.batch_size)) for row in first]
+        first_rows = range(step * rows_per_step, (step + 1) * rows_per_step, config.batch_size)
+        batches = [rows.batch(range(row, row + config.batch_size)) for row in first_rows]
         if config.optimizer == "sophiag" and step % config.hess_interval == 0:
             trainer.update_hessian(batches[-1])
         schedule = (config.learning_rate, config.warmup_iters, steps, 0.1)
@@ -135,7 +122,7 @@ class Study:
     def run(self, name: str, seed: int = 0, **changes: Any) -> float | None:
         """The loss of this run, trained now unless it has been already; None if not finite."""
         study = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in NOT_OF_A_RUN}
-        settings = study | {"name": name, "seed": seed} | RECIPES.get(name, {}) | changes
+        settings = study | {"name": name, "seed": seed} | recipes.RECIPES.get(name, {}) | changes
         for line in self.lines:
             if line["settings"] == settings:
                 return line["loss"]
@@ -164,20 +151,20 @@ class Study:
     def work(self) -> None:
         """All runs: the tuning of each recipe, then its seeds and those of untuned variants."""
         best: dict[str, dict[str, Any]] = {}
-        for name in (SOPHIAG, ADAMW, MUON, ORIGINAL):
-            changes = {"rho": FIRST_RHOS[0]} if name == SOPHIAG else {}
+        for name in (recipes.SOPHIAG, recipes.ADAMW, recipes.MUON, recipes.ORIGINAL):
+            changes = {"rho": FIRST_RHOS[0]} if name == recipes.SOPHIAG else {}
             best[name] = {"learning_rate": self.tune(name, "learning_rate", FIRST_RATES, **changes)}
         # SophiaG has one more setting, and its rate once more with that
-        rate = best[SOPHIAG]["learning_rate"]
-        rho = self.tune(SOPHIAG, "rho", FIRST_RHOS, learning_rate=rate)
-        rate = self.tune(SOPHIAG, "learning_rate", (rate / 2, rate), rho=rho)
-        best[SOPHIAG] = {"learning_rate": rate, "rho": rho}
+        rate = best[recipes.SOPHIAG]["learning_rate"]
+        rho = self.tune(recipes.SOPHIAG, "rho", FIRST_RHOS, learning_rate=rate)
+        rate = self.tune(recipes.SOPHIAG, "learning_rate", (rate / 2, rate), rho=rho)
+        best[recipes.SOPHIAG] = {"learning_rate": rate, "rho": rho}
         # Muon's rate is also its embedding's; AdamW with that one, and its own where Muon is.
-        ratio = best[ADAMW]["learning_rate"] / best[MUON]["learning_rate"]
-        untuned = {TWO_RATES: best[MUON] | {"hidden_rate": ratio}}
-        for base, changes in CHANGES.items():
+        ratio = best[recipes.ADAMW]["learning_rate"] / best[recipes.MUON]["learning_rate"]
+        untuned = {recipes.TWO_RATES: best[recipes.MUON] | {"hidden_rate": ratio}}
+        for base, changes in recipes.CHANGES.items():
             for change_name, change in changes.items():
-                untuned[f"{base}, {change_name}"] = RECIPES[base] | best[base] | change
+                untuned[f"{base}, {change_name}"] = recipes.RECIPES[base] | best[base] | change
         for seed in range(self.config.seeds):
             for name, changes in (best | untuned).items():
                 self.run(name, seed, **changes)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.inputs import Documents
 from benchmarks.peers import beginnings
 from dataset import open_split
 from hastings.build import build_json
@@ -52,20 +53,6 @@ CHANGES_OF_SOPHIAG = {
 }
 # Single settings of the original's in our recipe
 CHANGES = {SOPHIAG: CHANGES_OF_ANY | CHANGES_OF_SOPHIAG, ADAMW: CHANGES_OF_ANY}
-
-
-@dataclasses.dataclass
-class Documents:
-    """Documents in memory, with the part of NpzDataset's interface that PackedRows uses."""
-
-    tokens: np.ndarray  # (N,) uint16
-    offsets: np.ndarray  # (documents + 1,)
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, i: int) -> np.ndarray:
-        return self.tokens[self.offsets[i] : self.offsets[i + 1]]
 
 
 class PaddedStarts:

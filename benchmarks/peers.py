@@ -131,15 +131,8 @@ def original_loss(pad_id: int) -> LossOf:
 class PeerTrainer(Trainer):
     """The training step of ours on a peer's model; `loss_of` is its mean loss of a micro-batch."""
 
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        loss_of: LossOf,
-        config: Any,
-        device: torch.device,
-        dtype: torch.dtype,
-    ):
-        super().__init__(model.to(device).train(), config, device, dtype)
+    def __init__(self, loss_of: LossOf, *arguments: Any):
+        super().__init__(*arguments)
         self.loss_of = loss_of
 
     def loss_sum(

@@ -12,29 +12,23 @@ is the MFU.
 
 import copy
 import dataclasses
-import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from itertools import cycle
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.inputs import SHAPE, demo_config, make_documents, model_config, train_config
-from benchmarks.peers import (
-    PeerTrainer,
-    beginnings,
-    liger_llama_of,
-    litgpt_loss,
-    litgpt_of,
-    llama_loss,
-    llama_of,
-    original_loss,
-    original_of,
-    plain_rows,
+from benchmarks import peers
+from benchmarks.inputs import (
+    SHAPE,
+    Documents,
+    demo_config,
+    make_documents,
+    model_config,
+    train_config,
 )
 from benchmarks.timing import compare, free_memory, limits
-from dataset import NpzDataset
 from model import GPT
 from tokenizer import load_tokenizer
 from training.packing import Batch, PackedRows
@@ -46,7 +40,7 @@ Steps = list[list[Batch]]  # the micro-batches of each step
 
 
 def make_steps(
-    rows: PackedRows, documents: NpzDataset, batch_size: int, accumulation: int
+    rows: PackedRows, documents: Documents, batch_size: int, accumulation: int
 ) -> dict[str, Steps]:
     """N_STEPS steps in the forms that implementations read.
 
@@ -58,27 +52,25 @@ def make_steps(
 
     def padded() -> Batch:
         numbers = rng.integers(len(documents), size=batch_size)
-        return beginnings([documents[i] for i in numbers], rows.block_size, rows.pad_id)
+        return peers.beginnings([documents[i] for i in numbers], rows.block_size, rows.pad_id)
 
     return {
         "packed": packed,
-        "plain": [[plain_rows(b, rows.pad_id) for b in step] for step in packed],
+        "plain": [[peers.plain_rows(b, rows.pad_id) for b in step] for step in packed],
         "padded": [[padded() for _ in step] for step in packed],
     }
 
 
 def step_function(trainer: Trainer, steps: Steps) -> Callable[[], None]:
     """A function that trains on the next step's batches, in a circle."""
-    turn = 0
+    endless = cycle(steps)
 
     def run() -> None:
-        nonlocal turn
         try:
-            trainer.step(steps[turn % len(steps)], lr=1e-4)
+            trainer.step(next(endless), lr=1e-4)
         except BaseException:  # others may train this model too: leave them none of its gradients
             trainer.model.zero_grad(set_to_none=True)
             raise
-        turn += 1
 
     return run
 
@@ -94,33 +86,31 @@ def compare_steps(
     title: str,
     config: Any,
     rows: PackedRows,
-    documents: NpzDataset,
+    documents: Documents,
     device: torch.device,
     dtype: torch.dtype,
     rounds: int,
     compile: bool,
 ) -> dict[str, Any]:
     """Table of the steps of ours and of peers, compiled ones first, so that one is the baseline."""
-    shape, pad_id = model_config(config), rows.pad_id
+    shape = model_config(config)
     steps = make_steps(rows, documents, config.batch_size, config.gradient_accumulation_steps)
     if device.type == "cuda":
         steps = {k: [[b.pin_memory() for b in step] for step in s] for k, s in steps.items()}
-    trainers: dict[str, tuple[Trainer, str]] = {}  # with the form of its batches
-
+    original = peers.original_of(dataclasses.replace(shape, dropout=0.1))
     models = {
-        "transformers Llama": (llama_of(shape), llama_loss, "plain"),
-        "litgpt GPT": (litgpt_of(shape), litgpt_loss, "packed"),
-        "original Lille, padded": (
-            original_of(dataclasses.replace(shape, dropout=0.1)),
-            original_loss(pad_id),
-            "padded",
-        ),
+        "transformers Llama": (peers.llama_of(shape), peers.llama_loss, "plain"),
+        "litgpt GPT": (peers.litgpt_of(shape), peers.litgpt_loss, "packed"),
+        "original Lille, padded": (original, peers.original_loss(rows.pad_id), "padded"),
     }
     if device.type == "cuda":
-        models["transformers Llama, liger loss"] = liger_llama_of(shape), llama_loss, "plain"
-    for name, (model, loss_of, form) in models.items():
-        if model is not None:
-            trainers[name] = PeerTrainer(model, loss_of, config, device, dtype), form
+        llama = peers.liger_llama_of(shape)
+        models["transformers Llama, liger loss"] = llama, peers.llama_loss, "plain"
+    trainers: dict[str, tuple[Trainer, str]] = {  # with the form of its batches
+        name: (peers.PeerTrainer(loss_of, model.to(device), config, device, dtype), form)
+        for name, (model, loss_of, form) in models.items()
+        if model is not None
+    }
     ours = Trainer(GPT(shape).to(device), config, device, dtype)
     trainers["ours"] = ours, "packed"
     if compile:
@@ -146,12 +136,12 @@ def compare_steps(
     )
 
 
-def token_use(rows: PackedRows, documents: NpzDataset) -> dict[str, dict[str, float]]:
+def token_use(rows: PackedRows, documents: Documents) -> dict[str, dict[str, float]]:
     """Share of filled positions and of tokens ever trained on, the original's and ours.
 
     The original draws documents with replacement and trains on the first `block_size` tokens.
     """
-    lengths = np.diff(documents.offsets.astype(np.int64))
+    lengths = np.diff(documents.offsets)
     used = np.minimum(lengths, rows.block_size)
     filled = used.mean() / rows.block_size
     return {
@@ -174,17 +164,14 @@ def run(config: Any, device: torch.device) -> Iterator[dict[str, Any]]:
         batch_size=config.batch_size or (16 if gpu else 2),
         gradient_accumulation_steps=config.gradient_accumulation_steps or (16 if gpu else 1),
     )
-    with tempfile.TemporaryDirectory() as name:
-        documents = make_documents(Path(name, "train.npz"), N_DOCUMENTS, tokenizer.n_text)
-        for title, settings, rounds, compile in (
-            ("the demo's model", small, 2 * config.rounds, False),
-            ("full model", full, config.rounds, gpu or config.compile),
-        ):
-            rows = PackedRows([documents], settings.block_size, tokenizer.pad_id)
-            inputs = (settings, rows, documents)
-            yield compare_steps(title, *inputs, device, dtype, rounds, compile)
-            torch.compiler.reset()
-            free_memory(device)
-        title = f"rows of {full.block_size} tokens, {N_DOCUMENTS:,} made-up documents"
-        yield {"title": title, "rows": token_use(rows, documents)}
-        del rows, documents, inputs  # the mapped file, before its folder
+    documents = make_documents(N_DOCUMENTS, tokenizer.n_text)
+    for title, settings, rounds, compile in (
+        ("the demo's model", small, 2 * config.rounds, False),
+        ("full model", full, config.rounds, gpu or config.compile),
+    ):
+        rows = PackedRows([documents], settings.block_size, tokenizer.pad_id)
+        yield compare_steps(title, settings, rows, documents, device, dtype, rounds, compile)
+        torch.compiler.reset()
+        free_memory(device)
+    title = f"rows of {full.block_size} tokens, {N_DOCUMENTS:,} made-up documents"
+    yield {"title": title, "rows": token_use(rows, documents)}

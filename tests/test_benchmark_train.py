@@ -10,8 +10,7 @@ import pytest
 import torch
 from test_model import llama_twin
 
-from benchmarks.inputs import demo_config, make_documents, train_config
-from benchmarks.learning_recipes import Documents
+from benchmarks.inputs import Documents, demo_config, make_documents, train_config
 from benchmarks.optimizer import compare_updates
 from benchmarks.peers import (
     PeerTrainer,
@@ -67,12 +66,12 @@ def test_peers_with_our_weights_have_our_losses():
     torch.manual_seed(0)
     steps, model = whole_rows(), GPT(shape())
     llama, _ = llama_twin(model)
-    trainer = PeerTrainer(llama, llama_loss, CONFIG, CPU, torch.float32)
+    trainer = PeerTrainer(llama_loss, llama, CONFIG, CPU, torch.float32)
     losses = {"transformers": losses_of(trainer, steps["plain"])}
     if (litgpt := litgpt_of(shape())) is not None:
         copy_into_litgpt(model, litgpt)
         assert sum(p.numel() for p in litgpt.parameters()) == model.n_parameters()
-        trainer = PeerTrainer(litgpt, litgpt_loss, CONFIG, CPU, torch.float32)
+        trainer = PeerTrainer(litgpt_loss, litgpt, CONFIG, CPU, torch.float32)
         losses["litgpt"] = losses_of(trainer, steps["packed"])
     ours = losses_of(our_trainer(model), steps["packed"])
 
@@ -113,7 +112,7 @@ def test_the_original_on_its_padded_rows_has_our_loss():
     missing, unexpected = twin.load_state_dict(model.state_dict(), strict=False)
     assert not missing and all("rotary_emb" in name for name in unexpected)
     ours = losses_of(our_trainer(twin), steps)
-    trainer = PeerTrainer(model, original_loss(PAD), CONFIG, CPU, torch.float32)
+    trainer = PeerTrainer(original_loss(PAD), model, CONFIG, CPU, torch.float32)
     assert losses_of(trainer, steps) == pytest.approx(ours, rel=2e-5)
 
 
@@ -136,9 +135,9 @@ def test_padded_rows_are_beginnings_of_documents_drawn_with_replacement():
     assert batch.n_labels == int((batch.ids != PAD).sum()) - 64
 
 
-def test_useful_tokens_are_counted_as_labels(tmp_path):
-    documents = make_documents(tmp_path / "made.npz", 3000, vocab_size=500)
-    lengths = np.diff(documents.offsets.astype(np.int64))
+def test_useful_tokens_are_counted_as_labels():
+    documents = make_documents(3000, vocab_size=500)
+    lengths = np.diff(documents.offsets)
     assert lengths.mean() == pytest.approx(1030, rel=0.1)
     assert np.log(lengths).std() == pytest.approx(1.08, rel=0.05)
 
@@ -165,10 +164,10 @@ def test_use_of_tokens_against_sums_by_hand():
     assert use["original Lille"] == {"filled": 13 / 16, "trained on": 13 / 31}
 
 
-def test_tables_of_a_tiny_model(tmp_path, monkeypatch, capsys):
+def test_tables_of_a_tiny_model(monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     torch.manual_seed(0)
-    documents = make_documents(tmp_path / "train.npz", 40, vocab_size=32000)
+    documents = make_documents(40, vocab_size=32000)
     rows = PackedRows([documents], T, load_tokenizer().pad_id)
     steps = compare_steps("tiny", CONFIG, rows, documents, CPU, torch.float32, 1, compile=True)
     optimizers = compare_updates("tiny", GPT(shape()), CPU, 1, muon=True)
@@ -189,7 +188,7 @@ def test_a_step_that_fails_leaves_no_gradients_to_others():
             raise RuntimeError("out of memory")
         return forward(ids, targets)
 
-    trainer = PeerTrainer(model, fails_second, CONFIG, CPU, torch.float32)
+    trainer = PeerTrainer(fails_second, model, CONFIG, CPU, torch.float32)
     with pytest.raises(RuntimeError, match="out of memory"):
         step_function(trainer, steps)()
     assert all(p.grad is None for p in model.parameters())

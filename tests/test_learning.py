@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 import train
 from benchmarks import learning
+from benchmarks.inputs import Documents
 from benchmarks.learning_recipes import (
-    Documents,
     OriginalTrainer,
     PaddedStarts,
     TwoOptimizers,
