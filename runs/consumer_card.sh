@@ -9,7 +9,7 @@
 #                    rounded stochastically, and a long run with them has not been compared)
 #   disk      as runs/pretrain_one_gpu.sh: 32 GB while preparing, 21 and 6 GB afterwards
 #   time      20,000 steps, 2.6 B tokens, about 20 a parameter, are 2.2e18 FLOPs. At 40 % of the
-#             dense 16-bit peak with float32 sums: RTX 4090 (165 TFLOP/s) 9 h, RTX 3060 (25) 62 h,
+#             dense 16-bit peak with float32 sums: RTX 4090 (165 TFLOP/s) 10 h, RTX 3060 (25) 62 h,
 #             RTX 4060 (30) 52 h. Cards without bf16 use float16 with loss scaling.
 #   loss      not measured at this size
 set -eu

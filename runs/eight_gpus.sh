@@ -7,7 +7,7 @@
 #   disk      32 GB while preparing, 21 and 6 GB afterwards
 #   time      preparation as the network: 28.5 GB. Training: 34 ms a step of 131,072 tokens at
 #             500,000 tokens/s a GPU (43 % of an H100's bf16 peak), 76,000 steps for 10 B tokens:
-#             44 minutes, and evaluations and checkpoints. Fewer where the filters drop documents.
+#             43 minutes at most, and evaluations and checkpoints. The filters drop documents.
 #   loss      not measured at this size; to rounding that of one GPU with the same settings
 #
 # hess_batches=8: each GPU makes one Hessian estimate of 8,192 tokens, in the time of one.

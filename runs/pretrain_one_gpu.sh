@@ -8,9 +8,9 @@
 #             a layer that a step compiled on a CPU keeps, and bf16 logits with their gradient)
 #             + 1 (CUDA itself)
 #   time      preparation as the network: 28.5 GB, 10 minutes at 50 MB/s.
-#             Training, if all 10 B tokens pass the filters, as they do not: 8.6e18 FLOPs =
-#             857 M a token (6 N + 12 layers * width * context) * 10 B tokens. At 40 % of the
-#             card's dense bf16 peak: H100 (989 TFLOP/s) 6 h, A100 (312) 19 h, RTX 4090 (165) 36 h.
+#             Training at most (the filters drop documents) 8.6e18 FLOPs = 10 B tokens * 857 M
+#             FLOPs (6 N + 12 layers * width * context). At 40 % of the card's dense bf16 peak:
+#             H100 (989 TFLOP/s) 6 h, A100 (312) 19 h, RTX 4090 (165) 36 h.
 #   loss      not measured at this size. ln(32768) = 10.4 at the start.
 #
 # The learning rates are untested at full size. Look at win_rate in checkpoints/metrics.jsonl:

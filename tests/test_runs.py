@@ -1,6 +1,7 @@
 """Commands of runs/*.sh and of the documentation: their scripts exist and know their settings."""
 
 import importlib
+import math
 import re
 import shlex
 import subprocess
@@ -31,14 +32,12 @@ def code_of(path: Path) -> str:
 
 
 def commands_of(path: Path) -> list[list[str]]:
-    """Arguments of each `python` and `torchrun` in a file, up to a comment or the command's end."""
+    """Arguments of each `python` and `torchrun` in a file, without comments."""
     commands = []
-    for line in code_of(path).splitlines():
-        match = re.search(r"(?:^|[\s/;|&])(python|torchrun)\s+[^=\s].*", line)
-        if match and not line.lstrip().startswith(("#", "import ", "from ")):
-            arguments = shlex.split(match.group().lstrip(" /;|&$"), comments=True)
-            end = next((i for i, word in enumerate(arguments) if word in ("|", "&&", ";")), None)
-            commands.append(arguments[:end])
+    for line in re.split(r"\n| && | \| |; ", code_of(path)):
+        match = re.search(r"(?:^|[\s/])((?:python|torchrun)\s.*)", line)
+        if match and "#" not in line[: match.start(1)]:
+            commands.append(shlex.split(match.group(1), comments=True))
     return commands
 
 
@@ -74,14 +73,8 @@ def check_command(command: list[str]) -> bool:
         argv += [] if argument in ("$@", "...") else [argument]
     config = config_from_constants(vars(module), argv, getattr(module, "RENAMED", None))
     if module.__name__ == "train":
-        sizes = [
-            re.search(rf"--{name}=(\d+)", shlex.join(command))
-            for name in ("nnodes", "nproc_per_node")
-        ]
-        world_size = 1
-        for size in filter(None, sizes):
-            world_size *= int(size.group(1))
-        check_settings(settings_in_force(config), world_size)
+        sizes = re.findall(r"--n(?:nodes|proc_per_node)=(\d+)", " ".join(command))
+        check_settings(settings_in_force(config), math.prod(map(int, sizes)))
     return True
 
 
@@ -101,6 +94,7 @@ def test_commands_name_scripts_and_settings_that_exist(path):
         ("python -m preparation.demo_data --out=data", "unknown setting --out"),
         ('python train.py --max_step="$steps"', "did you mean --max_steps"),
         ("$ python learn.py", "there is no learn.py"),
+        ("make demo && .venv/bin/python learn.py", "there is no learn.py"),
         ("python -m benchmarks.lerning --plot", "No module named 'benchmarks.lerning'"),
         ("python train.py \\\n        --batch_size=0", "batch_size=0 must be at least 1"),
     ],
