@@ -17,7 +17,6 @@ code, github.com/Liuhong99/Sophia, which adds eps where Algorithm 3 and this one
 
 import warnings
 from collections.abc import Callable
-from itertools import chain
 from typing import Any
 
 import torch
@@ -292,12 +291,10 @@ class SophiaG(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads `state_dict`, the moments in `state_dtype` (torch.optim takes the parameters')."""
         super().load_state_dict(state_dict)
-        numbers = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        params = chain.from_iterable(group["params"] for group in self.param_groups)
-        for number, p in zip(numbers, params, strict=True):
+        for number, p in enumerate(p for group in self.param_groups for p in group["params"]):
             saved = state_dict["state"].get(number, {})
             for name in saved.keys() & {"exp_avg", "hessian"}:
-                if saved[name].shape != p.shape:
+                if saved[name].shape != p.shape:  # which might broadcast
                     raise ValueError(
                         f"{name} of parameter {number} has the shape {tuple(saved[name].shape)}, "
                         f"the parameter {tuple(p.shape)}: this is the state of another model"

@@ -542,7 +542,7 @@ def test_the_table_is_rebuilt_only_when_a_gradient_has_moved():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_moves_is_found_again(backend):
+def test_moved_tensors_and_missing_states(backend):
     """Parameters, moments and gradients in new memory, states lost and gradients gone."""
 
     def new_data(optimizer, params):
@@ -565,7 +565,7 @@ def test_what_moves_is_found_again(backend):
     def no_state(optimizer, params):
         del optimizer.state[params[2]]
 
-    found = []
+    snapshots = []
     for name in (backend, "eager"):
         params = parameters([(12, 16), (64, 32), (48,)])
         optimizer = SophiaG(params, **SETTINGS, backend=name)
@@ -578,8 +578,8 @@ def test_what_moves_is_found_again(backend):
             aligned = {id(p): b.is_aligned for _, b in optimizer._buckets() for p in b.params}
             assert aligned[id(params[0])] == (move is not odd_address)
             optimizer.update_hessian()
-        found.append(snapshot(optimizer))
-    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+        snapshots.append(snapshot(optimizer))
+    torch.testing.assert_close(*snapshots, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
