@@ -96,7 +96,6 @@ def main(argv: list[str] | None = None) -> int:
     if config.web:
         if prompt or config.completion:
             raise UserError("--web is a chat page: leave out --prompt and --completion")
-        chat_web.require_gradio()
     elif not prompt.strip() and not (sys.stdin and sys.stdin.isatty()):
         prompt = piped_text()
     options = {

@@ -4,6 +4,7 @@ import json
 import re
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,16 @@ from generation.conversation import Lille, Message
 HELP = """\
 /reset         forget the conversation
 /save [file]   write the conversation to a .jsonl file, as prepare_dataset.py reads it
-/speed         tokens per second after each answer, on or off
 /help          this text
 /quit          leave, as Ctrl-D does
 Ctrl-C         stop the answer; at the prompt, leave
 A message may begin with a slash if a space comes first."""
+ENDINGS = {
+    "interrupted": "[stopped]\n",
+    "max_new_tokens": "[cut: max_new_tokens is reached]\n",
+    "context": "[cut: the context is reached]\n",
+    "end": "",
+}
 
 # Control characters, with which a model could move the cursor or change the terminal.
 UNPRINTABLE = {code: "\ufffd" for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
@@ -55,10 +61,8 @@ def answer_once(
 
 def converse(model: Lille, options: dict[str, Any], completion: bool, speed: bool) -> None:
     """Runs a chat, or one continuation after another with `completion`, until the user leaves."""
-    try:
+    with suppress(ImportError):  # Windows
         import readline  # noqa: F401  arrow keys and earlier lines at the prompt
-    except ImportError:  # Windows
-        pass
     model.notify = lambda line: print(f"[{line}]")
     transcript: list[Message] = []  # the whole conversation, dropped turns included
     welcome = "Lille continues what you write" if completion else "A chat with Lille"
@@ -69,9 +73,6 @@ def converse(model: Lille, options: dict[str, Any], completion: bool, speed: boo
         except (EOFError, KeyboardInterrupt):
             print()
             return
-        except UnicodeDecodeError:
-            print("[that was not UTF-8 text]")
-            continue
         command = re.fullmatch(r"/(\w+)\s*(.*?)\s*", line)
         match command.groups() if command else ("", ""):
             case ("", _):
@@ -88,9 +89,6 @@ def converse(model: Lille, options: dict[str, Any], completion: bool, speed: boo
                 print("[the conversation is forgotten]")
             case ("save", name):
                 print(f"[{save(transcript, name)}]")
-            case ("speed", _):
-                speed = not speed
-                print(f"[tokens per second: {'on' if speed else 'off'}]")
             case ("help", _):
                 print(HELP)
             case (name, _):
@@ -99,7 +97,7 @@ def converse(model: Lille, options: dict[str, Any], completion: bool, speed: boo
 
 def reply(model: Lille, line: str, options: dict[str, Any], completion: bool) -> list[Message]:
     """Prints the answer to a line as it is generated; returns the turn, empty without an answer."""
-    answer, interrupted = "", False
+    answer = ""
     try:
         pieces = model.stream(line, not completion, **options)
         if completion:
@@ -111,15 +109,10 @@ def reply(model: Lille, line: str, options: dict[str, Any], completion: bool) ->
         print(f"[{error}]")
         return []
     except KeyboardInterrupt:
-        interrupted = True
-    print()
-    if interrupted:
-        print("[stopped]")
-    elif model.report.stopped != "end":
-        limit = "the context" if model.report.stopped == "context" else model.report.stopped
-        print(f"[cut: {limit} is reached]")
-    if interrupted and not answer:
-        return []
+        if not answer:
+            print("\n[stopped]")
+            return []
+    print("\n" + ENDINGS[model.report.stopped], end="")
     return [{"role": "user", "content": line}, {"role": "assistant", "content": answer}]
 
 
@@ -132,8 +125,7 @@ def save(transcript: list[Message], name: str) -> str:
         return f"{path} is already there: choose another name"
     try:
         with atomic_file(path) as file:
-            line = json.dumps({"messages": transcript}, ensure_ascii=False) + "\n"
-            file.write(line.encode("utf-8", "backslashreplace"))
+            file.write((json.dumps({"messages": transcript}, ensure_ascii=False) + "\n").encode())
     except OSError as error:
         return f"could not write {path}: {error.strerror or error}"
     return f"saved {len(transcript) // 2} turns to {path}"

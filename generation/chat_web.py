@@ -10,7 +10,6 @@ from other hosts, not even an image that an answer names.
 import inspect
 import os
 from collections.abc import Iterator
-from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
 
@@ -31,21 +30,20 @@ LAUNCH = {
 }
 
 
-def require_gradio() -> None:
-    if find_spec("gradio") is None:
-        raise UserError("the chat page needs gradio: pip install -r requirements/web.txt")
-
-
 def build(model: Lille, options: dict[str, Any]):
-    """The page as a gradio ChatInterface; each browser has its own conversation.
+    """The page as a gradio ChatInterface.
 
-    The conversation is the one that the browser shows, so gradio's buttons to retry, undo and clear
-    work. Gradio removes the indentation of questions: `originals`, per browser, maps the questions
-    shown to the questions asked.
+    The conversation is the one that the browser shows, so each browser has its own, and gradio's
+    buttons to retry, undo and clear work. Gradio removes the indentation of questions: `originals`,
+    per browser, maps the questions shown to the questions asked.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # some of it is read at import
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    import gradio as gr
+    try:
+        import gradio as gr
+    except ImportError:
+        message = "the chat page needs gradio: pip install -r requirements/web.txt"
+        raise UserError(message) from None
 
     def check(message: str):
         """Keeps a message that cannot be answered in the text box."""
@@ -89,12 +87,11 @@ def build(model: Lille, options: dict[str, Any]):
 
     originals = gr.State({})
     block_size = model.backend.block_size
-    tokens = min(options["max_new_tokens"], block_size)
-    temperature, top_p = min(options["temperature"], 2), max(options["top_p"], 0.05)
+    tokens, temperature = min(options["max_new_tokens"], block_size), min(options["temperature"], 2)
     sliders = [
         gr.Slider(1, block_size, tokens, step=1, label="Tokens at most"),
         gr.Slider(0, 2, temperature, label="Temperature (0: the likeliest token)"),
-        gr.Slider(0.05, 1, top_p, label="Top p"),
+        gr.Slider(0.05, 1, max(options["top_p"], 0.05), label="Top p"),
     ]
     return gr.ChatInterface(
         reply,

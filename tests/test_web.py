@@ -32,9 +32,9 @@ ANSWER = "One two 東京 🚀 three:\n\n    four five."
 
 
 def test_without_gradio_one_line_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(chat_web, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(UserError, match="pip install -r requirements/web.txt$") as error:
-        chat_web.require_gradio()
+        chat_web.build(Lille(Scripted(), TOKENIZER), OPTIONS)
     assert "\n" not in str(error.value)
 
 
