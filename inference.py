@@ -67,7 +67,7 @@ def lille(
     folder that export.py wrote, a hub id, or "130m-instruct" / "130m-base". `device` None takes
     the GPU where there is one, `dtype` None the model's; "int8" (torch, CPU) decodes with weights
     rounded to eight bits. With a `seed` the same calls in the same order give the same texts.
-    Raises UserError.
+    Raises ValueError for a model, device or dtype that cannot be used.
     """
     engine = open_backend(backend, model, device, dtype)
     tokenizer = load_tokenizer()
@@ -106,8 +106,10 @@ def main(argv: list[str] | None = None) -> int:
     }
     seed = None if config.seed == -1 else config.seed
     Sampling(**options)  # refuses values out of range before a model is loaded
-    model = lille(config.backend, config.model, config.device or None, config.dtype or None, seed)
     try:
+        model = lille(
+            config.backend, config.model, config.device or None, config.dtype or None, seed
+        )
         if config.web:
             chat_web.serve(model, options, config.port)
         elif prompt:
