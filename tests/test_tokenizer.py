@@ -305,6 +305,13 @@ def test_fallback_when_gigatoken_fails_later(monkeypatch):
     encoder = tokenizer._batch_encoder
     assert encoder.gigatoken is not None
 
+    def interrupted(texts):
+        raise KeyboardInterrupt
+
+    encoder.gigatoken = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        tokenizer.encode_batch(["abc"])
+
     def panics(texts):
         raise Panic("index out of bounds")
 
@@ -312,13 +319,6 @@ def test_fallback_when_gigatoken_fails_later(monkeypatch):
     with pytest.warns(UserWarning, match="Panic: index out of bounds"):
         assert tokenizer.encode_batch(["abc"])[0].tolist() == tokenizer.encode("abc")
     assert encoder.gigatoken is None
-
-    def interrupted(texts):
-        raise KeyboardInterrupt
-
-    encoder.gigatoken = interrupted
-    with pytest.raises(KeyboardInterrupt):
-        tokenizer.encode_batch(["abc"])
 
 
 @pytest.mark.parametrize("when", ["making the encoder", "checking it", "using it"])
