@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from tokenizers import Tokenizer as HFTokenizer
 
-from common.errors import one_line
 from common.signals import interrupts_deferred
 
 # gigatoken caches every word it has met, without a limit. It starts afresh after this much text,
@@ -54,8 +53,12 @@ class FastEncoder:
                 raise
             except BaseException as error:  # a Rust panic is not an Exception
                 self.gigatoken, self.is_usable = None, False
-                reason = f"gigatoken cannot be used ({one_line(error)})"
-                warnings.warn(f"{reason}; tokenizers is slower with the same result", stacklevel=3)
+                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                warnings.warn(
+                    f"gigatoken cannot be used ({reason}); using tokenizers, slower with the same "
+                    "result",
+                    stacklevel=3,
+                )
         return self.encode_reference(texts)
 
     def encode_reference(self, texts: list[bytes]) -> EncodedBatch:

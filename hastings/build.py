@@ -19,7 +19,6 @@ from tokenizer import CONTROL_TOKENS, bytes_to_unicode
 
 output_dir = "hastings"  # existing folder that gets hastings.json
 
-RENAMED = {"output_path": "output_dir"}
 N_MERGES = 32507  # the first of GPT-2's 50,000: 256 + 32,507 + 5 control tokens = 32,768 ids
 MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"  # vocab.bpe
 
@@ -39,12 +38,8 @@ def build_json(merges: list[str]) -> str:
     """The `tokenizers` JSON of a byte-level BPE with these merges and the control tokens."""
     tokens = [*bytes_to_unicode().values(), *(merge.replace(" ", "") for merge in merges)]
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    byte_level = {
-        "type": "ByteLevel",
-        "add_prefix_space": False,
-        "trim_offsets": True,
-        "use_regex": True,
-    }
+    options = {"add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    byte_level = {"type": "ByteLevel", **options}
     tokenizer = {
         "version": "1.0",
         "truncation": None,
@@ -75,7 +70,7 @@ def build_json(merges: list[str]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    config = config_from_constants(globals(), argv, renamed=RENAMED)
+    config = config_from_constants(globals(), argv)
     content = build_json(read_merges()[:N_MERGES]).encode("utf-8")
     path = Path(config.output_dir, "hastings.json")
     with atomic_file(path) as file:
