@@ -13,17 +13,11 @@ from generation.conversation import Lille, Message
 
 HELP = """\
 /reset         forget the conversation
-/save [file]   write the conversation to a .jsonl file, as prepare_dataset.py reads it
+/save [file]   write the turns in the context to a .jsonl file, as prepare_dataset.py reads it
 /help          this text
 /quit          leave, as Ctrl-D does
 Ctrl-C         stop the answer; at the prompt, leave
 A message may begin with a slash if a space comes first."""
-ENDINGS = {
-    "interrupted": "[stopped]\n",
-    "max_new_tokens": "[cut: max_new_tokens is reached]\n",
-    "context": "[cut: the context is reached]\n",
-    "end": "",
-}
 
 # Control characters, with which a model could move the cursor or change the terminal.
 UNPRINTABLE = {code: "\ufffd" for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
@@ -44,17 +38,22 @@ def speed_line(model: Lille) -> str:
     )
 
 
-def answer_once(
-    model: Lille, prompt: str, options: dict[str, Any], completion: bool, speed: bool
-) -> None:
-    """Prints the answer to one prompt, or the prompt and its continuation."""
-    model.notify = lambda line: print(f"[{line}]", file=sys.stderr)
+def answer(model: Lille, prompt: str, options: dict[str, Any], completion: bool) -> None:
+    """Prints the answer to a prompt, or the prompt and its continuation, as it is generated."""
     pieces = model.stream(prompt, not completion, **options)
     if completion:
         show(prompt)
     for piece in pieces:
         show(piece)
     show("\n")
+
+
+def answer_once(
+    model: Lille, prompt: str, options: dict[str, Any], completion: bool, speed: bool
+) -> None:
+    """Prints the answer to one prompt, and everything else on stderr."""
+    model.notify = lambda line: print(f"[{line}]", file=sys.stderr)
+    answer(model, prompt, options, completion)
     if speed:
         print(speed_line(model), file=sys.stderr)
 
@@ -64,7 +63,6 @@ def converse(model: Lille, options: dict[str, Any], completion: bool, speed: boo
     with suppress(ImportError):  # Windows
         import readline  # noqa: F401  arrow keys and earlier lines at the prompt
     model.notify = lambda line: print(f"[{line}]")
-    transcript: list[Message] = []  # the whole conversation, dropped turns included
     welcome = "Lille continues what you write" if completion else "A chat with Lille"
     print(f"{welcome}; /help lists the commands, Ctrl-D leaves.")
     while True:
@@ -77,55 +75,46 @@ def converse(model: Lille, options: dict[str, Any], completion: bool, speed: boo
         match command.groups() if command else ("", ""):
             case ("", _):
                 if line.strip():
-                    turn = reply(model, line.strip(), options, completion)
-                    transcript += turn
-                    if speed and turn:
-                        print(speed_line(model))
+                    reply(model, line.strip(), options, completion, speed)
             case ("quit" | "exit", _):
                 return
             case ("reset", _):
                 model.reset_chat()
-                transcript.clear()
                 print("[the conversation is forgotten]")
             case ("save", name):
-                print(f"[{save(transcript, name)}]")
+                print(f"[{save(model.history, name)}]")
             case ("help", _):
                 print(HELP)
             case (name, _):
                 print(f"[there is no /{name}: /help lists the commands]")
 
 
-def reply(model: Lille, line: str, options: dict[str, Any], completion: bool) -> list[Message]:
-    """Prints the answer to a line as it is generated; returns the turn, empty without an answer."""
-    answer = ""
+def reply(model: Lille, line: str, options: dict[str, Any], completion: bool, speed: bool) -> None:
+    """Prints the answer to a line of a conversation and how it ended; Ctrl-C stops the answer."""
     try:
-        pieces = model.stream(line, not completion, **options)
-        if completion:
-            show(line)
-        for piece in pieces:
-            answer += piece
-            show(piece)
+        answer(model, line, options, completion)
+        limit = {"max_new_tokens": "max_new_tokens", "context": "the context"}
+        if model.report.stopped in limit:
+            print(f"[cut: {limit[model.report.stopped]} is reached]")
     except ValueError as error:
         print(f"[{error}]")
-        return []
-    except KeyboardInterrupt:
-        if not answer:
-            print("\n[stopped]")
-            return []
-    print("\n" + ENDINGS[model.report.stopped], end="")
-    return [{"role": "user", "content": line}, {"role": "assistant", "content": answer}]
+        return
+    except KeyboardInterrupt:  # the history keeps what has been printed
+        print("\n[stopped]")
+    if speed:
+        print(speed_line(model))
 
 
-def save(transcript: list[Message], name: str) -> str:
+def save(history: list[Message], name: str) -> str:
     """Writes the conversation to a new file; returns a line about the result."""
-    if not transcript:
+    if not history:
         return "nothing to save yet"
     path = Path(name or time.strftime("chat-%Y%m%d-%H%M%S.jsonl")).expanduser()
     if path.exists():
         return f"{path} is already there: choose another name"
     try:
         with atomic_file(path) as file:
-            file.write((json.dumps({"messages": transcript}, ensure_ascii=False) + "\n").encode())
+            file.write((json.dumps({"messages": history}, ensure_ascii=False) + "\n").encode())
     except OSError as error:
         return f"could not write {path}: {error.strerror or error}"
-    return f"saved {len(transcript) // 2} turns to {path}"
+    return f"saved {len(history) // 2} turns to {path}"

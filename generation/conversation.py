@@ -113,7 +113,8 @@ class Lille:
                 )
             report = Report(len(ids))
         seed = self.seeds.getrandbits(63) if sampling.seed is None else sampling.seed
-        pieces = self.text(self.tokens(ids, sampling, seed, report), report)
+        self.report = report
+        pieces = self.text(self.tokens(ids, sampling, seed, report), report.dropped_turns)
         return self.recorded(pieces, messages) if chat else pieces
 
     def reset_chat(self) -> None:
@@ -153,16 +154,15 @@ class Lille:
             answer["content"] += piece
             yield piece
 
-    def text(self, tokens: Iterator[int], report: Report) -> Iterator[str]:
+    def text(self, tokens: Iterator[int], dropped_turns: int) -> Iterator[str]:
         """The text of tokens in whole characters, without control tokens.
 
         Bytes that are not UTF-8 become U+FFFD; a character that was cut at the end is left out.
         """
-        self.report = report
-        if report.dropped_turns:
+        if dropped_turns:
             self.notify(
                 f"the conversation no longer fits {self.backend.block_size} tokens; oldest turns "
-                f"dropped: {report.dropped_turns}"
+                f"dropped: {dropped_turns}"
             )
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         for token in tokens:

