@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -93,3 +94,20 @@ def locked(
 def file_sha256(path: str | Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_free_space(
+    directory: Path, needed: float, what: str, advice: str, is_error: bool = True
+) -> None:
+    """UserError, or a printed note, if the disk of `directory` has fewer than `needed` bytes free.
+
+    `directory` need not exist. The line is "DIRECTORY has X GB free, WHAT Y GB: ADVICE".
+    """
+    folder = next(path for path in (directory, *directory.parents) if path.exists())
+    free = shutil.disk_usage(folder).free
+    if free >= needed:
+        return
+    line = f"{directory} has {free / 1e9:,.2f} GB free, {what} {needed / 1e9:,.2f} GB: {advice}"
+    if is_error:
+        raise UserError(line)
+    print(f"note: {line}")
