@@ -24,11 +24,7 @@ from model import GPT
 from ops.kv_cache import KVCache, common_prefix
 
 BACKENDS = ("torch", "huggingface", "onnx")
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Backend(Protocol):
@@ -118,16 +114,17 @@ def open_backend(
             raise UserError("an ONNX file has its own dtype: export it with --dtype instead")
         return OnnxBackend(model, None if device is None else str(device))
     device = resolve_device(device)
-    if kind == "huggingface":
-        folder = transformers_folder(model)
-        if folder is not None:
-            return open_transformers(folder, device, resolve_dtype(dtype))
-    weights = "int8" if str(dtype).removeprefix("torch.") == "int8" else None
-    gpt = load_model(model, device, None if weights else resolve_dtype(dtype))
-    try:
-        return TorchBackend(gpt, weights)
-    except ValueError as error:  # no int8 here: a GPU, or no C++ compiler
-        raise UserError(str(error)) from None
+    name = str(dtype or "").removeprefix("torch.")
+    if kind == "torch" and name == "int8":
+        return TorchBackend(load_model(model, device), weights="int8")
+    if name and name not in DTYPES:
+        names = ", ".join(DTYPES)
+        raise UserError(f"dtype={name!r}: choose one of {names}, or int8 with the torch backend")
+    dtype = getattr(torch, name) if name else None
+    folder = transformers_folder(model) if kind == "huggingface" else None
+    if folder is not None:
+        return open_transformers(folder, device, dtype)
+    return TorchBackend(load_model(model, device, dtype))
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
@@ -142,31 +139,21 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     return device
 
 
-def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """The dtype named `dtype`; None keeps the model's."""
-    name = str(dtype or "").removeprefix("torch.")
-    if name and name not in DTYPES:
-        names = ", ".join(DTYPES)
-        raise UserError(f"dtype={name!r}: choose one of {names}, or int8 with the torch backend")
-    return DTYPES.get(name)
-
-
 def transformers_folder(model: str | os.PathLike) -> Path | None:
-    """The folder of a model, local or downloaded, or None if transformers lacks its architecture.
+    """The folder of a model, local or downloaded; None for what `load_model` is to read or refuse.
 
-    Our own loader reads those models; code in a folder or on the hub is never run.
+    It reads architectures that transformers lacks: code in a folder or on the hub is never run.
     """
     from transformers import CONFIG_MAPPING
 
-    folder = model_folder(model)
-    if folder is None and Path(model).is_file():
+    if Path(model).is_file():
         raise UserError(
             f"{model} is a file: use the torch backend, or export it with "
             f"python export.py --model={model} --format=hf"
         )
-    if folder is None:
-        return None  # load_model says what is wrong
-    return folder if read_json(folder / CONFIG).get("model_type") in CONFIG_MAPPING else None
+    folder = model_folder(model)
+    is_known = folder and read_json(folder / CONFIG).get("model_type") in CONFIG_MAPPING
+    return folder if is_known else None
 
 
 def open_transformers(
