@@ -84,7 +84,7 @@ def models(checkpoint, llama_folder, tmp_path_factory) -> dict[str, Lille]:
     except ImportError:
         return by_backend  # pip install -r requirements/export.txt
     folder = tmp_path_factory.mktemp("onnx") / "model"
-    export_onnx(small_gpt(), TOKENIZER, folder, "")
+    export_onnx(small_gpt(), TOKENIZER, folder)
     return by_backend | {"onnx": lille("onnx", folder, "cpu")}
 
 
