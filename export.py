@@ -27,9 +27,7 @@ from tokenizer import Tokenizer, load_tokenizer
 
 model = "checkpoints_ft/best_model.pt"  # a .pt, a folder, a hub id, or "130m-instruct"
 format = "hf"  # "hf", "onnx" or "gguf"
-output_dir = (
-    ""  # folder to write, for "gguf" also a .gguf file; "": beside the model, named after it
-)
+output_dir = ""  # folder to write, gguf: or a .gguf file; "": beside the model, named after it
 dtype = ""  # hf: float32, float16, bfloat16; onnx: fp32, fp16, int8; gguf: f32, f16, q8_0
 
 DTYPES = {"hf": write_hf.DTYPES, "onnx": write_onnx.DTYPES, "gguf": write_gguf.DTYPES}
@@ -65,11 +63,9 @@ def training_facts(state: dict[str, Any]) -> dict[str, str]:
         facts["Optimizer steps"] = f"{state['iter_num']:,}"
     if isinstance(state.get("best_val_loss"), float):
         facts["Best validation loss (nats per token)"] = f"{state['best_val_loss']:.4f}"
-    settings = state.get("config")
-    for name in CARD_SETTINGS if isinstance(settings, dict) else ():
-        if name in settings:
-            facts[f"Training: {name}"] = str(settings[name])
-    return facts
+    settings = state.get("config", {})
+    names = [name for name in CARD_SETTINGS if name in settings]
+    return facts | {f"Training: {name}": str(settings[name]) for name in names}
 
 
 def check_settings(format: str, dtype: str, model: str, target: Path) -> None:

@@ -1,7 +1,9 @@
-"""Runs a folder that `export.py --format=onnx` wrote, in onnxruntime.
+"""Next-token logits of a model that `export.py --format=onnx` wrote, by onnxruntime.
 
-backend = OnnxBackend("lille-onnx")
-logits = backend.logits(ids)  # of the token after ids, (V,)
+    backend = OnnxBackend("lille-onnx")
+    logits = backend.logits(ids)  # of the token after ids, (V,)
+
+generation/backends.py has the interface.
 """
 
 from collections.abc import Sequence

@@ -1,9 +1,11 @@
 """Verification of an export against its checkpoint: token ids, chat template, logits.
 
-gpt = float32_copy(gpt)
-references = make_references(gpt, tokenizer)
-comparison = compare(references, logits)  # logits(ids) of the file that was written, (T, V)
-print(comparison.check_or_raise("GGUF f16", TOLERANCES[16]))
+    gpt = float32_copy(gpt)
+    references = make_references(gpt, tokenizer)
+    comparison = compare(references, logits)
+    print(comparison.check_or_raise("GGUF f16", TOLERANCES[16]))
+
+`logits(ids)` is a function of the export, read back from its files: float32 logits (T, V).
 """
 
 import copy

@@ -37,19 +37,6 @@ from tokenizer import Tokenizer
 DTYPES = {"f32": 32, "f16": 16, "q8_0": 8}  # bits of a weight
 Q8_BLOCK = 32  # weights of a row that share a scale in q8_0
 
-# transformers' name and llama.cpp's name of a layer's weights.
-LAYER_NAMES = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-
 
 def export_gguf(gpt: GPT, tokenizer: Tokenizer, output_file: Path, dtype: str = "f32") -> None:
     """Writes `output_file` and verifies it against `gpt`.
@@ -123,13 +110,14 @@ def add_tokenizer(writer: Any, tokenizer: Tokenizer) -> None:
     settings = json.loads(tokenizer.json_text)
     ids = settings["model"]["vocab"]
     ids |= {token["content"]: token["id"] for token in settings["added_tokens"]}
+    merges = settings["model"]["merges"]  # "left right", or pairs in files of newer tokenizers
     types = [TokenType.NORMAL] * tokenizer.n_text
     types += [TokenType.CONTROL] * (tokenizer.vocab_size - tokenizer.n_text)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(sorted(ids, key=ids.get))
     writer.add_token_types(types)
-    writer.add_token_merges(merge_lines(settings["model"]["merges"]))
+    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
     writer.add_bos_token_id(tokenizer.bos_id)
     writer.add_eos_token_id(tokenizer.eos_id)
     writer.add_eot_token_id(tokenizer.user_id)
@@ -140,22 +128,15 @@ def add_tokenizer(writer: Any, tokenizer: Tokenizer) -> None:
     writer.add_chat_template(gguf_chat_template())
 
 
-def merge_lines(merges: list) -> list[str]:
-    """Merges as "left right"; newer tokenizer files have pairs."""
-    return [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
-
-
 def gguf_tensors(gpt: GPT) -> Iterator[tuple[str, torch.Tensor]]:
     """Names and tensors in llama.cpp's convention; without a head, which is the embedding."""
-    config, tensors = gpt.config, llama_state_dict(gpt)
-    yield "token_embd.weight", tensors["model.embed_tokens.weight"]
-    for layer in range(config.n_layers):
-        for llama_name, name in LAYER_NAMES.items():
-            tensor = tensors[f"model.layers.{layer}.{llama_name}.weight"]
-            if name in ("attn_q", "attn_k"):
-                tensor = interleaved_rows(tensor, config.head_dim)
-            yield f"blk.{layer}.{name}.weight", tensor
-    yield "output_norm.weight", tensors["model.norm.weight"]
+    from gguf import MODEL_ARCH, get_tensor_name_map
+
+    names = get_tensor_name_map(MODEL_ARCH.LLAMA, gpt.config.n_layers)
+    for llama_name, tensor in llama_state_dict(gpt).items():
+        if "q_proj" in llama_name or "k_proj" in llama_name:
+            tensor = interleaved_rows(tensor, gpt.config.head_dim)
+        yield names.get_name(llama_name, try_suffixes=(".weight",)), tensor
 
 
 def interleaved_rows(weight: torch.Tensor, head_dim: int) -> torch.Tensor:

@@ -8,8 +8,6 @@ loaded with transformers, compared with the model, and only then renamed.
 """
 
 import json
-import os
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -149,7 +147,6 @@ def markdown_cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
-@torch.inference_mode()
 def export_hf(
     gpt: GPT, tokenizer: Tokenizer, output_dir: Path, dtype: str, facts: dict[str, str]
 ) -> None:
@@ -173,17 +170,19 @@ def export_hf(
 def write_folder(
     gpt: GPT, tokenizer: Tokenizer, folder: Path, dtype: str, facts: dict[str, str]
 ) -> None:
+    """Writes the files of an export; `gpt` is on the CPU."""
+    from safetensors.torch import save
+
     tensors = {
-        name: tensor.detach().to("cpu", DTYPES[dtype]).contiguous()
+        name: tensor.to(DTYPES[dtype]).contiguous()
         for name, tensor in llama_state_dict(gpt).items()
     }
-    save_tensors(tensors, folder / WEIGHTS)
+    # not save_file, whose error on a full disk is no OSError
+    (folder / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
     write_json(folder / "config.json", llama_config(gpt.config, tokenizer, dtype))
     write_json(folder / "generation_config.json", generation_config(tokenizer))
     write_tokenizer(folder, tokenizer, gpt.config.block_size)
     write_text(folder / "README.md", model_card(gpt, tokenizer, dtype, facts))
-    # safetensors makes its file readable for its owner alone
-    shutil.copymode(folder / "config.json", folder / WEIGHTS)
     if gpt.config.rope_style == "lille":
         shutil.copy(Path(__file__).with_name(MODELING), folder)
 
@@ -201,20 +200,6 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8", newline="\n")
-
-
-def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Writes a safetensors file; raises OSError, such as that of a full disk, when it cannot."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        if not number:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
 
 
 def verify_folder(
