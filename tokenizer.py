@@ -100,7 +100,7 @@ class Tokenizer:
         Use `allow_special` only for text that is trusted, never for that of users or web pages.
         Raises ValueError for a string with lone surrogates, which has no UTF-8 form.
         """
-        to_utf8(text)
+        text.encode("utf-8")  # `tokenizers` would only say that it is no string
         tokenizer = self._with_control if allow_special else self._ordinary
         return tokenizer.encode(text, add_special_tokens=False).ids
 
@@ -111,7 +111,7 @@ class Tokenizer:
         """
         if isinstance(texts, str):  # each of its characters would be encoded as a text
             raise TypeError("encode_batch takes a list of texts, not one: use encode")
-        ids, ends = self._batch_encoder.encode([to_utf8(text) for text in texts])
+        ids, ends = self._batch_encoder.encode([text.encode("utf-8") for text in texts])
         return [ids[start:end] for start, end in pairwise([0, *ends.tolist()])]
 
     def encode_documents(self, texts: Sequence[str | bytes]) -> tuple[np.ndarray, np.ndarray]:
@@ -120,7 +120,7 @@ class Tokenizer:
         A text may be given as its UTF-8 bytes. Returns the ids of all (N,) uint16, and the end of
         each (n,) int64: document i is `ids[ends[i - 1] : ends[i]]`, the first one `ids[: ends[0]]`.
         """
-        utf8 = [text if isinstance(text, bytes) else to_utf8(text) for text in texts]
+        utf8 = [text if isinstance(text, bytes) else text.encode("utf-8") for text in texts]
         text_ids, ends = self._batch_encoder.encode(utf8)
         ends = ends + np.arange(1, len(utf8) + 1)
         ids = np.full(len(text_ids) + len(utf8), self.eos_id, dtype=np.uint16)
@@ -194,17 +194,6 @@ class Tokenizer:
         last_control = np.concatenate([[-1], np.maximum.accumulate(position)[:-1]])[: len(ids)]
         in_assistant = (last_control >= 0) & (ids[last_control] == self.assistant_id)
         return in_assistant & (~is_control | (ids == self.eos_id))
-
-
-def to_utf8(text: str) -> bytes:
-    """UTF-8 bytes of a text; ValueError for lone surrogates."""
-    try:
-        return text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        code = ord(text[error.start])
-        raise ValueError(
-            f"not valid Unicode text: a lone surrogate U+{code:04X} at character {error.start}"
-        ) from None
 
 
 def check_messages(messages: Sequence[dict[str, Any]]) -> None:

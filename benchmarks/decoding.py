@@ -75,7 +75,8 @@ def onnx_answers(gpt: GPT, folder: Path, prompt: list[int], n: int) -> Answers:
     if not all(map(peer, ("onnx", "onnxscript", "onnxruntime"))):
         return {}
     from formats.onnx_runtime import CONFIG, MODEL, OnnxBackend
-    from formats.write_onnx import write_graph, write_json
+    from formats.write_hf import write_json
+    from formats.write_onnx import write_graph
 
     def answer(backend: OnnxBackend) -> None:
         ids = list(prompt)
