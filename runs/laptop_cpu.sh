@@ -1,7 +1,7 @@
 #!/bin/sh
 # A small model on your own text on a CPU: prepare, pretrain, fine-tune, ask, export as GGUF.
 #
-#     sh runs/laptop_cpu.sh texts.txt chats.jsonl             # formats: prepare_dataset.py --help
+#     sh runs/laptop_cpu.sh texts.txt chats.jsonl            # formats: prepare_dataset.py --help
 #     sh runs/laptop_cpu.sh                                  # without files: the demo's
 #     OUT=/tmp/try STEPS=20 EPOCHS=1 sh runs/laptop_cpu.sh   # to see that everything works
 #
