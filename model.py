@@ -104,12 +104,6 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, style: str
     return (x * cos + rotated * sin).to(x.dtype)
 
 
-def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """The type of matrix products where autocast is on, else None."""
-    enabled = torch.is_autocast_enabled(device_type)
-    return torch.get_autocast_dtype(device_type) if enabled else None
-
-
 class RMSNorm(nn.RMSNorm):
     """Root mean square normalisation; statistics and scale are float32 in a bfloat16 stream too."""
 
@@ -233,8 +227,7 @@ class GPT(nn.Module):
 
         `targets` are shifted by the caller; -100 marks positions without a label.
         `positions` and `cu_seqlens` describe packed rows (see ops/attention.py): the model takes
-        the fastest attention that its device, dtype and compiler allow. Without `cu_seqlens` that
-        is a mask.
+        the fastest attention that its device and dtype support. Without `cu_seqlens` it is a mask.
         `cache` holds the tokens before `ids` and takes theirs; the caller advances its lengths.
         `sample_targets` draws the labels from the model instead (see ops/cross_entropy.py).
         Raises ValueError when the sequence is longer than `block_size`.
@@ -260,7 +253,8 @@ class GPT(nn.Module):
                 f"{T} tokens do not fit the context of {self.config.block_size}: shorten the text"
             )
         x = self.dropout(self.tok_embeddings(ids))  # (B, T, C)
-        compute_dtype = autocast_dtype(x.device.type) or x.dtype
+        autocast = torch.is_autocast_enabled(x.device.type)
+        compute_dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
         mask = None
         if cache is not None:
             positions, mask = cache.positions_and_mask(T)
@@ -308,35 +302,35 @@ class GPT(nn.Module):
             raise ValueError(
                 f"the prompt has {max(sizes)} tokens and the context only {block_size}: shorten it"
             )
-        budgets = [min(max_new_tokens, block_size + 1 - size) for size in sizes]
+        limits = [min(max_new_tokens, block_size + 1 - size) for size in sizes]
         decoder = decoder or self.decode_step
         cache = cache or KVCache.empty(self.config, len(prompts), like=weight)
         rows: list[list[int]] = [[] for _ in prompts]
-        open_rows = {row for row, budget in enumerate(budgets) if budget > 0}
+        active = {row for row, limit in enumerate(limits) if limit > 0}
         was_training = self.training
         self.eval()
         try:
-            padded = [prompt + [0] * (max(sizes) - len(prompt)) for prompt in prompts]
-            ids = torch.tensor(padded, device=weight.device)  # right padding: causality hides it
+            rows_of_ids = [prompt + [0] * (max(sizes) - len(prompt)) for prompt in prompts]
+            ids = torch.tensor(rows_of_ids, device=weight.device)  # causality hides the padding
             cache.lengths.zero_()
             x = self.hidden(ids, cache=cache)
             cache.lengths += torch.tensor(sizes, device=weight.device)
             last = cache.lengths - 1
             logits = self.lm_head(x[torch.arange(len(prompts), device=weight.device), last])
-            while open_rows:
+            while active:
                 tokens = sample(logits, temperature, top_k, top_p, generator)  # (B,)
                 new_tokens = tokens.to("cpu", non_blocking=weight.is_cuda)
                 if weight.is_cuda:  # queue the next step before waiting for this one's tokens
-                    copied = torch.cuda.Event()
-                    copied.record()
+                    copy_done = torch.cuda.Event()
+                    copy_done.record()
                     logits = self.advance(decoder, tokens, cache)
-                    copied.synchronize()
+                    copy_done.synchronize()
                 for row, token in enumerate(new_tokens.tolist()):
-                    if row in open_rows and token not in stop_tokens:
+                    if row in active and token not in stop_tokens:
                         rows[row].append(token)
-                    if token in stop_tokens or len(rows[row]) == budgets[row]:
-                        open_rows.discard(row)
-                if open_rows and not weight.is_cuda:
+                    if token in stop_tokens or len(rows[row]) == limits[row]:
+                        active.discard(row)
+                if active and not weight.is_cuda:
                     logits = self.advance(decoder, tokens, cache)
         finally:
             self.train(was_training)
@@ -347,6 +341,7 @@ class GPT(nn.Module):
         return self(tokens[:, None], cache=cache)[:, 0]
 
     def advance(self, decoder: Callable, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """Logits (B, V) after one more token of each row; advances the lengths."""
         cache.lengths.clamp_(max=self.config.block_size - 1)  # only finished rows are full
         logits = decoder(tokens, cache)
         cache.lengths += 1

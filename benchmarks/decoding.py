@@ -71,7 +71,8 @@ def export_answers(gpt: GPT, folder: Path, prompt: list[int], n: int) -> Answers
     answers: Answers = {}
     if all(map(peer, ("onnx", "onnxscript", "onnxruntime"))):
         from formats.onnx_runtime import CONFIG, MODEL, OnnxBackend
-        from formats.write_onnx import write_graph, write_json
+        from formats.write_hf import write_json
+        from formats.write_onnx import write_graph
 
         def onnx_answer(backend: OnnxBackend) -> None:
             ids = list(prompt)

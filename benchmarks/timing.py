@@ -17,8 +17,6 @@ from typing import Any
 
 import torch
 
-from common.errors import one_line
-
 CPU = torch.device("cpu")
 SHORTEST_SAMPLE = 0.02  # seconds: a shorter call is repeated within a sample
 
@@ -75,6 +73,11 @@ def seconds_of(function: Callable[[], object], calls: int, device: torch.device)
     return (time.perf_counter() - started) / calls
 
 
+def error_line(error: BaseException) -> str:
+    """The kind of an error and the first line of its message."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
 def compare(
     title: str,
     functions: dict[str, Callable[[], object]],
@@ -106,7 +109,7 @@ def compare(
                 if turn > 0:
                     times[name].append(seconds)
             except Exception as error:  # out of memory, no compiler, ...: the others go on
-                print(f"{name}: left out, {one_line(error)}", flush=True)
+                print(f"{name}: left out, {error_line(error)}", flush=True)
                 del times[name]
             if name not in times:  # after the except clause, which holds the frames' memory
                 free_memory(device)
@@ -129,5 +132,5 @@ def peer(name: str) -> ModuleType | None:
     try:
         return importlib.import_module(name)
     except Exception as error:  # a broken package may raise any kind, such as OSError
-        print(f"skipped: {one_line(error)} (see requirements/bench.txt)", flush=True)
+        print(f"skipped: {error_line(error)} (see requirements/bench.txt)", flush=True)
         return None

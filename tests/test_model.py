@@ -44,27 +44,27 @@ def llama_twin(model: GPT):
     config = model.config
     theirs = llama_of(config).eval()
     kv_dim = config.n_kv_heads * config.head_dim
-    pieces = {"model.embed_tokens.weight": ("tok_embeddings.weight", slice(None))}
-    pieces["model.norm.weight"] = ("norm.weight", slice(None))
+    sources = {"model.embed_tokens.weight": ("tok_embeddings.weight", slice(None))}
+    sources["model.norm.weight"] = ("norm.weight", slice(None))
     for i in range(config.n_layers):
         a, b = f"model.layers.{i}", f"layers.{i}"
         queries, keys = slice(0, config.n_embd), slice(config.n_embd, config.n_embd + kv_dim)
         values = slice(config.n_embd + kv_dim, None)
         for name, rows in (("q", queries), ("k", keys), ("v", values)):
-            pieces[f"{a}.self_attn.{name}_proj.weight"] = (f"{b}.attention.qkv_proj.weight", rows)
-        pieces |= {
+            sources[f"{a}.self_attn.{name}_proj.weight"] = (f"{b}.attention.qkv_proj.weight", rows)
+        sources |= {
             f"{a}.self_attn.o_proj.weight": (f"{b}.attention.out_proj.weight", slice(None)),
             f"{a}.input_layernorm.weight": (f"{b}.attention.norm.weight", slice(None)),
             f"{a}.post_attention_layernorm.weight": (f"{b}.feed_forward.norm.weight", slice(None)),
         }
         for name in ("gate_proj", "up_proj", "down_proj"):
-            pieces[f"{a}.mlp.{name}.weight"] = (f"{b}.feed_forward.{name}.weight", slice(None))
+            sources[f"{a}.mlp.{name}.weight"] = (f"{b}.feed_forward.{name}.weight", slice(None))
     ours = dict(model.named_parameters())
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
-            source, rows = pieces[name]
+            source, rows = sources[name]
             parameter.copy_(ours[source][rows])
-    return theirs, pieces
+    return theirs, sources
 
 
 def test_full_configuration_has_127171200_parameters():
@@ -96,7 +96,7 @@ def test_initialisation_scales_residual_projections():
 @pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
 def test_logits_and_gradients_equal_llama(n_kv_heads):
     model = tiny_model(n_kv_heads=n_kv_heads)
-    theirs, pieces = llama_twin(model)
+    theirs, sources = llama_twin(model)
     ids = random_ids(3, 48)
     targets = F.pad(ids[:, 1:], (0, 1), value=IGNORE_INDEX)
     targets[0, 5:9] = IGNORE_INDEX
@@ -107,7 +107,7 @@ def test_logits_and_gradients_equal_llama(n_kv_heads):
     F.cross_entropy(their_logits.flatten(0, 1), targets.flatten(), reduction="sum").backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     for name, parameter in theirs.named_parameters():
-        source, rows = pieces[name]
+        source, rows = sources[name]
         error = (gradients[source][rows] - parameter.grad).norm() / parameter.grad.norm()
         assert error < 1e-5, name
 
@@ -122,7 +122,7 @@ def test_causality_is_bit_exact():
 
 
 @pytest.mark.parametrize("rope_style", ["llama", "lille"])
-def test_packed_row_equals_its_pieces_alone(rope_style):
+def test_packed_row_equals_its_segments_alone(rope_style):
     model, ids = tiny_model(rope_style=rope_style), random_ids(2, 48)
     borders = [[0, 13, 14, 40, 48], [0, 48]]
     positions = torch.zeros_like(ids)
@@ -252,8 +252,8 @@ def test_sample_follows_the_distribution_and_its_filters():
         drawn = sample(logits, generator=generator, **settings)
         return torch.bincount(drawn, minlength=4) / len(drawn)
 
-    def close(found, expected):  # four standard errors of a share of 40,000 draws are 0.01
-        torch.testing.assert_close(found, torch.tensor(expected), atol=0.01, rtol=0)
+    def close(result, expected):  # four standard errors of a share of 40,000 draws are 0.01
+        torch.testing.assert_close(result, torch.tensor(expected), atol=0.01, rtol=0)
 
     close(shares(), [0.5, 0.3, 0.15, 0.05])
     close(shares(top_k=2), [0.625, 0.375, 0.0, 0.0])

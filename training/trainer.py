@@ -140,9 +140,9 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
         self.ranks.all_reduce_([flat])
         for p, estimate in zip(parameters, estimates, strict=True):
-            p.grad = (estimate / self.optimizer.defaults["bs"]).sqrt()
+            p.grad = estimate
         _, scale = gradient_scale(parameters, flat.new_zeros(()), grad_clip=0.0)
-        self.optimizer.update_hessian(grad_scale=scale)
+        self.optimizer.update_hessian(grad_scale=scale, squared=True)
         self.optimizer.zero_grad(set_to_none=True)
 
     def step(
