@@ -97,13 +97,12 @@ def compare(
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
     calls: dict[str, int] = {}
-
     for turn in range(rounds + 1):
         for name in list(times):
             function = functions[name]
             try:
                 seconds = seconds_of(function, calls.get(name, 1), device)
-                if turn == 1 and seconds < SHORTEST_SAMPLE:  # also of the later rounds
+                if turn == 1 and seconds < SHORTEST_SAMPLE:  # more calls, in later rounds too
                     calls[name] = math.ceil(SHORTEST_SAMPLE / max(seconds, 1e-9))
                     seconds = seconds_of(function, calls[name], device)
                 if turn > 0:
@@ -113,6 +112,8 @@ def compare(
                 del times[name]
             if name not in times:  # after the except clause, which holds the frames' memory
                 free_memory(device)
+    if not times:
+        raise RuntimeError(f"{title}: no implementation could be timed")
     medians = {name: statistics.median(seconds) for name, seconds in times.items()}
     rows = {}
     for name, seconds in times.items():

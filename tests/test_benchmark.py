@@ -81,6 +81,8 @@ def test_short_calls_are_repeated_and_a_late_failure_ends_one_function(monkeypat
     assert rows["short"]["median_s"] == pytest.approx(0.001) and rows["short"]["ratio"] == 1
     assert len(clock.calls) == 1 + 1 + 4 * 20  # the first, one to see how short, 20 ms a sample
     assert "late: left out, MemoryError" in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match="short: no implementation could be timed"):
+        timing.compare("short", {"broken": broken}, 4)
 
 
 def test_limits_are_this_machines():
@@ -142,6 +144,7 @@ for name in {OPTIONAL.split()!r}:
 import benchmark, demo
 from benchmarks import tokenizing, training_step
 demo.MODEL_SHAPE.update(n_layers=1, n_embd=64)
+demo.PRETRAIN.update(batch_size=2)
 training_step.N_DOCUMENTS = 200
 tokenizing.CHUNK_BYTES = 100_000
 sys.exit(benchmark.main({arguments!r}))
