@@ -1,10 +1,10 @@
-"""The .npz shard format, both ends: NpzDataset and open_split read it, ShardWriter writes it.
+"""The .npz shard format: NpzDataset and open_split read it, ShardWriter writes it.
 
 A shard holds two arrays: `tokens` uint16 (N,) and `offsets` uint64 (documents + 1,); document i is
 `tokens[offsets[i]:offsets[i + 1]]`. It is an ordinary .npz (`np.load` reads it), stored without
 compression so that the arrays are memory-mapped straight out of the zip; the compressed files of
-the original Lille load too. `manifest.json` beside the shards says which tokenizer made them, from
-what, and each file's size and sha256.
+the original Lille load too. `manifest.json` beside the shards records their tokenizer and sources,
+and each file's size and sha256.
 """
 
 import os
@@ -24,15 +24,15 @@ from common.errors import UserError
 from common.files import atomic_file, file_sha256, named_errors
 from common.manifest import check_manifest, read_manifest
 
-CHUNK = 1 << 20  # values checked, or bytes copied, at a time
+CHUNK = 1 << 20  # values checked or bytes copied at a time
 
 
 class NpzDataset:
     """The documents of one shard: `len(d)`, `d[i]` (uint16, read-only), `d.tokens`, `d.offsets`.
 
-    Arrays of an uncompressed file are `np.memmap`s: opening reads the offsets only, whatever the
-    size. Compressed arrays are loaded into memory. Raises UserError, naming the file, for anything
-    that is not a whole and consistent shard.
+    Arrays of an uncompressed file are `np.memmap`s, so that opening reads the offsets only.
+    Compressed arrays are loaded into memory. Raises UserError, with the file's name, unless the
+    file is a complete and consistent shard.
     """
 
     def __init__(self, path: str | Path):
@@ -44,7 +44,7 @@ class NpzDataset:
         except UserError:
             raise
         except (zipfile.BadZipFile, zlib.error, EOFError, struct.error, RuntimeError, ValueError):
-            raise self._broken("is truncated or is not a .npz file") from None
+            raise self._error("is truncated or is not a .npz file") from None
         except OSError as error:
             raise UserError(f"cannot read {self.path}: {error.strerror or error}") from None
         self._check_offsets()
@@ -63,62 +63,59 @@ class NpzDataset:
     def __reduce__(self):
         return NpzDataset, (str(self.path),)  # a worker process maps the file again
 
-    def _broken(self, what: str) -> UserError:
-        return UserError(f"{self.path} {what}: copy it again, or prepare the dataset again")
+    def _error(self, problem: str) -> UserError:
+        return UserError(f"{self.path} {problem}: copy it again, or prepare the dataset again")
 
     def _read_array(self, archive: zipfile.ZipFile, name: str) -> np.ndarray:
         """One array of the file, memory-mapped if it is stored uncompressed."""
         try:
             info = archive.getinfo(f"{name}.npy")
         except KeyError:
-            raise self._broken(f"holds no array '{name}'") from None
+            raise self._error(f"holds no array '{name}'") from None
         try:
             with archive.open(info) as member:
-                version = np.lib.format.read_magic(member)
-                read_header = {
-                    (1, 0): np.lib.format.read_array_header_1_0,
-                    (2, 0): np.lib.format.read_array_header_2_0,
-                }[version]
-                shape, _, dtype = read_header(member)
+                if np.lib.format.read_magic(member) != (1, 0):  # NumPy's for a short header
+                    raise ValueError
+                shape, _, dtype = np.lib.format.read_array_header_1_0(member)
                 header_bytes = member.tell()
                 if len(shape) != 1 or dtype.kind not in "iu":
-                    raise self._broken(f"has '{name}' as {dtype} {shape}, not a row of integers")
+                    raise self._error(f"has '{name}' as {dtype} {shape}, not a row of integers")
                 if info.file_size != header_bytes + shape[0] * dtype.itemsize:
-                    raise self._broken(f"has an array '{name}' of the wrong length")
+                    raise self._error(f"has an array '{name}' of the wrong length")
                 if info.compress_type != zipfile.ZIP_STORED or shape[0] == 0:
                     return np.frombuffer(member.read(), dtype, count=shape[0])
         except UserError:
             raise
-        except (ValueError, KeyError):
-            raise self._broken(f"has an array '{name}' that is not in .npy format") from None
+        except ValueError:
+            raise self._error(f"has an array '{name}' that is not in .npy format") from None
 
         with open(self.path, "rb") as file:  # the local header's extra field may differ from info's
             file.seek(info.header_offset + 26)
             name_bytes, extra_bytes = struct.unpack("<HH", file.read(4))
         start = info.header_offset + 30 + name_bytes + extra_bytes + header_bytes
         if start + shape[0] * dtype.itemsize > self.path.stat().st_size:
-            raise self._broken("is truncated")
+            raise self._error("is truncated")
         return np.memmap(self.path, dtype=dtype, mode="r", offset=start, shape=shape)
 
     def _check_offsets(self) -> None:
         offsets, n_tokens = self.offsets, len(self.tokens)
         if len(offsets) == 0 or offsets[0] != 0:
-            raise self._broken("has offsets that do not start at 0")
+            raise self._error("has offsets that do not start at 0")
         for start in range(0, len(offsets), CHUNK):
-            piece = np.asarray(offsets[start : start + CHUNK + 1])  # one value of overlap
-            if (piece[1:] < piece[:-1]).any():
-                raise self._broken("has offsets that decrease")
+            chunk = np.asarray(offsets[start : start + CHUNK + 1])  # one value of overlap
+            if (chunk[1:] < chunk[:-1]).any():
+                raise self._error("has offsets that decrease")
         if offsets[-1] != n_tokens:
-            raise self._broken(f"has offsets that end at {offsets[-1]}, not at {n_tokens} tokens")
+            raise self._error(f"has offsets that end at {offsets[-1]}, not at {n_tokens} tokens")
 
     def _as_uint16(self, tokens: np.ndarray) -> np.ndarray:
-        """Ids kept in another integer type are converted in memory, if every one of them fits."""
+        """Converts ids of another integer type in memory; UserError if one does not fit."""
         if tokens.dtype == np.uint16:
             return tokens
         for start in range(0, len(tokens), CHUNK):
-            piece = tokens[start : start + CHUNK]
-            if piece.min() < 0 or piece.max() > 0xFFFF:
-                raise self._broken(f"has {tokens.dtype} tokens that do not fit into uint16")
+            chunk = tokens[start : start + CHUNK]
+            if chunk.min() < 0 or chunk.max() > 0xFFFF:
+                raise self._error(f"has {tokens.dtype} tokens that do not fit into uint16")
         return tokens.astype(np.uint16)
 
     def max_id(self) -> int:
@@ -128,14 +125,14 @@ class NpzDataset:
 
 
 class ShardWriter:
-    """Collects documents in an unnamed temporary file and writes them as shards, in any order.
+    """Collects documents in a temporary file and writes them as shards, in any order.
 
         with ShardWriter(directory) as writer:
             writer.add_batch(list_of_id_arrays)
             entry = writer.write(directory / "train.npz")
 
-    Memory is flat but for 8 bytes a document (about 40 while writing in another order). The
-    temporary file lies in `directory`, takes 2 bytes a token and vanishes with the process.
+    Memory use is 8 bytes per document (about 40 while writing in another order). The temporary
+    file is in `directory`, takes 2 bytes per token and is deleted when the process ends.
     """
 
     def __init__(self, directory: str | Path):
@@ -162,15 +159,11 @@ class ShardWriter:
         return self._bounds[-1]
 
     def lengths(self, order: np.ndarray) -> np.ndarray:
-        """The tokens of each of the documents that `order` lists."""
+        """The number of tokens of each document in `order`."""
         return np.diff(np.frombuffer(self._bounds, dtype=np.uint64))[order].astype(np.int64)
 
-    def add(self, ids: Sequence[int] | np.ndarray) -> None:
-        """Adds one document; see `add_batch`."""
-        self.add_batch([ids])
-
     def add_batch(self, documents: Iterable[Sequence[int] | np.ndarray]) -> None:
-        """Adds documents, each a row of ids in 0..65535; ValueError for anything else."""
+        """Adds documents, each a sequence of ids in 0..65535; ValueError for other values."""
         documents = [np.asarray(ids) for ids in documents]
         if not documents:
             return
@@ -182,7 +175,7 @@ class ShardWriter:
         self.add_flat(ids, np.cumsum([len(ids) for ids in documents]))
 
     def add_flat(self, ids: np.ndarray, ends: np.ndarray) -> None:
-        """Adds the documents of one row of ids (N,) uint16, each of which ends at `ends` (n,)."""
+        """Adds the documents of concatenated ids (N,) uint16; document i ends at `ends[i]`."""
         bounds = ends.astype(np.uint64) + np.uint64(self.tokens)
         with named_errors(self.directory):
             self._file.seek(0, os.SEEK_END)  # `write` may have read elsewhere
@@ -190,10 +183,10 @@ class ShardWriter:
         self._bounds.frombytes(bounds.tobytes())
 
     def write(self, path: str | Path, order: np.ndarray | None = None) -> dict[str, Any]:
-        """Writes the documents, or those that `order` lists in its order, as the shard `path`.
+        """Writes all documents, or those in `order`, as the shard `path`, atomically.
 
-        The same documents give the same bytes. `path` appears complete and on disk, or not at all.
-        Returns the file's entry for the manifest: sha256, bytes, documents, tokens.
+        The same documents give the same bytes. Returns the file's entry for the manifest: sha256,
+        bytes, documents, tokens.
         """
         path = Path(path)
         bounds = np.frombuffer(self._bounds, dtype=np.uint64)
@@ -218,9 +211,9 @@ class ShardWriter:
         self._file.raw.seek(start)
         data = self._file.raw.read(n_bytes)
         while len(data) < n_bytes:  # one call returns at most 2 GiB
-            more = self._file.raw.read(n_bytes - len(data))
-            assert more, "the temporary file is shorter than what was added"
-            data += more
+            rest = self._file.raw.read(n_bytes - len(data))
+            assert rest, "the temporary file is too short"
+            data += rest
         return data
 
     def _all_tokens(self) -> Iterator[bytes]:
@@ -229,34 +222,34 @@ class ShardWriter:
             yield self._read(start, min(CHUNK, total - start))
 
     def _ordered_tokens(self, bounds: np.ndarray, order: np.ndarray) -> Iterator[bytes]:
-        step = 256
-        for i in range(0, len(order), step):
-            documents = order[i : i + step]
+        for i in range(0, len(order), 4096):
+            documents = order[i : i + 4096]
             starts, ends = bounds[:-1][documents].tolist(), bounds[1:][documents].tolist()
-            bounds_of = zip(starts, ends, strict=True)
-            yield b"".join(self._read(2 * start, 2 * (end - start)) for start, end in bounds_of)
+            for start, end in zip(starts, ends, strict=True):
+                yield self._read(2 * start, 2 * (end - start))
 
 
 def write_npz(path: Path, n_tokens: int, chunks: Iterable[bytes], offsets: np.ndarray) -> None:
-    """Streams a shard into `path`, atomically, with fixed dates in the zip."""
+    """Streams a shard into `path`, atomically and with a fixed date in the zip."""
     starts = range(0, len(offsets), CHUNK)
+    offset_chunks = (offsets[start : start + CHUNK].tobytes() for start in starts)
     members = (
         ("tokens", "<u2", n_tokens, chunks),
-        ("offsets", "<u8", len(offsets), (offsets[s : s + CHUNK].tobytes() for s in starts)),
+        ("offsets", "<u8", len(offsets), offset_chunks),
     )
     with atomic_file(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        for name, dtype, length, pieces in members:
+        for name, dtype, length, blocks in members:
             info = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
             info.create_system, info.external_attr = 3, 0o644 << 16
-            # Padding, so that the mapped array is aligned: the fixed part of the local header is
-            # 30 bytes, its zip64 field 20, the head of the padding 4.
+            # Padding aligns the mapped array: the fixed part of the local header has 30 bytes, its
+            # zip64 field 20, the head of the padding 4.
             padding = -(file.tell() + 30 + len(info.filename) + 20 + 4) % 64
             info.extra = struct.pack("<HH", 0xD935, padding) + bytes(padding)
             with archive.open(info, "w", force_zip64=True) as member:
                 header = {"descr": dtype, "fortran_order": False, "shape": (length,)}
                 np.lib.format.write_array_header_1_0(member, header)
-                for piece in pieces:
-                    member.write(piece)
+                for block in blocks:
+                    member.write(block)
 
 
 def open_split(
@@ -267,9 +260,9 @@ def open_split(
 ) -> list[NpzDataset]:
     """Opens the shards of a split: `train.npz`, or all of `train-00000-of-00016.npz` and so on.
 
-    With a manifest: the tokenizer, every file's size and, for a split up to 1 GiB, its sha256 must
-    agree; a larger one opens in no time, whatever its size. Without a manifest every id is read and
-    checked against `vocab_size`. Raises UserError, one line that names the file and what to do.
+    With a manifest, the tokenizer, the size of every file and, for a split of up to 1 GiB, its
+    sha256 must match. Without one, every id is checked against `vocab_size`. Raises UserError, one
+    line with the file and what to do.
     """
     data_dir = Path(data_dir)
     prepare = f"run python prepare_dataset.py --input_file_path=... --output_dir={data_dir}"
@@ -298,18 +291,18 @@ def open_split(
 
 
 def split_files(data_dir: Path, split: str, names: Iterable[str]) -> list[str]:
-    """The names that belong to a split, in order; UserError unless they are one whole set."""
+    """The file names of a split, in order; UserError unless they are one complete set."""
     pattern = re.compile(rf"{re.escape(split)}(?:-(\d+)-of-(\d+))?\.npz")
-    found = sorted(match[0] for name in names if (match := pattern.fullmatch(name)))
-    if not found or found == [f"{split}.npz"]:
-        return found
-    total = pattern.fullmatch(found[0])[2]
-    whole = [f"{split}-{i:0{len(total)}d}-of-{total}.npz" for i in range(int(total))]
-    if extra := sorted(set(found) - set(whole)):
-        raise UserError(f"{data_dir} has both {found[0]} and {extra[-1]}: remove one of the sets")
-    if missing := sorted(set(whole) - set(found)):
+    shards = sorted(name for name in names if pattern.fullmatch(name))
+    if not shards or shards == [f"{split}.npz"]:
+        return shards
+    total = pattern.fullmatch(shards[0])[2]
+    complete = [f"{split}-{i:0{len(total)}d}-of-{total}.npz" for i in range(int(total))]
+    if extra := sorted(set(shards) - set(complete)):
+        raise UserError(f"{data_dir} has both {shards[0]} and {extra[-1]}: remove one of the sets")
+    if missing := sorted(set(complete) - set(shards)):
         raise UserError(
             f"{data_dir / missing[0]} is missing ({len(missing)} of {int(total)} are): copy it "
             "there, or let the preparation finish"
         )
-    return whole
+    return complete

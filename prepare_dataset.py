@@ -1,4 +1,4 @@
-"""Turns your own text or conversations into the shards that train.py reads.
+"""Prepares your own text or conversations: writes the shards that train.py reads.
 
     python prepare_dataset.py --input_file_path=data/train.txt --output_dir=data/mine
     python prepare_dataset.py --hf_dataset=Nikity/Kyoto-Corpus --output_dir=data/kyoto
@@ -8,19 +8,20 @@ Reads, by extension:
   .jsonl    one JSON object a line: {"text": "..."}, {"question": "...", "answer": "..."} or
             {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", ...}, ...]}
   .parquet  rows with these columns, others are not read; also a folder or "a/pattern*.parquet"
-or, of the same columns, a dataset of the Hugging Face Hub (or a folder like one) by its name.
-Everything is encoded as ordinary text, so a control token spelled in it is just characters. Only
+or a dataset of the Hugging Face Hub with these columns (or a folder in the same form).
+Everything is encoded as ordinary text, including a control token that is spelled in it. Only
 `trust_control_tokens` changes that, for a .txt in the chat layout, where every example is
-<|startoftext|><|user|>...<|assistant|>...<|endoftext|>, the part from <|user|> on once a turn.
+<|startoftext|><|user|>...<|assistant|>...<|endoftext|>, the part from <|user|> on for each turn.
 
-Writes train.npz, val.npz and manifest.json. The old ones stay until the new ones are complete, and
-the same settings give the same bytes. Memory stays flat; one example has to fit.
+Writes train.npz, val.npz and manifest.json. The old ones are replaced only when the new ones are
+complete, and the same settings give the same bytes. Memory use is constant, except that one example
+has to fit.
 """
 
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -29,18 +30,17 @@ import numpy as np
 from tqdm import tqdm
 
 from common.errors import UserError
-from common.files import locked
+from common.files import check_free_space, locked
 from common.manifest import make_manifest, publish
 from common.settings import config_from_constants, run_script, settings_of
 from dataset import ShardWriter
-from preparation.example_readers import ParquetFiles, TextFile, open_input
-from preparation.hub_dataset import HubDataset
+from preparation.example_readers import Input, open_input
 from tokenizer import load_tokenizer
 
 # input and output
 input_file_path = "data/train.txt"  # .txt, .jsonl or .parquet, see above
 output_dir = "data"  # where train.npz, val.npz and manifest.json go
-trust_control_tokens = False  # True: the .txt is in the chat layout and its control tokens count
+trust_control_tokens = False  # True: the .txt is in the chat layout, with real control tokens
 
 # a dataset of the Hugging Face Hub in place of input_file_path
 hf_dataset = ""  # such as "Nikity/Kyoto-Corpus", or a folder
@@ -53,24 +53,21 @@ val_split = 0.01  # fraction of the examples kept for validation
 val_file_path = ""  # validation examples, any file as above; val_split is then not used
 seed = 1337  # of the shuffle, which also draws the validation examples
 
-BATCH_CHARACTERS = 4 << 20  # encoded at a time
-BATCH_EXAMPLES = 8192
-
-Input = TextFile | ParquetFiles | HubDataset
+BATCH_CHARACTERS, BATCH_EXAMPLES = 4 << 20, 8192  # encoded at a time, at most
 
 
 def is_blank(kind: str, content: Any) -> bool:
-    """Whether an example has nothing to learn from: no text, or a turn that says nothing."""
+    """Whether an example has no text, or is a conversation with a blank turn."""
     if kind == "chat":
         return not all(turn["content"].strip() for turn in content)
     return kind == "empty" or not content.strip()
 
 
 def encode_input(source: Input, tokenizer: Any, writer: ShardWriter) -> dict[str, Any]:
-    """Adds every example of an input to `writer`, in order.
+    """Encodes every example of an input into `writer`, in order.
 
-    Returns the "sources" for the manifest, the "kind", what was "dropped" and the "text_bytes"
-    encoded. Raises UserError for a mistake in the input and when it has no example.
+    Returns {"sources", "kind", "dropped", "text_bytes"} for the manifest. Raises UserError for a
+    mistake in the input and when it has no example.
     """
     dropped, text_bytes, kind, batch, size = Counter(), 0, None, [], 0
 
@@ -90,14 +87,14 @@ def encode_input(source: Input, tokenizer: Any, writer: ShardWriter) -> dict[str
             batch.clear()
             return int(tokenizer.token_bytes[ids].sum())
 
-        for example_kind, content, where in source.examples(bar.update):
+        for example_kind, content, position in source.examples(bar.update):
             if is_blank(example_kind, content):
                 dropped["empty"] += 1
                 continue
             if kind not in (None, example_kind):
                 raise UserError(
-                    f"{where}: a {example_kind} example after {kind} examples: put the two kinds "
-                    "into files of their own"
+                    f"{position}: a {example_kind} example after {kind} examples: put the two "
+                    "kinds into files of their own"
                 )
             kind = example_kind
             batch.append(content)
@@ -117,7 +114,7 @@ def encode_input(source: Input, tokenizer: Any, writer: ShardWriter) -> dict[str
 
 
 def split(order: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """The parts of `order` for training and for validation; UserError if one would be empty."""
+    """Splits `order` into (training, validation); UserError if one of them would be empty."""
     n_val = round(len(order) * fraction)
     if not 0 < n_val < len(order):
         raise UserError(
@@ -129,16 +126,16 @@ def split(order: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
 
 @contextmanager
 def staging_directory(output: Path) -> Iterator[Path]:
-    """An empty directory in `output` for the time of one run; UserError if it cannot be made."""
+    """A temporary directory in `output`, locked for this run; UserError if it cannot be made."""
     staging = output / ".preparing"
-    new = [folder for folder in (output, *output.parents) if not os.path.exists(folder)]
+    new_folders = [folder for folder in (output, *output.parents) if not os.path.exists(folder)]
     with ExitStack() as stack:
-        stack.callback(remove_empty, new)
+        stack.callback(remove_empty, new_folders)
         try:
             output.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(output, "prepare_dataset.py"))
             stack.callback(shutil.rmtree, staging, ignore_errors=True)
-            shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
+            shutil.rmtree(staging, ignore_errors=True)  # left by a run that was killed
             staging.mkdir()
         except OSError as error:
             reason = error.strerror or error
@@ -147,20 +144,10 @@ def staging_directory(output: Path) -> Iterator[Path]:
 
 
 def remove_empty(folders: list[Path]) -> None:
-    """Removes those of the folders, the innermost first, that are there and hold nothing."""
+    """Removes those of the folders, innermost first, that are empty."""
     for folder in folders:
         with suppress(OSError):
             folder.rmdir()
-
-
-def note_little_room(output: Path, inputs: Iterable[Input]) -> None:
-    """Says so if the disk may fill up: 2 bytes a token of about 4 bytes, twice until the end."""
-    free, needed = shutil.disk_usage(output).free, sum(source.bytes for source in inputs)
-    if free < needed:
-        print(
-            f"note: {output} has {free / 1e6:,.0f} MB free, up to {needed / 1e6:,.0f} MB may be "
-            "needed"
-        )
 
 
 def check_settings(config: Any) -> None:
@@ -169,32 +156,34 @@ def check_settings(config: Any) -> None:
     if config.seed < 0:
         raise UserError(f"seed={config.seed} is negative: choose 0 or more")
     defaults = settings_of(globals())
-    changed = {name for name in defaults if getattr(config, name) != defaults[name]}
-    if config.hf_dataset and "input_file_path" in changed:
+    overrides = {name for name in defaults if getattr(config, name) != defaults[name]}
+    if config.hf_dataset and "input_file_path" in overrides:
         raise UserError(
             f"both hf_dataset={config.hf_dataset} and input_file_path={config.input_file_path} are "
             "given: choose one of them"
         )
     if config.hf_dataset and config.trust_control_tokens:
         raise UserError("trust_control_tokens is for .txt files only: turn it off for hf_dataset")
-    unused = changed & {"hf_config", "hf_split", "hf_revision"}
-    if unused and not config.hf_dataset:
-        raise UserError(f"{min(unused)} is given without hf_dataset: name the dataset as well")
+    hf_settings = overrides & {"hf_config", "hf_split", "hf_revision"}
+    if hf_settings and not config.hf_dataset:
+        raise UserError(f"{min(hf_settings)} is given without hf_dataset: name the dataset as well")
 
 
 def open_inputs(config: Any) -> list[Input]:
-    """The input and, if there is one, that of the validation examples."""
-    trusted, inputs = config.trust_control_tokens, []
+    """[the input] or [the input, the input of the validation examples]."""
+    trusted, val_inputs = config.trust_control_tokens, []
     if config.val_file_path:
-        inputs = [open_input(config.val_file_path, "val_file_path", trusted)]
+        val_inputs = [open_input(config.val_file_path, "val_file_path", trusted)]
     if config.hf_dataset:
+        from preparation.hub_dataset import HubDataset
+
         names = config.hf_dataset, config.hf_config, config.hf_split, config.hf_revision
-        return [HubDataset(*names), *inputs]
-    return [open_input(config.input_file_path, "input_file_path", trusted), *inputs]
+        return [HubDataset(*names), *val_inputs]
+    return [open_input(config.input_file_path, "input_file_path", trusted), *val_inputs]
 
 
 def prepare(config: Any, inputs: list[Input], tokenizer: Any, staging: Path) -> dict[str, Any]:
-    """Writes both shards into `staging` and returns the manifest."""
+    """Writes train.npz and val.npz into `staging`; returns the manifest."""
     files, results = {}, []
     with ShardWriter(staging) as writer:
         results.append(encode_input(inputs[0], tokenizer, writer))
@@ -231,10 +220,10 @@ def prepare(config: Any, inputs: list[Input], tokenizer: Any, staging: Path) -> 
 
 
 def print_summary(manifest: dict[str, Any], output: Path) -> None:
-    per_token = manifest["text_bytes"] / manifest["tokens"]
+    bytes_per_token = manifest["text_bytes"] / manifest["tokens"]
     print(
         f"{manifest['documents']:,} {manifest['kind']} examples, {manifest['tokens']:,} tokens, "
-        f"{per_token:.2f} bytes per token"
+        f"{bytes_per_token:.2f} bytes per token"
     )
     for reason, dropped in manifest["dropped"].items():
         print(f"dropped {dropped['documents']:,} ({reason})")
@@ -251,7 +240,10 @@ def main(argv: list[str] | None = None) -> int:
     output = Path(config.output_dir)
     with staging_directory(output) as staging:
         inputs = open_inputs(config)
-        note_little_room(output, inputs)
+        # The shards have about half the bytes of the text, and are twice on the disk for a while.
+        text_bytes = sum(source.bytes for source in inputs)
+        what, advice = "the dataset may need up to", "make room if the disk fills up"
+        check_free_space(output, text_bytes, what, advice, is_error=False)
         manifest = prepare(config, inputs, tokenizer, staging)
         publish(staging, output, manifest)
     print_summary(manifest, output)

@@ -1,16 +1,16 @@
-"""Turns FineWeb-Edu, or any Parquet files of web text, into the shards that train.py reads.
+"""Prepares FineWeb-Edu, or any Parquet files of web text: writes the shards that train.py reads.
 
     python prepare_dataset_fineweb.py                               # sample-10BT, from the hub
     python prepare_dataset_fineweb.py --source="my/folder/*.parquet" --output_dir=data/mine
     torchrun --nproc_per_node=4 prepare_dataset_fineweb.py          # or --rank=0 --world_size=4
 
-Stop it in any way and run the same command again: it goes on with the next input file, and the
-shards are the same bytes as those of a run that nothing disturbed. Every input file is a part of
-its own, so several processes, or machines that share `output_dir`, need not know of each other; the
-last one to finish writes manifest.json. Until then everything lies in `output_dir`/.preparing.
+After an interruption of any kind the same command resumes with the next input file, and the shards
+have the same bytes as those of an uninterrupted run. Each input file is prepared as a separate
+part, so several processes, or machines that share `output_dir`, need no communication; the last one
+to finish writes manifest.json. Until then everything is in `output_dir`/.preparing.
 
-A document's `id` alone decides whether it is for validation, and its place among the documents of
-its file. Every document is encoded as ordinary text and ends with <|endoftext|>.
+A hash of a document's `id` decides whether it is for validation, and the order of the documents of
+a file. Every document is encoded as ordinary text and ends with <|endoftext|>.
 """
 
 import os
@@ -36,19 +36,20 @@ from preparation.filters import Documents
 from preparation.input_files import (
     InputFile,
     LocalFile,
+    check_disk,
     files_identity,
     input_files,
     is_local,
     local_files,
-    note_little_room,
     refuse_if_changed,
 )
 from preparation.resumable_parts import (
     DOWNLOAD,
     STAGING,
     Part,
+    check_sizes,
     finish,
-    part_of,
+    part_folder,
     read_record,
     refuse_if_different,
 )
@@ -77,8 +78,7 @@ rank = -1  # of this process among `world_size`; -1: as torchrun says, or the on
 world_size = 0
 
 SCRIPT = "prepare_dataset_fineweb.py"
-COUNTED = ("documents", "tokens")
-SETTINGS = (
+SETTINGS = (  # which decide the bytes of the shards
     "language_filter",
     "language_score_threshold",
     "min_int_score",
@@ -88,62 +88,64 @@ SETTINGS = (
 )
 
 
-# The parts --------------------------------------------------------------------------------------
-
-
 class Progress:
-    """What this process has done: a bar on a terminal, and a line for each file."""
+    """The progress of this process: totals, and a bar on a terminal."""
 
     def __init__(self, files: list[InputFile], todo: list[InputFile]):
-        self.documents = self.text_bytes = self.kept = self.tokens = 0
-        self.started = time.perf_counter()
-        todo_bytes, total = (sum(file.bytes for file in some) for some in (todo, files))
+        self.documents = self.text_bytes = self.passed = self.tokens = 0
+        self.start = time.perf_counter()
+        total, todo_bytes = (sum(file.bytes for file in group) for group in (files, todo))
         self.bar = tqdm(
             total=max(1, total),
             initial=total - todo_bytes,
-            # Where there is no terminal, or another process of torchrun draws one.
+            # Off without a terminal, and where another process of torchrun draws one.
             disable=True if int(os.environ.get("LOCAL_RANK") or 0) else None,
             bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
         )
 
     def __str__(self) -> str:
-        seconds = max(1e-9, time.perf_counter() - self.started)
+        seconds = max(1e-9, time.perf_counter() - self.start)
         return (
             f"{self.documents / seconds:,.0f} documents/s, "
             f"{self.text_bytes / seconds / 1e6:,.1f} MB/s, {self.tokens / 1e6:,.1f}M tokens, "
-            f"{self.kept / max(1, self.documents):.1%} kept"
+            f"{self.passed / max(1, self.documents):.1%} kept"
         )
 
     def advance(self, batch: Documents, tokens: int, file_bytes: int) -> None:
         self.documents += batch.rows_read
         self.text_bytes += batch.bytes_read
-        self.kept += len(batch.texts)
+        self.passed += len(batch.texts)
         self.tokens += tokens
         self.bar.set_postfix_str(str(self), refresh=False)
         self.bar.update(batch.share_of_file * file_bytes)
 
 
-def locked_and_fetched(
-    output: Path, config: Any, files: list[InputFile], indices: list[int], held: ExitStack
+def open_parts(
+    output: Path, config: Any, files: list[InputFile], indices: list[int], stack: ExitStack
 ) -> Iterator[tuple[Path, Part]]:
-    """Yields (path, part) of each input file once its part is locked and the file is here."""
+    """Locks the part of each input file and downloads the file: yields (path, part).
+
+    `stack` closes the parts that are not stored.
+    """
     for index in indices:
-        file, folder, own = files[index], part_of(output, index), ExitStack()
-        held.push(own)
+        file, folder, resources = files[index], part_folder(output, index), ExitStack()
+        stack.push(resources)
         folder.mkdir(parents=True, exist_ok=True)
-        own.enter_context(locked(folder, SCRIPT))
-        # Another process was faster, or has even finished the dataset.
+        resources.enter_context(locked(folder, SCRIPT))
+        # Another process may have stored this part in between, or even finished the dataset.
         if read_record(folder / "part.json") or (output / "manifest.json").exists():
-            own.close()
+            resources.close()
             continue
         if isinstance(file, LocalFile):
             path, sha256 = file.path, file_sha256(file.path)
         else:
-            kept = config.download_dir and Path(config.download_dir, file.name)
-            path = hub_download.fetch(file, kept or folder / DOWNLOAD)
+            path = folder / DOWNLOAD
+            if config.download_dir:
+                path = Path(config.download_dir, file.name)
+            hub_download.download(file, path)
             sha256 = file.sha256 or file_sha256(path)
-        writer = own.enter_context(ShardWriter(folder))
-        yield path, Part(folder, file, sha256, own, writer)
+        writer = resources.enter_context(ShardWriter(folder))
+        yield path, Part(folder, file, sha256, resources, writer)
 
 
 def prepare_parts(
@@ -154,53 +156,53 @@ def prepare_parts(
     indices: Iterable[int],
     identity: dict[str, Any],
 ) -> None:
-    """Prepares those of the input files `indices` that are not prepared yet.
+    """Prepares the input files at `indices`, except those that are prepared already.
 
-    Four files are under way at most: one is fetched, one waits, one is encoded, one stored.
+    At most four files are in progress: one is downloaded, one waits, one is encoded, one stored.
     """
-    for index in indices:  # of a run that was killed between the two
-        if read_record(part_of(output, index) / "part.json"):
-            (part_of(output, index) / DOWNLOAD).unlink(missing_ok=True)
-    todo = [index for index in indices if read_record(part_of(output, index) / "part.json") is None]
+    todo = []
+    for index in indices:
+        folder = part_folder(output, index)
+        if read_record(folder / "part.json") is None:
+            todo.append(index)
+        else:  # left by a run that was killed between the two
+            (folder / DOWNLOAD).unlink(missing_ok=True)
     progress = Progress([files[i] for i in indices], [files[i] for i in todo])
-    held = ExitStack()
-    inputs = Prefetcher(locked_and_fetched(output, config, files, todo, held), depth=1)
-    stored: Future | None = None
+    stack = ExitStack()
+    parts = Prefetcher(open_parts(output, config, files, todo, stack), depth=1)
+    storing: Future | None = None
     try:
-        with held, ThreadPoolExecutor(1) as pool:
-            for path, part in inputs:
+        with stack, ThreadPoolExecutor(1) as pool:
+            for path, part in parts:
                 part.encode(path, config, tokenizer, progress.advance)
-                if stored:
-                    stored.result()
-                stored = pool.submit(part.store, config, identity)
-            if stored:
-                stored.result()
+                if storing:
+                    storing.result()
+                storing = pool.submit(part.store, config, identity)
+            if storing:
+                storing.result()
     finally:
-        inputs.close(wait=False)  # a download goes on where it was, in the next run
+        parts.close(wait=False)  # the next run resumes a download
         progress.bar.close()
     if todo:
         print(progress)
 
 
-# The whole --------------------------------------------------------------------------------------
-
-
 def identity_of(config: Any, tokenizer: Any, files: str) -> dict[str, Any]:
-    """What the shards depend on: equal identities give equal bytes."""
+    """Everything the shards depend on: equal identities give equal bytes."""
     identity = {name: getattr(config, name) for name in SETTINGS}
     if not is_local(config.source):
         identity |= {name: getattr(config, name) for name in ("source", "config_name", "revision")}
     return identity | {"tokenizer": tokenizer.sha256, "files": files}
 
 
-def finished(output: Path, config: Any, tokenizer: Any) -> dict[str, Any] | None:
-    """The manifest if `output` holds this very dataset, complete; UserError for another one."""
+def read_finished(output: Path, config: Any, tokenizer: Any) -> dict[str, Any] | None:
+    """The manifest if `output` holds this dataset, complete; UserError if it holds another one."""
     manifest = read_manifest(output)
     if manifest is None:
-        strangers = sorted(output.glob("*.npz"))
-        if strangers and not (output / STAGING).is_dir():
+        shards = sorted(output.glob("*.npz"))
+        if shards and not (output / STAGING).is_dir():
             raise UserError(
-                f"{strangers[0]} is there without a manifest.json: choose another --output_dir, or "
+                f"{shards[0]} is there without a manifest.json: choose another --output_dir, or "
                 "move it away"
             )
         return None
@@ -209,16 +211,13 @@ def finished(output: Path, config: Any, tokenizer: Any) -> dict[str, Any] | None
         raise UserError(f"{output} holds a dataset of another script: choose another --output_dir")
     files = []
     if is_local(config.source):
-        with suppress(UserError):  # they need not be there any more
+        with suppress(UserError):  # the input may be gone
             files = local_files(config.source)
     names = files_identity(files) if files else old["files"]
     refuse_if_different(output, "a finished", output, old, identity_of(config, tokenizer, names))
     if files:
         refuse_if_changed(manifest["sources"], files)
-    for name, entry in manifest["files"].items():
-        path = output / name
-        if not path.is_file() or path.stat().st_size != entry["bytes"]:
-            raise UserError(f"{path} is missing or damaged: delete {output}, prepare it again")
+    check_sizes(output, manifest)
     return manifest
 
 
@@ -226,12 +225,11 @@ def print_summary(manifest: dict[str, Any], output: Path) -> None:
     files = manifest["files"].items()
     train = [entry for name, entry in files if name.startswith("train")]
     val = manifest["files"]["val.npz"]
+    train_counts = (sum(entry[name] for entry in train) for name in ("documents", "tokens"))
     rows = [("read", manifest["documents_read"], None)]
     rows += [(f"- {why}", n["documents"], n["tokens"]) for why, n in manifest["dropped"].items()]
-    rows += [
-        (f"train, in {len(train)} shards", *(sum(e[n] for e in train) for n in COUNTED)),
-        ("val", *(val[n] for n in COUNTED)),
-    ]
+    rows += [(f"train, in {len(train)} shards", *train_counts)]
+    rows += [("val", val["documents"], val["tokens"])]
     print(f"\n{'':32}{'documents':>14}{'tokens':>18}")
     for name, documents, tokens in rows:
         print(f"{name:32}{documents:14,}{'' if tokens is None else f'{tokens:,}':>18}")
@@ -242,8 +240,8 @@ def print_summary(manifest: dict[str, Any], output: Path) -> None:
     )
 
 
-def place_of(config: Any) -> tuple[int, int]:
-    """(rank, world size) of this process."""
+def rank_and_world_size(config: Any) -> tuple[int, int]:
+    """(rank, world size) of this process, from the settings or torchrun's environment."""
     try:
         rank = config.rank if config.rank >= 0 else int(os.environ.get("RANK") or -1)
         world_size = config.world_size or int(os.environ.get("WORLD_SIZE") or 1)
@@ -281,14 +279,16 @@ def check_settings(config: Any) -> None:
 def main(argv: list[str] | None = None) -> int:
     config = config_from_constants(globals(), argv)
     check_settings(config)
-    rank, world_size = place_of(config)
-    known = hasattr(os, "sched_getaffinity")  # the cores that Slurm gave, where it can be asked
-    cores = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
+    rank, world_size = rank_and_world_size(config)
+    if hasattr(os, "sched_getaffinity"):  # on Linux: the cores that Slurm assigned
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
     cores //= int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-    # What gigatoken and tokenizers go by; they read it when they start.
+    # gigatoken and tokenizers read this when they start.
     os.environ["RAYON_NUM_THREADS"] = str(config.workers or max(1, cores))
     tokenizer, output = load_tokenizer(), Path(config.output_dir)
-    if manifest := finished(output, config, tokenizer):
+    if manifest := read_finished(output, config, tokenizer):
         shutil.rmtree(output / STAGING, ignore_errors=True)
         print(f"{output} is finished already, there is nothing to do")
         print_summary(manifest, output)
@@ -296,22 +296,23 @@ def main(argv: list[str] | None = None) -> int:
 
     files = input_files(config)
     identity = identity_of(config, tokenizer, files_identity(files))
-    records = [read_record(part_of(output, i) / "part.json") for i in range(len(files))]
+    part_files = [part_folder(output, i) / "part.json" for i in range(len(files))]
+    records = [read_record(path) for path in part_files]
     for record in filter(None, records):
         staging = output / STAGING
         refuse_if_different(output, "an unfinished", staging, record["identity"], identity)
     refuse_if_changed([record and record["source"] for record in records], files)
     todo = [file for file, record in zip(files, records, strict=True) if not record]
-    note_little_room(output, config, todo)
+    check_disk(output, config, todo)
     if any(records):
         n_done = len(files) - len(todo)
         print(f"going on: {n_done} of {len(files)} files are prepared already")
     output.mkdir(parents=True, exist_ok=True)
-    mine = range(rank, len(files), world_size)
+    own_indices = range(rank, len(files), world_size)
     try:
-        prepare_parts(output, config, tokenizer, files, mine, identity)
+        prepare_parts(output, config, tokenizer, files, own_indices, identity)
     except KeyboardInterrupt:
-        n_done = sum((part_of(output, i) / "part.json").exists() for i in range(len(files)))
+        n_done = sum(path.exists() for path in part_files)
         print(
             f"\n{n_done} of {len(files)} files are prepared: run the same command to go on",
             file=sys.stderr,
@@ -319,11 +320,11 @@ def main(argv: list[str] | None = None) -> int:
         raise
 
     with locked(output, SCRIPT, wait=True):
-        manifest = finished(output, config, tokenizer)  # by another process, just now
-        if manifest:
+        manifest = read_finished(output, config, tokenizer)
+        if manifest:  # by another process in between
             shutil.rmtree(output / STAGING, ignore_errors=True)
         else:
-            records = [read_record(part_of(output, i) / "part.json") for i in range(len(files))]
+            records = [read_record(path) for path in part_files]
             if n_missing := records.count(None):
                 print(
                     f"this process is done; the others have {n_missing} of {len(files)} files "

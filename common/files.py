@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,8 +12,6 @@ from typing import BinaryIO
 from filelock import FileLock, Timeout
 
 from common.errors import UserError
-
-NO_LOCKS = (errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 
 
 @contextmanager
@@ -67,9 +66,9 @@ def locked(
     """Lock on the output `path`, held for the block by one process at a time.
 
     If another process holds it, waits, or raises a UserError that calls that process
-    `process_name`. The lock is on the file `lock_file`, by default `.lock` in the directory `path`,
-    which is removed at the end; a killed process leaves the file behind, but not the lock. On a
-    file system without locks the block runs without one.
+    `process_name`. `lock_file`, by default `.lock` in the directory `path`, is removed at the end;
+    a killed process leaves it behind, but not the lock. Without locks in the file system the block
+    runs all the same.
     """
     lock_file = lock_file or path / ".lock"
     # thread_local=False: it may be released in another thread. fallback_to_soft=False: a lock by
@@ -82,7 +81,7 @@ def locked(
             f"another {process_name} is writing to {path}: wait for it or choose another place"
         ) from None
     except OSError as error:
-        if error.errno not in NO_LOCKS:
+        if error.filename:  # it cannot be opened; without a name: this file system has no locks
             raise
     try:
         yield
@@ -95,3 +94,20 @@ def locked(
 def file_sha256(path: str | Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_free_space(
+    directory: Path, needed: float, what: str, advice: str, is_error: bool = True
+) -> None:
+    """UserError, or a printed note, if the disk of `directory` has fewer than `needed` bytes free.
+
+    `directory` need not exist. The line is "DIRECTORY has X GB free, WHAT Y GB: ADVICE".
+    """
+    folder = next(path for path in (directory, *directory.parents) if path.exists())
+    free = shutil.disk_usage(folder).free
+    if free >= needed:
+        return
+    line = f"{directory} has {free / 1e9:,.2f} GB free, {what} {needed / 1e9:,.2f} GB: {advice}"
+    if is_error:
+        raise UserError(line)
+    print(f"note: {line}")

@@ -1,4 +1,4 @@
-"""manifest.json: which tokenizer made a dataset, from what, and each file's size and sha256."""
+"""manifest.json: the tokenizer and sources of a dataset, and each file's size and sha256."""
 
 import json
 import os
@@ -13,6 +13,11 @@ from common.signals import interrupts_deferred
 FORMAT_VERSION = 1
 HASHED_SPLIT_BYTES = 1 << 30  # a split up to this size has its sha256 checked when it is opened
 
+# The fields that readers use, with their types.
+FIELDS = {"complete": bool, "kind": str, "tokenizer": dict, "files": dict}
+TOKENIZER_FIELDS = {"sha256": str, "vocab_size": int}
+FILE_FIELDS = {"sha256": str, "bytes": int, "documents": int, "tokens": int}
+
 
 def make_manifest(
     kind: str,
@@ -25,10 +30,9 @@ def make_manifest(
     """The content of manifest.json.
 
     `kind` is "text" or "chat"; `sources` are {"name", "bytes", "sha256"}; `dropped` counts the
-    {"documents", "tokens"} left out, by reason; `files` maps names to what `ShardWriter.write`
-    returned.
+    {"documents", "tokens"} left out, by reason; `files` maps file names to the entries that
+    `ShardWriter.write` returns.
     """
-    assert kind in ("text", "chat")
     return {
         "format_version": FORMAT_VERSION,
         "complete": True,
@@ -50,34 +54,43 @@ def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
 
 
 def read_manifest(data_dir: str | Path) -> dict[str, Any] | None:
-    """The manifest of a dataset, None if it has none; UserError if it cannot be trusted."""
+    """The manifest of a dataset, None if it has none; UserError if it is damaged or incomplete."""
     path = Path(data_dir, "manifest.json")
     try:
         manifest = json.loads(path.read_bytes())
-        version, complete = manifest["format_version"], manifest["complete"]
-        kind, tokenizer = manifest["kind"], manifest["tokenizer"]
-        kind + tokenizer["sha256"], tokenizer["vocab_size"] + 0
-        for entry in manifest["files"].values():
-            entry["sha256"], entry["bytes"] + entry["documents"] + entry["tokens"]
     except FileNotFoundError:
         return None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except (ValueError, LookupError, TypeError, AttributeError):
-        raise UserError(f"{path} is damaged: prepare the dataset again") from None
+    except ValueError:
+        manifest = None
+    if not (
+        has_fields(manifest, FIELDS)
+        and has_fields(manifest["tokenizer"], TOKENIZER_FIELDS)
+        and all(has_fields(entry, FILE_FIELDS) for entry in manifest["files"].values())
+    ):
+        raise UserError(f"{path} is damaged: prepare the dataset again")
+    version = manifest.get("format_version")
     if version != FORMAT_VERSION:
-        found = reprlib.repr(version)
-        raise UserError(f"{path} has format {found}, not {FORMAT_VERSION}: prepare it again")
-    if not complete:
+        version = reprlib.repr(version)
+        raise UserError(f"{path} has format {version}, not {FORMAT_VERSION}: prepare it again")
+    if not manifest["complete"]:
         raise UserError(f"{path}: replacing the files was cut off: prepare the dataset again")
     return manifest
+
+
+def has_fields(value: Any, fields: dict[str, type]) -> bool:
+    """Whether `value` is a dictionary with all `fields`, each of its type."""
+    return isinstance(value, dict) and all(
+        isinstance(value.get(name), kind) for name, kind in fields.items()
+    )
 
 
 def publish(staging: Path, data_dir: Path, manifest: dict[str, Any]) -> None:
     """Moves finished shards from `staging` into `data_dir` (the same disk) with their manifest.
 
-    Until the last file is in place the manifest says so, and read_manifest refuses the dataset: a
-    mixture of old and new files cannot be taken for either. All that a full disk or Ctrl-C could
+    Until the last file is in place the manifest is marked incomplete, and read_manifest refuses the
+    dataset, so a mixture of old and new files cannot be read. All that a full disk or Ctrl-C could
     stop is done before the first file is replaced.
     """
     write_manifest(staging / "incomplete.json", manifest | {"complete": False})
@@ -96,27 +109,27 @@ def check_manifest(
     tokenizer_sha256: str | None,
     vocab_size: int | None,
 ) -> None:
-    """UserError unless the manifest is of our tokenizer and describes the files as they are.
+    """UserError unless the manifest matches the tokenizer and the files at `paths`.
 
-    Compares the contents, by sha256, of up to HASHED_SPLIT_BYTES and only the sizes of more.
+    Compares the sha256 of a split of up to HASHED_SPLIT_BYTES, and only the sizes of a larger one.
     """
-    tokenizer, again = manifest["tokenizer"], "prepare the dataset again"
+    tokenizer, remedy = manifest["tokenizer"], "prepare the dataset again"
     name = data_dir / "manifest.json"
     if tokenizer_sha256 is not None and tokenizer["sha256"] != tokenizer_sha256:
         hashes = f"{tokenizer['sha256'][:12]}, not {tokenizer_sha256[:12]}"
-        raise UserError(f"{name}: made with another tokenizer ({hashes}): {again} with this one")
+        raise UserError(f"{name}: made with another tokenizer ({hashes}): {remedy} with this one")
     if vocab_size is not None and tokenizer["vocab_size"] > vocab_size:
         sizes = f"{tokenizer['vocab_size']} ids, the model takes {vocab_size}"
-        raise UserError(f"{name}: made with a larger tokenizer ({sizes}): {again}")
+        raise UserError(f"{name}: made with a larger tokenizer ({sizes}): {remedy}")
     entries = [manifest["files"][path.name] for path in paths]
-    hashed = sum(entry["bytes"] for entry in entries) <= HASHED_SPLIT_BYTES
+    compare_hashes = sum(entry["bytes"] for entry in entries) <= HASHED_SPLIT_BYTES
     for path, entry in zip(paths, entries, strict=True):
         if not path.is_file():
-            raise UserError(f"{path} is missing: copy it there, or {again}")
-        size, wrong = path.stat().st_size, None
+            raise UserError(f"{path} is missing: copy it there, or {remedy}")
+        size, difference = path.stat().st_size, None
         if size != entry["bytes"]:
-            wrong = f"has {size:,} bytes, its manifest says {entry['bytes']:,}"
-        elif hashed and file_sha256(path) != entry["sha256"]:
-            wrong = "does not have the sha256 of its manifest"
-        if wrong:
-            raise UserError(f"{path} {wrong}: copy it again, or {again}")
+            difference = f"has {size:,} bytes, its manifest says {entry['bytes']:,}"
+        elif compare_hashes and file_sha256(path) != entry["sha256"]:
+            difference = "does not have the sha256 of its manifest"
+        if difference:
+            raise UserError(f"{path} {difference}: copy it again, or {remedy}")

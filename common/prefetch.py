@@ -1,4 +1,4 @@
-"""An iterator that works ahead in a thread."""
+"""An iterator that is run ahead of its consumer in a thread."""
 
 import queue
 import threading
@@ -42,7 +42,7 @@ class Prefetcher:
             yield item
 
     def close(self, wait: bool = True) -> None:
-        """Ends the thread, call it however the loop ended; `wait` for the item it is making."""
+        """Stops the thread, however the loop ended; `wait` waits for the item in progress."""
         self.stopped.set()
         if wait:
             self.thread.join()

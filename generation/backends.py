@@ -23,11 +23,7 @@ from model import GPT
 from ops.kv_cache import KVCache, common_prefix
 
 BACKENDS = ("torch", "huggingface", "onnx")
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Backend(Protocol):
@@ -116,15 +112,17 @@ def open_backend(
         if dtype is not None:
             raise UserError("an ONNX file has its own dtype: export it with --dtype instead")
         return OnnxBackend(model, None if device is None else str(device))
-    device, path = resolve_device(device), resolve_model(model)
+    path, device = resolve_model(model), resolve_device(device)
+    name = str(dtype or "").removeprefix("torch.")
+    if kind == "torch" and name == "int8":
+        return TorchBackend(load_model(path, device), weights="int8")
+    if name and name not in DTYPES:
+        names = ", ".join(DTYPES)
+        raise UserError(f"dtype={name!r}: choose one of {names}, or int8 with the torch backend")
+    dtype = getattr(torch, name) if name else None
     if kind == "huggingface" and has_transformers_class(path):
-        return open_transformers(path, device, resolve_dtype(dtype))
-    weights = "int8" if str(dtype).removeprefix("torch.") == "int8" else None
-    gpt = load_model(path, device, None if weights else resolve_dtype(dtype))
-    try:
-        return TorchBackend(gpt, weights)
-    except ValueError as error:  # no int8 here: a GPU, or no C++ compiler
-        raise UserError(str(error)) from None
+        return open_transformers(path, device, dtype)
+    return TorchBackend(load_model(path, device, dtype))
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
@@ -137,15 +135,6 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         reason = str(error).splitlines()[0]
         raise UserError(f"device={name!r} cannot be used ({reason}): try 'cpu'") from None
     return device
-
-
-def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """The dtype named `dtype`; None keeps the model's."""
-    name = str(dtype or "").removeprefix("torch.")
-    if name and name not in DTYPES:
-        names = ", ".join(DTYPES)
-        raise UserError(f"dtype={name!r}: choose one of {names}, or int8 with the torch backend")
-    return DTYPES.get(name)
 
 
 def has_transformers_class(path: Path) -> bool:

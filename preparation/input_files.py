@@ -1,23 +1,21 @@
-"""The input files of a preparation: local Parquet files, or those of a dataset on the hub."""
+"""The input files of a preparation: local Parquet files, or those of a dataset on the Hub."""
 
 import glob
 import hashlib
 import json
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.files import file_sha256
+from common.files import check_free_space, file_sha256
 from preparation import hub_download
-from preparation.parquet import STRING, ParquetFile
 
 
 @dataclass(frozen=True)
 class LocalFile:
-    """A local input file; `name` is its path below the folder that all of them share."""
+    """A local input file; `name` is its path relative to the common parent of the input files."""
 
     path: Path
     name: str
@@ -28,46 +26,47 @@ InputFile = LocalFile | hub_download.HubFile
 
 
 def is_local(source: str) -> bool:
-    """Whether `source` is a path: a hub dataset is called owner/name and is no folder here."""
-    named = source.count("/") == 1 and not any(mark in source for mark in "*?[\\~:")
-    return not named or source.endswith(".parquet") or os.path.exists(source) or source[0] in "./"
+    """Whether `source` is a path: a Hub dataset is called owner/name and is no folder here."""
+    is_repo_id = source.count("/") == 1 and not any(mark in source for mark in "*?[\\~:")
+    is_path = source.endswith(".parquet") or os.path.exists(source) or source[0] in "./"
+    return not is_repo_id or is_path
 
 
 def local_files(pattern: str, setting: str = "source") -> list[LocalFile]:
-    """The files that a path, a folder or a pattern stands for, sorted; UserError if none.
+    """The files that match a path, a folder or a pattern, sorted; UserError if there are none.
 
-    `setting` is the name of the setting that has the pattern.
+    `setting` is the name of the setting with the pattern, for the error message.
     """
     path = Path(pattern).expanduser()
     if path.is_dir():
-        found = path.glob("*.parquet")
+        matches = path.glob("*.parquet")
     elif path.exists():  # though its name may look like a pattern
-        found = [path]
+        matches = [path]
     else:
-        found = map(Path, glob.glob(str(path), recursive=True))
-    paths = sorted({path for path in found if path.is_file()})
+        matches = map(Path, glob.glob(str(path), recursive=True))
+    paths = sorted({path for path in matches if path.is_file()})
     if not paths:
         raise UserError(f"no files match --{setting}={pattern}: give a folder or a pattern")
-    base = Path(os.path.commonpath([path.parent for path in paths]))
-    return [LocalFile(p, p.relative_to(base).as_posix(), p.stat().st_size) for p in paths]
+    parent = Path(os.path.commonpath([path.parent for path in paths]))
+    return [LocalFile(p, p.relative_to(parent).as_posix(), p.stat().st_size) for p in paths]
 
 
 def input_files(config: Any) -> list[InputFile]:
-    """What `source`, `config_name` and `revision` of a config stand for; UserError if nothing."""
+    """The files that `source`, `config_name` and `revision` select; UserError if there are none."""
     if is_local(config.source):
         return local_files(config.source)
     return hub_download.dataset_files(config.source, config.config_name, config.revision)
 
 
 def files_identity(files: list[InputFile]) -> str:
-    """The names and, where the hub says it, sha256s of the input files in a few words."""
-    facts = json.dumps([[file.name, getattr(file, "sha256", None)] for file in files])
+    """A summary of the files' names and, where the Hub publishes them, sha256s."""
+    contents = json.dumps([[file.name, getattr(file, "sha256", None)] for file in files])
     first, last = files[0].name, files[-1].name
-    return f"{len(files)}, {first} to {last}, {hashlib.sha256(facts.encode()).hexdigest()[:12]}"
+    return f"{len(files)}, {first} to {last}, {hashlib.sha256(contents.encode()).hexdigest()[:12]}"
 
 
 def refuse_if_changed(sources: list[dict[str, Any] | None], files: list[InputFile]) -> None:
-    """UserError if an input file is not what it was when it was prepared (None: not yet)."""
+    """UserError if an input file differs from the one that was prepared (None: not prepared)."""
     for source, file in zip(sources, files, strict=True):
         if source and (source["bytes"] != file.bytes or is_rewritten(source, file)):
             raise UserError(
@@ -77,49 +76,27 @@ def refuse_if_changed(sources: list[dict[str, Any] | None], files: list[InputFil
 
 
 def is_rewritten(source: dict[str, Any], file: InputFile) -> bool:
-    if "modified" not in source or source["modified"] == modified(file):
+    if "modified" not in source or source["modified"] == modification_time(file):
         return False
     return file_sha256(file.path) != source["sha256"]
 
 
-def modified(file: InputFile) -> int | None:
-    """When a local file was last written, in nanoseconds."""
+def modification_time(file: InputFile) -> int | None:
+    """A local file's time of modification in nanoseconds."""
     return file.path.stat().st_mtime_ns if isinstance(file, LocalFile) else None
 
 
-def note_little_room(output: Path, config: Any, files: list[InputFile]) -> None:
-    """Says so if the disk may fill up with what `files` give, stops if no download fits.
+def check_disk(output: Path, config: Any, files: list[InputFile]) -> None:
+    """Prints a note if the disk may fill up; UserError if not even one download fits.
 
-    A token takes 2 bytes and stands for 3 to 4 bytes of text. In sample-10BT the text is compressed
-    to 0.6 of its size; a local file says itself how much there is.
+    An estimate: a token takes 2 bytes and stands for about 3 bytes of text, which Parquet
+    compresses to 0.6 (sample-10BT), and the parts of two files are stored twice for a while.
     """
-    if not files:
-        return
-    there = next(folder for folder in (output, *output.parents) if folder.exists())
-    free = shutil.disk_usage(there).free
-    downloads = 0
-    if is_local(config.source):
-        texts = [text_bytes(file.path) for file in files]
-    else:
-        texts = [file.bytes / 0.6 for file in files]
-        sizes = [file.bytes for file in files]
-        if not config.download_dir:
-            downloads = min(4 * max(sizes), sum(sizes))
-        if downloads and free < sizes[0]:
-            raise UserError(
-                f"{there} has {free / 1e9:,.2f} GB free, {files[0].name} alone takes "
-                f"{sizes[0] / 1e9:,.2f} GB: free some space or set --output_dir"
-            )
-    needed = 0.7 * (sum(texts) + 2 * max(texts)) + downloads
-    if free < needed:
-        print(
-            f"note: {there} has {free / 1e9:,.2f} GB free, up to {needed / 1e9:,.2f} GB may be "
-            "needed; if it fills up, make room and run the same command again"
-        )
-
-
-def text_bytes(path: Path) -> int:
-    try:
-        return ParquetFile(path, {"text": STRING}).uncompressed_bytes()
-    except UserError:  # it will be said when it is this file's turn
-        return 0
+    sizes = [file.bytes for file in files] or [0]
+    needed = 0.7 / 0.6 * (sum(sizes) + 2 * max(sizes))
+    if not is_local(config.source) and not config.download_dir:
+        advice = "free some space or set --output_dir"
+        check_free_space(output, max(sizes), "the largest download alone takes", advice)
+        needed += min(4 * max(sizes), sum(sizes))
+    advice = "if the disk fills up, make room and run the same command again"
+    check_free_space(output, needed, "the dataset may need up to", advice, is_error=False)

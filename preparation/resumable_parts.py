@@ -1,16 +1,14 @@
-"""A dataset that is prepared in parts, one for each input file, by any number of processes.
+"""Resumable parts of a dataset, one per input file, prepared by any number of processes.
 
-Part i lies in `output`/.preparing/part-0000i: its shards, and part.json as soon as they are
-complete; `Part` makes one. Once all parts are there, `finish` names the shards, moves them and
-writes manifest.json. Whatever is there is complete and on disk, so that a run may end anywhere and
-another one go on.
+Part i is the folder `output`/.preparing/part-0000i: its shards, and part.json as soon as they are
+complete. Once all parts are complete, `finish` moves the shards into `output` and writes
+manifest.json. Every file present is complete, so an interrupted run can be resumed from any point.
 """
 
 import json
 import os
 import shutil
 from array import array
-from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -26,7 +24,7 @@ from common.manifest import make_manifest, write_manifest
 from common.prefetch import Prefetcher
 from dataset import NpzDataset, ShardWriter
 from preparation.filters import EMPTY, Counts, read_documents
-from preparation.input_files import InputFile, modified
+from preparation.input_files import InputFile, modification_time
 
 STAGING = ".preparing"
 DOWNLOAD = "input.parquet"  # in a part's folder
@@ -37,12 +35,12 @@ DUPLICATES_AT_A_TIME = 4 << 20  # documents compared at a time
 
 @dataclass
 class Part:
-    """The part of one input file while it is made: first encoded, then stored."""
+    """The part of one input file in progress: first `encode`, then `store`."""
 
     folder: Path
     file: InputFile
     sha256: str
-    held: ExitStack  # the lock and the writer
+    resources: ExitStack  # the lock and the writer
     writer: ShardWriter
     counts: Counts = field(default_factory=Counts)
     keys: array = field(default_factory=lambda: array("Q"))
@@ -52,7 +50,7 @@ class Part:
     def encode(self, path: Path, config: Any, tokenizer: Any, on_batch: Callable) -> None:
         """Encodes the documents of the file at `path` that pass the filters into the writer.
 
-        Calls `on_batch(batch, tokens, bytes of the file)` after each batch.
+        Calls `on_batch(batch, number of tokens, bytes of the file)` after each batch.
         """
         batches = Prefetcher(read_documents(path, config, self.counts))
         try:
@@ -67,16 +65,17 @@ class Part:
             batches.close()
 
     def store(self, config: Any, identity: dict[str, Any]) -> dict[str, Any]:
-        """Writes the shards in the order of the keys, then part.json; returns what that says."""
+        """Writes the shards in the order of the keys, then part.json; returns its content."""
         keys = np.frombuffer(self.keys, dtype=np.uint64)
         order = np.argsort(keys, kind="stable")
         n_val = int(np.searchsorted(keys[order], np.uint64(config.val_split * 2.0**64)))
         val, train = np.split(order, [n_val])
-        with self.held:
+        with self.resources:
             writer = self.writer
+            shard_orders = split_by_tokens(train, writer.lengths(train), config.shard_size)
             shards = [
                 writer.write(self.folder / f"train-{i:05d}.npz", documents)
-                for i, documents in enumerate(cut(train, writer.lengths(train), config.shard_size))
+                for i, documents in enumerate(shard_orders)
             ]
             val_entry = writer.write(self.folder / "val.npz", val)
             if config.remove_duplicates:
@@ -89,7 +88,7 @@ class Part:
                     "name": self.file.name,
                     "bytes": self.file.bytes,
                     "sha256": self.sha256,
-                    "modified": modified(self.file),
+                    "modified": modification_time(self.file),
                 },
                 "documents": self.counts.documents,
                 "text_bytes": self.text_bytes,
@@ -99,31 +98,31 @@ class Part:
             }
             write_record(self.folder / "part.json", record)
         (self.folder / DOWNLOAD).unlink(missing_ok=True)
-        kept = sum(entry["documents"] for entry in [*shards, val_entry])
+        documents = sum(entry["documents"] for entry in [*shards, val_entry])
         tokens = sum(entry["tokens"] for entry in [*shards, val_entry])
         empty = self.counts.dropped[EMPTY]["documents"]
         note = f"; {empty:,} without text, from row group {self.counts.first_empty} on"
         tqdm.write(
-            f"{self.file.name}: {kept:,} of {self.counts.documents:,} documents kept, "
+            f"{self.file.name}: {documents:,} of {self.counts.documents:,} documents kept, "
             f"{tokens:,} tokens{note if empty else ''}"
         )
         return record
 
 
-def cut(order: np.ndarray, lengths: np.ndarray, shard_size: int) -> list[np.ndarray]:
-    """Splits documents into runs of about `shard_size` tokens, none of them empty."""
+def split_by_tokens(order: np.ndarray, lengths: np.ndarray, shard_size: int) -> list[np.ndarray]:
+    """Splits documents into consecutive groups of about `shard_size` tokens, none empty."""
     if not len(order):
         return []
     shard = (np.cumsum(lengths) - 1) // shard_size
     return np.split(order, np.flatnonzero(np.diff(shard)) + 1)
 
 
-def part_of(output: Path, index: int) -> Path:
+def part_folder(output: Path, index: int) -> Path:
     return output / STAGING / f"part-{index:05d}"
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """What a JSON file of the staging folder records, None if it is not there yet."""
+    """The content of a JSON file of the staging folder, None if it does not exist yet."""
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -140,76 +139,80 @@ def write_record(path: Path, record: dict[str, Any]) -> None:
 def refuse_if_different(
     output: Path, state: str, remove: Path, old: dict[str, Any], new: dict[str, Any]
 ) -> None:
-    """UserError with every setting that differs, if one does."""
+    """UserError if settings differ, with all of them."""
     names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     if names:
-        found = ", ".join(f"{name} was {old.get(name)!r}, is {new.get(name)!r}" for name in names)
+        changes = ", ".join(f"{name} was {old.get(name)!r}, is {new.get(name)!r}" for name in names)
         raise UserError(
-            f"{output} holds {state} dataset with other settings ({found}): set them back, choose "
-            f"another --output_dir, or delete {remove}"
+            f"{output} holds {state} dataset with other settings ({changes}): set them back, "
+            f"choose another --output_dir, or delete {remove}"
         )
 
 
-def duplicates(hashes: list[np.ndarray]) -> list[np.ndarray]:
-    """Which documents (n,) bool of each part repeat the text of an earlier one.
+def find_duplicates(hashes: list[np.ndarray]) -> list[np.ndarray]:
+    """Marks the documents (n,) bool of each part that repeat the text of an earlier document.
 
-    `hashes` are (n, 2) uint64 of every part. Works on a slice of the values at a time, so that
-    memory stays flat.
+    `hashes` (n, 2) uint64 are those of each part. They are compared in slices by value, so that
+    memory use is constant.
     """
-    repeated = [np.zeros(len(part), dtype=bool) for part in hashes]
+    duplicates = [np.zeros(len(part), dtype=bool) for part in hashes]
     starts = np.cumsum([0, *map(len, hashes)])
     n_slices = 1 + int(starts[-1]) // DUPLICATES_AT_A_TIME
     for number in range(n_slices):
-        chosen = [np.flatnonzero(part[:, 0] % n_slices == number) for part in hashes]
-        values = np.concatenate([part[i] for part, i in zip(hashes, chosen, strict=True)])
-        places = np.concatenate([start + i for start, i in zip(starts, chosen, strict=False)])
+        indices = [np.flatnonzero(part[:, 0] % n_slices == number) for part in hashes]
+        values = np.concatenate([part[i] for part, i in zip(hashes, indices, strict=True)])
+        positions = np.concatenate([start + i for start, i in zip(starts, indices, strict=False)])
         order = np.lexsort((values[:, 1], values[:, 0]))  # stable: the first one stays first
-        values, places = values[order], places[order]
-        again = places[1:][(values[1:] == values[:-1]).all(axis=1)]
-        part = np.searchsorted(starts, again, side="right") - 1
+        values, positions = values[order], positions[order]
+        repeats = positions[1:][(values[1:] == values[:-1]).all(axis=1)]
+        part = np.searchsorted(starts, repeats, side="right") - 1
         for i in np.unique(part):
-            repeated[i][again[part == i] - starts[i]] = True
-    return repeated
+            duplicates[i][repeats[part == i] - starts[i]] = True
+    return duplicates
 
 
-def without(path: Path, dropped: np.ndarray, target: Path) -> dict[str, Any]:
-    """Writes the documents of a shard that are not `dropped` (n,) bool as another shard."""
+def drop_documents(path: Path, drop: np.ndarray, target: Path) -> dict[str, Any]:
+    """Writes the shard `path` without the documents marked in `drop` (n,) bool to `target`."""
     with ShardWriter(target.parent) as writer:
-        copy(NpzDataset(path), np.flatnonzero(~dropped), writer)
+        append_documents(NpzDataset(path), np.flatnonzero(~drop), writer)
         return writer.write(target)
 
 
-def copy(data: NpzDataset, documents: np.ndarray, writer: ShardWriter) -> None:
-    """Adds the `documents` of a shard to `writer`, some at a time."""
+def append_documents(data: NpzDataset, documents: np.ndarray, writer: ShardWriter) -> None:
+    """Adds the `documents` (indices) of a shard to `writer`, some at a time."""
     for start in range(0, len(documents), 256):
         writer.add_batch([data[i] for i in documents[start : start + 256]])
 
 
-def sizes(data: NpzDataset, documents: np.ndarray, token_bytes: np.ndarray) -> tuple[int, int]:
-    """(tokens, bytes of text) of the `documents` of a shard."""
+def count_tokens(
+    data: NpzDataset, documents: np.ndarray, token_bytes: np.ndarray
+) -> tuple[int, int]:
+    """(tokens, bytes of text) of the `documents` (indices) of a shard."""
     tokens = sum(len(data[i]) for i in documents)
     return tokens, sum(int(token_bytes[data[i]].sum()) for i in documents)
 
 
-def arrange(
+def plan_shards(
     output: Path, config: Any, tokenizer: Any, records: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Decides where every shard goes, once all parts are there: {"moves", "manifest"}.
+    """Assigns the final names once all parts are complete: {"moves", "manifest"}.
 
-    Merges the validation documents, and removes duplicates. Nothing that it reads is changed.
+    Merges the validation documents and removes duplicates, into new files: the parts' own files
+    stay as they are, so this can be repeated.
     """
     staging = output / STAGING
-    dropped: Counter[tuple[str, str]] = Counter()
+    counts = Counts()
     for record in records:
-        for reason, counts in record["dropped"].items():
-            dropped.update({(reason, what): count for what, count in counts.items()})
+        counts.documents += record["documents"]
+        for reason, entry in record["dropped"].items():
+            counts.drop(reason, entry["documents"], entry["tokens"])
     text_bytes = sum(record["text_bytes"] for record in records)
-    parts = [Path(part_of(output, index).name) for index in range(len(records))]
-    repeated: list[np.ndarray] = []
+    parts = [Path(part_folder(output, index).name) for index in range(len(records))]
+    duplicates: list[np.ndarray] = []
     if config.remove_duplicates:
         hashes = [np.load(staging / part / "text_hashes.npy", mmap_mode="r") for part in parts]
-        repeated = duplicates(hashes)
-        dropped.update({(DUPLICATE, "documents"): 0, (DUPLICATE, "tokens"): 0})
+        duplicates = find_duplicates(hashes)
+        counts.drop(DUPLICATE, 0, 0)
 
     shards: list[tuple[Path, dict[str, Any]]] = []
     with ShardWriter(staging) as val:
@@ -218,33 +221,29 @@ def arrange(
             names = [f"train-{i:05d}.npz" for i in range(len(record["shards"]))] + ["val.npz"]
             for name, entry in zip(names, [*record["shards"], record["val"]], strict=True):
                 path, end = part / name, start + entry["documents"]
-                drop = repeated[index][start:end] if repeated else np.zeros(end - start, bool)
+                drop = duplicates[index][start:end] if duplicates else np.zeros(end - start, bool)
                 start = end
                 data = NpzDataset(staging / path)
                 if drop.any():
-                    tokens, lost_bytes = sizes(data, np.flatnonzero(drop), tokenizer.token_bytes)
-                    dropped[DUPLICATE, "documents"] += int(drop.sum())
-                    dropped[DUPLICATE, "tokens"] += tokens
-                    text_bytes -= lost_bytes
+                    documents = np.flatnonzero(drop)
+                    tokens, n_bytes = count_tokens(data, documents, tokenizer.token_bytes)
+                    counts.drop(DUPLICATE, len(documents), tokens)
+                    text_bytes -= n_bytes
                 if name == "val.npz":
-                    copy(data, np.flatnonzero(~drop), val)
+                    append_documents(data, np.flatnonzero(~drop), val)
                 elif not drop.any():
                     shards.append((path, entry))
                 elif not drop.all():
                     unique = path.with_suffix(".unique.npz")
-                    entry = without(staging / path, drop, staging / unique)
+                    entry = drop_documents(staging / path, drop, staging / unique)
                     shards.append((unique, entry))
         val_entry = val.write(staging / "val.npz")
 
-    reasons = {reason: {} for reason, _ in dropped}
-    for (reason, what), count in dropped.items():
-        reasons[reason][what] = count
-    n_read = sum(record["documents"] for record in records)
     if not shards:
-        counts = ", ".join(f"{count['documents']:,} {why}" for why, count in reasons.items())
+        reasons = ", ".join(f"{n['documents']:,} {reason}" for reason, n in counts.dropped.items())
         raise UserError(
-            f"none of the {n_read:,} documents passed the filters ({counts}): loosen them and "
-            f"delete {staging}"
+            f"none of the {counts.documents:,} documents passed the filters ({reasons}): loosen "
+            f"them and delete {staging}"
         )
     if not val_entry["documents"]:
         raise UserError(
@@ -261,28 +260,33 @@ def arrange(
         tokenizer=tokenizer,
         sources=[{name: record["source"][name] for name in SOURCE} for record in records],
         settings=records[0]["identity"],
-        dropped=reasons,
+        dropped=counts.dropped,
         files=entries,
-    ) | {"documents_read": n_read, "text_bytes": text_bytes}
+    ) | {"documents_read": counts.documents, "text_bytes": text_bytes}
     return {"moves": moves, "manifest": manifest}
+
+
+def check_sizes(output: Path, manifest: dict[str, Any]) -> None:
+    """UserError unless every shard of the manifest exists with its size."""
+    for name, entry in manifest["files"].items():
+        path = output / name
+        if not path.is_file() or path.stat().st_size != entry["bytes"]:
+            raise UserError(f"{path} is missing or damaged: delete {output} and run again")
 
 
 def finish(
     output: Path, config: Any, tokenizer: Any, records: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Moves the shards into place and writes the manifest; safe to run again wherever it ended."""
+    """Moves the shards into `output` and writes the manifest; can be repeated after any failure."""
     staging = output / STAGING
     layout = read_record(staging / "layout.json")
     if layout is None:
-        layout = arrange(output, config, tokenizer, records)
+        layout = plan_shards(output, config, tokenizer, records)
         write_record(staging / "layout.json", layout)
     for name, path in layout["moves"].items():
         with suppress(FileNotFoundError):  # an earlier run has moved it
             os.replace(staging / path, output / name)
-    for name, entry in layout["manifest"]["files"].items():
-        path = output / name
-        if not path.exists() or path.stat().st_size != entry["bytes"]:
-            raise UserError(f"{path} is missing or damaged: delete {output} and run again")
+    check_sizes(output, layout["manifest"])
     write_manifest(output / "manifest.json", layout["manifest"])
     shutil.rmtree(staging, ignore_errors=True)
     return layout["manifest"]

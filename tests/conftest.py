@@ -1,7 +1,10 @@
-"""Small datasets that the training tests share; test files left out for lack of a package."""
+"""Datasets and measurements that test files share; test files left out for lack of a package."""
 
 import json
+import os
 import random
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -60,3 +63,33 @@ def prepare(path: Path) -> Path:
     arguments = [f"--input_file_path={path}", f"--output_dir={output}", "--val_split=0.1"]
     assert prepare_dataset.main(arguments) == 0
     return output
+
+
+# Not ru_maxrss, which on Linux starts with that of the parent process.
+PEAK = """
+import importlib, pathlib, sys
+script, inputs = importlib.import_module(sys.argv[1]), sys.argv[3:]
+peaks = []
+for path in inputs:
+    script.main([*sys.argv[2].split(), "--" + path, f"--output_dir=out{len(peaks)}"])
+    status = pathlib.Path("/proc/self/status").read_text()
+    peaks.append(int(status.partition("VmHWM:")[2].split()[0]) * 1024)
+print(peaks[1] - peaks[0])
+"""
+
+
+def peak_growth(module: str, settings: str, small: str, large: str) -> int:
+    """Bytes by which a script's peak memory exceeds, with a large input, that with a small one.
+
+    The inputs are settings such as "source=in"; one process prepares both, the small one first.
+    """
+    if not os.path.exists("/proc/self/status"):
+        pytest.skip("needs /proc")
+    result = subprocess.run(
+        [sys.executable, "-c", PEAK, module, settings, small, large],
+        env=os.environ | {"PYTHONPATH": str(Path(prepare_dataset.__file__).parent)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    return int(result.stdout.split()[-1])

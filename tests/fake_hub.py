@@ -80,8 +80,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self) -> None:
         path = unquote(urlsplit(self.path).path)
-        asked = self.headers.get("Range", "")
-        self.hub.requests.append(" ".join([self.command, path, asked]).strip())
+        byte_range = self.headers.get("Range", "")
+        self.hub.requests.append(" ".join([self.command, path, byte_range]).strip())
         self.hub.authorizations.append(self.headers.get("Authorization"))
         if path.startswith("/api/"):
             self.hub.wake.wait(self.hub.api_delay)
@@ -123,7 +123,13 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def info(self, repository: Repository, name: str) -> None:
-        siblings = [{"rfilename": path} for path in repository.files]
+        siblings = []
+        for path in repository.files:  # sizes and hashes, as for ?blobs=true
+            entry = self.entry(repository, path)
+            sibling = {"rfilename": path, "size": entry["size"], "blobId": entry["oid"]}
+            if lfs := entry.get("lfs"):
+                sibling["lfs"] = lfs | {"sha256": lfs["oid"]}
+            siblings.append(sibling)
         facts = {"id": name, "sha": repository.commit, "siblings": siblings, "tags": []}
         facts |= {"cardData": repository.card, "private": False, "gated": False, "disabled": False}
         self.send_json(facts)
@@ -153,8 +159,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_json([entries[path] for path in sorted(entries)])
 
     def paths_info(self, repository: Repository, name: str) -> None:
-        asked = parse_qs(self.body.decode())["paths"]
-        self.send_json([self.entry(repository, path) for path in asked if path in repository.files])
+        paths = parse_qs(self.body.decode())["paths"]
+        self.send_json([self.entry(repository, path) for path in paths if path in repository.files])
 
     def resolve(self, repository: Repository, name: str, path: str) -> None:
         if path not in repository.files:
@@ -177,8 +183,8 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "truncate":
             content = content[:argument]
         start, entry = 0, self.entry(repository, path)
-        if asked := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
-            start = 0 if fault == "whole" else int(asked[1])
+        if match := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
+            start = 0 if fault == "whole" else int(match[1])
         if start >= len(content) > 0 and start:
             return self.refuse(416, "")
         self.send_response(206 if start else 200)

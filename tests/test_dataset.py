@@ -88,7 +88,7 @@ def test_writing_one_by_one_in_batches_or_twice_gives_the_same_bytes(tmp_path):
     write_shard(tmp_path / "a.npz", docs)
     with ShardWriter(tmp_path) as writer:
         for doc in docs[:20]:
-            writer.add(doc.tolist())
+            writer.add_batch([doc.tolist()])
         writer.add_batch([])
         writer.add_batch(doc.astype(np.int64) for doc in docs[20:])
         assert (writer.documents, writer.tokens) == (len(docs), sum(map(len, docs)))
@@ -128,7 +128,7 @@ def test_no_documents(tmp_path):
 @pytest.mark.parametrize("bad", [[-1], [65536], [0.5], ["x"], [2**40]])
 def test_ids_that_do_not_fit_are_refused(tmp_path, bad):
     with ShardWriter(tmp_path) as writer, pytest.raises(ValueError, match="between 0 and 65535"):
-        writer.add(bad)
+        writer.add_batch([bad])
     assert os.listdir(tmp_path) == []
 
 
@@ -366,9 +366,9 @@ def test_numbered_shards(tmp_path, with_manifest):
     if with_manifest:
         manifest = make_manifest("text", TOKENIZER, [], {}, {}, files)
         write_manifest(tmp_path / "manifest.json", manifest)
-    opened = open_split(tmp_path, "train", TOKENIZER.sha256, 1000)
-    assert [data.path.name for data in opened] == names
-    for data, docs in zip(opened, shards, strict=True):
+    shards_of_split = open_split(tmp_path, "train", TOKENIZER.sha256, 1000)
+    assert [data.path.name for data in shards_of_split] == names
+    for data, docs in zip(shards_of_split, shards, strict=True):
         assert_holds(data, docs)
     (tmp_path / names[3]).unlink()
     refused(f"{names[3]} is missing", open_split, tmp_path, "train")
@@ -428,9 +428,9 @@ def test_ctrl_c_or_a_full_disk_in_publish_leaves_all_old_or_all_new(tmp_path, mo
             if error:
                 patch.setattr(os, "fsync", full)
             publish(staging, tmp_path, manifest)
-        found = read_manifest(tmp_path)  # which refuses what is neither
-        assert found in (old, manifest)
-        outcomes.append(found == manifest)
+        manifest_on_disk = read_manifest(tmp_path)  # which refuses what is neither
+        assert manifest_on_disk in (old, manifest)
+        outcomes.append(manifest_on_disk == manifest)
         for split in ("train", "val"):
             open_split(tmp_path, split, TOKENIZER.sha256, 1000)
     assert outcomes == ([False] * 5 if error else [False] * 2 + [True] * 3)
@@ -461,6 +461,6 @@ def test_a_writer_goes_on_after_it_wrote_in_another_order(tmp_path):
         writer.write(tmp_path / "first.npz", order=np.array([3, 0, 2]))
         writer.add_batch(docs[40:])
         writer.write(tmp_path / "all.npz")
-    found = NpzDataset(tmp_path / "all.npz")
-    assert len(found) == 60
-    assert all(np.array_equal(a, b) for a, b in zip(found, docs, strict=True))
+    data = NpzDataset(tmp_path / "all.npz")
+    assert len(data) == 60
+    assert all(np.array_equal(a, b) for a, b in zip(data, docs, strict=True))
