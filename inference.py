@@ -67,7 +67,7 @@ def lille(
     folder that export.py wrote, a hub id, or "130m-instruct" / "130m-base". `device` None takes
     the GPU where there is one, `dtype` None the model's; "int8" (torch, CPU) decodes with weights
     rounded to eight bits. With a `seed` the same calls in the same order give the same texts.
-    Raises ValueError for a model, device or dtype that cannot be used.
+    Raises UserError.
     """
     engine = open_backend(backend, model, device, dtype)
     tokenizer = load_tokenizer()
@@ -79,11 +79,26 @@ def lille(
     return Lille(engine, tokenizer, seed)
 
 
+def piped_text() -> str:
+    """Standard input as one prompt; UserError when it is empty or not UTF-8."""
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8-sig") if sys.stdin else ""
+    except UnicodeDecodeError as error:
+        raise UserError(f"the piped text is not UTF-8 (byte {error.start}): convert it") from None
+    if not text.strip():
+        raise UserError('nothing to answer: give a question, as in --prompt="Who are you?"')
+    return text.removesuffix("\n")
+
+
 def main(argv: list[str] | None = None) -> int:
     config = config_from_constants(globals(), argv)
-    prompt, is_chat = config.prompt, config.web or (not config.prompt and sys.stdin.isatty())
-    if config.web and (prompt or config.completion):
-        raise UserError("--web is a chat page: leave out --prompt and --completion")
+    prompt = config.prompt
+    if config.web:
+        if prompt or config.completion:
+            raise UserError("--web is a chat page: leave out --prompt and --completion")
+        chat_web.require_gradio()
+    elif not prompt.strip() and not (sys.stdin and sys.stdin.isatty()):
+        prompt = piped_text()
     options = {
         "max_new_tokens": config.max_new_tokens,
         "temperature": config.temperature,
@@ -92,18 +107,14 @@ def main(argv: list[str] | None = None) -> int:
     }
     seed = None if config.seed == -1 else config.seed
     Sampling(**options)  # refuses values out of range before a model is loaded
+    model = lille(config.backend, config.model, config.device or None, config.dtype or None, seed)
     try:
-        if not is_chat and not prompt:
-            prompt = sys.stdin.buffer.read().decode().removesuffix("\n")
-        model = lille(
-            config.backend, config.model, config.device or None, config.dtype or None, seed
-        )
         if config.web:
             chat_web.serve(model, options, config.port)
-        elif is_chat:
-            chat_terminal.converse(model, options, config.completion, config.speed)
-        else:
+        elif prompt:
             chat_terminal.answer_once(model, prompt, options, config.completion, config.speed)
+        else:
+            chat_terminal.converse(model, options, config.completion, config.speed)
     except ValueError as error:
         raise UserError(str(error)) from None
     return 0

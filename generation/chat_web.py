@@ -7,8 +7,10 @@ Nothing leaves the machine: no analytics, no sharing, no saved runs, and the pag
 from other hosts, not even an image that an answer names.
 """
 
+import inspect
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
 
@@ -29,66 +31,94 @@ LAUNCH = {
 }
 
 
-def build(model: Lille, options: dict[str, Any]):
-    """The page as a gradio ChatInterface.
+def require_gradio() -> None:
+    if find_spec("gradio") is None:
+        raise UserError("the chat page needs gradio: pip install -r requirements/web.txt")
 
-    The conversation is the one that the browser shows, so each browser has its own, and gradio's
-    buttons to retry, undo and clear work. Gradio removes the indentation of questions in it.
+
+def build(model: Lille, options: dict[str, Any]):
+    """The page as a gradio ChatInterface; each browser has its own conversation.
+
+    The conversation is the one that the browser shows, so gradio's buttons to retry, undo and clear
+    work. Gradio removes the indentation of questions: `originals`, per browser, maps the questions
+    shown to the questions asked.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # some of it is read at import
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    try:
-        import gradio as gr
-    except ImportError:
-        message = "the chat page needs gradio: pip install -r requirements/web.txt"
-        raise UserError(message) from None
+    import gradio as gr
 
     def check(message: str):
         """Keeps a message that cannot be answered in the text box."""
         try:
-            model.session().stream(message, **options)
+            model.session().stream(message)
         except ValueError as error:
             return gr.validate(False, str(error))
         return gr.validate(True, "")
 
-    def reply(message: str, shown: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    def reply(
+        message: str,
+        shown: list[dict[str, Any]],
+        originals: dict[str, str],
+        max_new_tokens: float,
+        temperature: float,
+        top_p: float,
+    ) -> Iterator[tuple[dict[str, Any], dict[str, str]]]:
         session = model.session()
         session.notify = gr.Info
-        session.history = complete_turns(shown)
+        session.history = complete_turns(shown, originals)
+        originals = originals | {inspect.cleandoc(message): message}
         answer = ""
         try:
-            for piece in session.stream(message, **options):
+            for piece in session.stream(
+                message,
+                max_new_tokens=int(max_new_tokens),
+                temperature=temperature,
+                top_p=top_p,
+                top_k=options["top_k"],
+            ):
                 answer += piece
                 content = [{"type": "text", "text": answer}]  # a plain string would be unindented
-                yield {"role": "assistant", "content": content}
-        except RuntimeError as error:  # raised, it would leave the text box locked
+                yield {"role": "assistant", "content": content}, originals
+        except (RuntimeError, ValueError) as error:  # raised, it would leave the text box locked
             gr.Warning(str(error))
             return
-        if session.report.stopped != "end":
+        if not answer:
+            gr.Info("The model gave no answer.")
+        elif session.report.stopped != "end":
             gr.Info("The answer was cut: it reached the limit of tokens or of the context.")
 
+    originals = gr.State({})
+    block_size = model.backend.block_size
+    tokens = min(options["max_new_tokens"], block_size)
+    temperature, top_p = min(options["temperature"], 2), max(options["top_p"], 0.05)
+    sliders = [
+        gr.Slider(1, block_size, tokens, step=1, label="Tokens at most"),
+        gr.Slider(0, 2, temperature, label="Temperature (0: the likeliest token)"),
+        gr.Slider(0.05, 1, top_p, label="Top p"),
+    ]
     return gr.ChatInterface(
         reply,
         title="Lille",
         chatbot=gr.Chatbot(label="Lille", height="65vh", buttons=["copy"]),
+        additional_inputs=[originals, *sliders],
+        additional_outputs=[originals],
+        additional_inputs_accordion=gr.Accordion("Settings", open=False, render=False),
         validator=check,
         api_visibility="private",
     )
 
 
-def complete_turns(shown: list[dict[str, Any]]) -> list[Message]:
+def complete_turns(shown: list[dict[str, Any]], originals: dict[str, str]) -> list[Message]:
     """The history in gradio's messages, without questions that have no answer."""
-    messages = [
-        {
-            "role": message["role"],
-            "content": "".join(part.get("text", "") for part in message["content"]),
-        }
+    texts = [
+        (message["role"], "".join(part.get("text", "") for part in message["content"]))
         for message in shown
     ]
     history = []
-    for question, answer in pairwise(messages):
-        if (question["role"], answer["role"]) == ("user", "assistant"):
-            history += [question, answer]
+    for (role, question), (next_role, answer) in pairwise(texts):
+        if (role, next_role) == ("user", "assistant"):
+            history.append({"role": "user", "content": originals.get(question, question)})
+            history.append({"role": "assistant", "content": answer})
     return history
 
 

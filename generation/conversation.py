@@ -1,14 +1,12 @@
 """The object that `inference.lille` returns: chat with history, completion, streaming."""
 
 import codecs
-import copy
 import random
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
@@ -36,6 +34,8 @@ class Sampling:
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
         check_sampling(self.temperature, self.top_k, self.top_p)
+        if self.seed is not None and not 0 <= self.seed < 1 << 63:
+            raise UserError(f"seed={self.seed} must be from 0 to 2**63 - 1")
 
 
 @dataclass
@@ -96,14 +96,15 @@ class Lille:
         """The text of `chat`, or of `generate` with `chat=False`, in pieces of whole characters.
 
         The history takes the question with the first piece of the answer and then grows with it,
-        so an answer that is interrupted stays as far as it got.
+        so an answer that is interrupted stays as far as it got. An unfinished answer ends when
+        another one is asked for or the history is replaced.
         """
         sampling = Sampling(*settings, **named_settings)
         if not prompt.strip():
             raise UserError("nothing to answer: the prompt is empty")
+        message, start = {"role": "user", "content": prompt}, 0
         if chat:
-            messages, ids = self.fit(prompt, sampling.max_new_tokens)
-            report = Report(len(ids), dropped_turns=(len(self.history) + 1 - len(messages)) // 2)
+            ids, start = self.fit(message, sampling.max_new_tokens)
         else:
             ids = self.tokenizer.encode(prompt)
             if len(ids) > self.backend.block_size:
@@ -111,11 +112,13 @@ class Lille:
                     f"the prompt has {len(ids)} tokens and the context {self.backend.block_size}: "
                     "shorten it"
                 )
-            report = Report(len(ids))
         seed = self.seeds.getrandbits(63) if sampling.seed is None else sampling.seed
-        self.report = report
-        pieces = self.text(self.tokens(ids, sampling, seed, report), report.dropped_turns)
-        return self.recorded(pieces, messages) if chat else pieces
+        report = Report(len(ids), dropped_turns=start // 2)
+        pieces = self.text(self.tokens(ids, sampling, seed, report), report)
+        if not chat:
+            return pieces
+        self.history = list(self.history)  # a new list, by which an unfinished answer sees its end
+        return self.recorded(pieces, self.history, [*self.history[start:], message])
 
     def reset_chat(self) -> None:
         """Starts a new conversation."""
@@ -123,46 +126,64 @@ class Lille:
 
     def session(self) -> "Lille":
         """An empty conversation with the same model, such as one for each user of a web page."""
-        session = copy.copy(self)
-        session.history = []
+        session = Lille(self.backend, self.tokenizer)
+        session.seeds, session.lock, session.notify = self.seeds, self.lock, self.notify
         return session
 
-    def fit(self, prompt: str, max_new_tokens: int) -> tuple[list[Message], list[int]]:
-        """The newest turns that fit with `prompt` as the last message, and their prompt ids.
+    def fit(self, message: Message, max_new_tokens: int) -> tuple[list[int], int]:
+        """Prompt ids of the newest turns that fit and `message`, and where these turns start.
 
         A quarter of the context, or less for a shorter answer, is left for the answer.
         """
+        if len(self.history) % 2:
+            raise ValueError("the history must be questions with their answers: its end is missing")
         limit = self.backend.block_size - min(max_new_tokens, self.backend.block_size // 4)
-        messages = [*self.history, {"role": "user", "content": prompt}]
-        ids = self.tokenizer.encode_chat(messages, add_generation_prompt=True)
-        while len(ids) > limit:
-            messages = messages[2:]
-            if not messages:
-                raise UserError(
-                    f"the message takes {len(ids)} tokens and the context has room for {limit} "
-                    "beside the answer: shorten it"
-                )
-            ids = self.tokenizer.encode_chat(messages, add_generation_prompt=True)
-        return messages, ids
+        encode_chat = self.tokenizer.encode_chat
+        size = len(encode_chat([message], add_generation_prompt=True))
+        if size > limit:
+            raise UserError(
+                f"the message takes {size} tokens and the context has room for {limit} beside the "
+                "answer: shorten it"
+            )
+        start = len(self.history)
+        while start > 0:
+            turn = self.history[max(start - 2, 0) : start]
+            size += len(encode_chat(turn)) - 1  # without <|startoftext|>
+            if size > limit:
+                break
+            start -= 2
+        return encode_chat([*self.history[start:], message], add_generation_prompt=True), start
 
-    def recorded(self, pieces: Iterator[str], messages: list[Message]) -> Iterator[str]:
-        """Passes the pieces of an answer on; `messages` and the answer become the history."""
-        answer = {"role": "assistant", "content": ""}
-        first = next(pieces, "")  # an empty answer is an answer too
-        self.history = [*messages, answer]
-        for piece in chain([first], pieces):
-            answer["content"] += piece
-            yield piece
+    def recorded(
+        self, pieces: Iterator[str], history: list[Message], messages: list[Message]
+    ) -> Iterator[str]:
+        """Passes the pieces of an answer on; `messages` and the answer become the history.
 
-    def text(self, tokens: Iterator[int], dropped_turns: int) -> Iterator[str]:
-        """The text of tokens in whole characters, without control tokens.
-
-        Bytes that are not UTF-8 become U+FFFD; a character that was cut at the end is left out.
+        Ends as soon as the history is no longer `history` or what this answer made of it.
         """
-        if dropped_turns:
+        if self.history is not history:
+            return
+        answer = {"role": "assistant", "content": ""}
+        history = [*messages, answer]
+        for piece in pieces:
+            answer["content"] += piece
+            self.history = history
+            yield piece
+            if self.history is not history:
+                return
+        self.history = history  # an empty answer is an answer too
+
+    def text(self, tokens: Iterator[int], report: Report) -> Iterator[str]:
+        """The text of tokens as it becomes readable.
+
+        Leaves out control tokens and a character that was cut in the middle. Bytes that are not
+        UTF-8 become U+FFFD.
+        """
+        self.report = report
+        if report.dropped_turns:
             self.notify(
                 f"the conversation no longer fits {self.backend.block_size} tokens; oldest turns "
-                f"dropped: {dropped_turns}"
+                f"dropped: {report.dropped_turns}"
             )
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         for token in tokens:
@@ -170,6 +191,10 @@ class Lille:
                 piece = decoder.decode(self.tokenizer.decode_bytes([token]))
                 if piece:
                     yield piece
+        if report.stopped == "end":
+            piece = decoder.decode(b"", final=True)
+            if piece:
+                yield piece
 
     def tokens(
         self, ids: list[int], sampling: Sampling, seed: int, report: Report

@@ -407,14 +407,14 @@ def test_settings_out_of_range_are_refused_and_change_nothing():
     cases = [({"prompt": " \n"}, "empty"), ({"max_new_tokens": 0}, "at least 1")]
     cases += [({"temperature": -1.0}, "temperature"), ({"top_p": 0.0}, "top_p")]
     cases += [({"top_k": 0}, "top_k"), ({"prompt": "\ud800"}, "surrogate")]
-    cases += [({"temperature": math.nan}, "temperature")]
+    cases += [({"temperature": math.nan}, "temperature"), ({"seed": -1}, "seed")]
     for settings, message in cases:
         for call in (model.chat, model.generate):
             with pytest.raises(ValueError, match=message):
                 call(**({"prompt": "Hi"} | settings))
     assert model.history == before
     model.history = turns("a question without an answer")
-    with pytest.raises(ValueError, match="message 2 has role 'user', expected 'assistant'"):
+    with pytest.raises(ValueError, match="its end is missing"):
         model.chat("Hi")
     model.history = [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]
     with pytest.raises(ValueError, match="role 'assistant', expected 'user'"):
@@ -438,6 +438,9 @@ def test_streamed_text_is_whole_characters():
         text = model.chat("Say it", max_new_tokens=n, do_sample=False)
         assert TEXT.startswith(text) and model.report.stopped == "max_new_tokens"
         model.reset_chat()
+    half = next(token for token in halves if TOKENIZER.decode([token]) == "\ufffd")
+    broken = Lille(Scripted([half]), TOKENIZER)  # the model itself ends in half a character
+    assert broken.chat("Say it") == "\ufffd"
 
 
 def test_a_piece_comes_as_soon_as_its_token_is_there():
@@ -463,19 +466,28 @@ def test_an_interrupted_answer_stays_as_far_as_it_got():
             break
     assert model.history == turns("Count", "one two")
 
-    model.stream("Never begun")
+    first, second = model.stream("Never begun"), model.stream("Not read to its end")
+    assert list(first) == []  # the second question has ended the first
+    next(second)
     assert model.chat("Then?") == "one two three four"
-    assert model.history == turns("Count", "one two", "Then?", "one two three four")
+    assert list(second) == []
+    expected = turns(
+        "Count", "one two", "Not read to its end", "one", "Then?", "one two three four"
+    )
+    assert model.history == expected
 
 
-def test_a_new_history_ignores_an_unfinished_answer():
+def test_a_new_history_ends_an_unfinished_answer():
     model = scripted("one two three four")
     for history in ([], turns("Hi", "Yes")):
         pieces = model.stream("Count")
         next(pieces)
         model.history = history
-        next(pieces)
-        assert model.history is history and history in ([], turns("Hi", "Yes"))
+        assert list(pieces) == [] and model.history is history
+    pieces = model.stream("Count")
+    next(pieces)
+    model.reset_chat()
+    assert model.history == [] and list(pieces) == []
 
 
 def test_settings_by_position_and_by_name():
@@ -642,10 +654,13 @@ def test_all_of_a_pipe_is_one_prompt(checkpoint, monkeypatch):
     expected = lille("torch", checkpoint, "cpu").chat("The sky\nis blue", 8, do_sample=False)
     assert (result.returncode, result.stderr) == (0, b"")
     assert result.stdout.decode() == expected + "\n"
-    for data, message in ((b"  \n", "nothing to answer"), (b"\xff\xfe", "'utf-8' codec")):
+    for data, message in ((b"  \n", "nothing to answer"), (b"\xff\xfe", "not UTF-8")):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
         with pytest.raises(UserError, match=message):
             inference.main(model)
+    monkeypatch.setattr(sys, "stdin", None)  # as without a console on Windows
+    with pytest.raises(UserError, match="nothing to answer"):
+        inference.main(model)
 
 
 class Terminal:
@@ -686,14 +701,14 @@ def test_a_conversation_in_the_terminal(tmp_path):
     # A context so long that Ctrl-C comes in the middle of the answer.
     model = saved(small_gpt(block_size=8192, n_layers=1), tmp_path / "model.pt")
     arguments = [f"--model={model}", "--device=cpu", "--max_new_tokens=8000", "--temperature=0"]
-    terminal = Terminal(*arguments, "--speed", cwd=tmp_path)
+    terminal = Terminal(*arguments, cwd=tmp_path)
     terminal.until(r"/help lists.*\n> ")
     terminal.say("/help\n")
     assert "/save [file]" in terminal.until(r"/quit.*\n> ")
     terminal.say("/save early.jsonl\n/nonsense\n")
     terminal.until(r"nothing to save yet.*> .*no /nonsense.*\n> ")
-    terminal.say("The dog\n")
-    terminal.until(r"The dog\r\n..........")  # the answer has begun
+    terminal.say("/speed\nThe dog\n")
+    terminal.until(r"tokens per second: on.*> The dog\r\n..........")  # the answer has begun
     terminal.say("\x03")  # Ctrl-C
     stopped = terminal.until(r"\[stopped\]\r\n\[(\d+) tokens, [\d.]+ tokens/s.*\n> ")
     assert int(re.search(r"\[(\d+) tokens,", stopped)[1]) < 8000
