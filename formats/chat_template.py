@@ -49,22 +49,19 @@ $end_answer{%- endif -%}
 """)
 
 
-def render(escaped_content: str, begin_answer: str = "", end_answer: str = "") -> str:
-    return TEMPLATE.substitute(
-        escaped_content=escaped_content,
-        begin_answer=begin_answer,
-        end_answer=end_answer,
-        start_of_text=START_OF_TEXT,
-        end_of_text=END_OF_TEXT,
-        user=USER,
-        assistant=ASSISTANT,
-    )
+CONTROL_TOKEN_NAMES = {
+    "start_of_text": START_OF_TEXT,
+    "end_of_text": END_OF_TEXT,
+    "user": USER,
+    "assistant": ASSISTANT,
+}
 
 
 def hf_chat_template() -> str:
     """The template for transformers; generation tags enclose answers, for training masks."""
-    return COMMENT + render(
-        f'content | replace("{MARK}", "{MARK}0") | replace("<|", "<{MARK}1|")',
+    return COMMENT + TEMPLATE.substitute(
+        CONTROL_TOKEN_NAMES,
+        escaped_content=f'content | replace("{MARK}", "{MARK}0") | replace("<|", "<{MARK}1|")',
         begin_answer="{%- generation -%}\n",
         end_answer="{%- endgeneration -%}\n",
     )
@@ -73,4 +70,6 @@ def hf_chat_template() -> str:
 def gguf_chat_template() -> str:
     """The template for llama.cpp and other Jinja engines, which refuse generation tags."""
     splits = "".join(f'.replace("{name}", "< {name[1:]}")' for name in CONTROL_TOKENS)
-    return render(f"content{splits}")
+    return TEMPLATE.substitute(
+        CONTROL_TOKEN_NAMES, escaped_content=f"content{splits}", begin_answer="", end_answer=""
+    )

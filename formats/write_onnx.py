@@ -215,7 +215,7 @@ def quantize(model: Any) -> Any:
 def verify_folder(
     folder: Path, tokenizer: Tokenizer, references: list[Reference], dtype: str
 ) -> str:
-    """Compares a folder, loaded again, with the references; a line about the comparison.
+    """Compares a folder, read back, with the references; a line about the comparison.
 
     Token ids, chat template, logits in one call and with the cache. Raises UserError when they
     differ.

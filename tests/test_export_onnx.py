@@ -344,8 +344,6 @@ def test_refusals(gpt, folder, tmp_path, monkeypatch):
     content = (folder / "model.onnx").read_bytes()
     (target / "model.onnx").write_bytes(content[: len(content) // 2])
     assert "config.json is not there" in refusal(OnnxBackend, target)
-    (target / "config.json").write_text('{"block_size": "x"}')
-    assert "export the checkpoint again" in refusal(OnnxBackend, target)
     (target / "config.json").write_bytes((folder / "config.json").read_bytes())
     assert "cannot be loaded by onnxruntime" in refusal(OnnxBackend, target / "model.onnx")
 
@@ -368,9 +366,9 @@ def test_comparison_sees_what_is_wrong():
         comparison.add(expected, expected)
         return comparison.check_or_raise("X", tolerance)
 
-    assert "greedy tokens equal 15/15" in check(expected + 5e-5)
+    assert "greedy tokens equal 15/15" in check(expected + 0.9e-5 * width)
     assert "greedy tokens equal 14/15" in check(swapped(expected), 1.0)
-    for wrong in (expected + 1e-4 + 2e-5 * width, swapped(expected), expected * float("nan")):
+    for wrong in (expected + 1.1e-5 * width, swapped(expected), expected * float("nan")):
         with pytest.raises(UserError):
             check(wrong)
 
