@@ -29,6 +29,7 @@ from benchmarks.inputs import model_config
 from benchmarks.learning_plot import study_table
 from benchmarks.timing import free_memory, limits
 from common.errors import UserError
+from common.files import atomic_file
 from common.settings import config_from_constants, run_script
 from training.setup import choose_device, make_folder
 
@@ -105,8 +106,9 @@ def main(argv: list[str] | None = None) -> int:
     config = config_from_constants(globals(), argv)
     path = Path(config.results) if config.results else report.RESULTS
     if config.readme:
-        study = report.read_records(path.with_name("learning.jsonl"))
-        report.write_readme(path, study_table(study))
+        study = study_table(report.read_records(path.with_name("learning.jsonl")))
+        with atomic_file(path.with_name("README.md")) as file:
+            file.write(report.readme_text(report.read_records(path), study).encode())
         return 0
     names = check_settings(config)
     device, dtype = choose_device(config)
@@ -120,9 +122,9 @@ def main(argv: list[str] | None = None) -> int:
     record = report.environment(argv, device)
     bounds = limits(device)
     rates = ", ".join(f"{k} {v / 1e12:.3g} TFLOP/s" for k, v in bounds.matmul_rate.items())
-    copied, read = bounds.copy_bandwidth / 1e9, bounds.read_bandwidth / 1e9
+    copy, read = bounds.copy_bandwidth / 1e9, bounds.read_bandwidth / 1e9
     print(f"{report.hardware_name(record)}, torch {torch.__version__}, {config.dtype}")
-    print(f"copy {copied:.1f} GB/s, read {read:.1f} GB/s, matrix product {rates}")
+    print(f"copy {copy:.1f} GB/s, read {read:.1f} GB/s, matrix product {rates}")
     if record["load"] is not None and record["load"] > 0.3 * (os.cpu_count() or 1):
         print(f"note: other programs run here (load {record['load']}): times do not hold")
     seconds: dict[str, float] = {}

@@ -20,7 +20,7 @@ import torch
 
 from common.errors import UserError
 from common.files import atomic_file
-from formats.pretrained import VERSIONS, gpt_of_folder, model_folder
+from formats.pretrained import gpt_from_folder, resolve_model
 from model import GPT, GPTConfig
 
 BEST = "best_model.pt"
@@ -105,14 +105,11 @@ def load_model(
     keeps that of a folder's weights; those of a `.pt` are float32 then. UserError for anything
     else, and for a folder or checkpoint that contradicts itself.
     """
-    folder = model_folder(path)
-    if folder is None and not Path(path).is_file():
-        what = "a folder without config.json" if Path(path).is_dir() else "not there"
-        raise UserError(
-            f"{path} is {what}: give the path of a .pt checkpoint or of an exported folder, a hub "
-            f"id like {VERSIONS['130m-instruct']}, or {' or '.join(VERSIONS)}"
-        )
-    model = gpt_of_folder(folder) if folder else model_from_checkpoint(load_checkpoint(path), path)
+    path = resolve_model(path)
+    if path.is_dir():
+        model = gpt_from_folder(path)
+    else:
+        model = model_from_checkpoint(load_checkpoint(path), path)
     return model.to(device=device, dtype=dtype).eval()
 
 

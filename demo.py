@@ -14,20 +14,20 @@ import shlex
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from common.errors import UserError
 from common.files import atomic_file
 from common.settings import config_from_constants, run_script
 from inference import Lille, lille
-from preparation.demo_data import is_right
+from preparation.demo_data import HELD_OUT_QUESTION, is_right
 from training.metrics import draw_losses, read_metrics
 
 data_dir = "data/demo"  # texts and shards
 out_dir = "checkpoints_demo"  # checkpoints, metrics and loss curves
 picture = ""  # also draw both loss curves here; README.md's is docs/demo.png
 
-QUESTION, EXPECTED = "What is the capital of France?", "Paris"
 MODEL_SHAPE = {"n_layers": 4, "n_embd": 128, "n_heads": 4, "n_kv_heads": 2, "block_size": 128}
 # SophiaG is far behind AdamW at batches as small as these: see LOG.md.
 SMALL_STEPS = {"gradient_accumulation_steps": 1, "optimizer": "adamw", "compile": False}
@@ -39,15 +39,13 @@ PRETRAIN = SMALL_STEPS | {
     "eval_interval": 50,
     "sample_prompt": "Return the",
 }
-
-
 FINETUNE = SMALL_STEPS | {
     "finetune": True,
     "batch_size": 8,
     "finetune_num_epochs": 12,
     "finetune_learning_rate": 1e-3,
     "eval_interval": 100,
-    "finetune_sample_prompt": QUESTION,
+    "finetune_sample_prompt": HELD_OUT_QUESTION,
 }
 
 
@@ -66,7 +64,7 @@ def stages(data: str, out: str) -> list[tuple[str, list[str]]]:
         "finetune_data_dir": chats,
         "finetune_out_dir": tuned,
     }
-    question = {"model": f"{tuned}/best_model.pt", "prompt": QUESTION, "temperature": 0}
+    question = {"model": f"{tuned}/best_model.pt", "prompt": HELD_OUT_QUESTION, "temperature": 0}
     commands = [
         ("Collect texts", "-m preparation.demo_data", {"output_dir": data}),
         ("Prepare the texts", "prepare_dataset.py", texts | {"val_split": 0.02}),
@@ -86,13 +84,10 @@ def run_stage(title: str, command: list[str], out: str) -> float:
     print(f"\n=== {title}\n$ python {shlex.join(command)}", flush=True)
     started = time.perf_counter()
     with subprocess.Popen([sys.executable, *command]) as stage:
-        code = None
-        while code is None:
-            try:
-                code = stage.wait()
-            except KeyboardInterrupt:  # the script gets it too: it saves and exits
-                continue
-    if code:
+        while stage.poll() is None:
+            with suppress(KeyboardInterrupt):  # the script gets it too: it saves and exits
+                stage.wait()
+    if code := stage.returncode:
         print(
             f"the demo stopped at this stage (exit code {code}): run it again to continue, or "
             f"delete {out} to begin anew"
@@ -101,18 +96,18 @@ def run_stage(title: str, command: list[str], out: str) -> float:
     return time.perf_counter() - started
 
 
-def ask(model: Lille, question: str) -> str:
-    """The model's greedy answer to a question in a new conversation."""
-    model.reset_chat()
-    return model.chat(question, do_sample=False).strip()
+def held_out_answers(model: Lille, conversations: Path) -> list[tuple[str, bool]]:
+    """Greedy answers to questions in wordings that no training conversation has; which are right.
 
-
-def held_out_score(model: Lille, conversations: Path) -> tuple[int, int]:
-    """Number of right answers and of questions, in wordings that no training conversation has."""
-    rows = [json.loads(line) for line in conversations.read_text("utf-8").splitlines()]
-    answers = [ask(model, row["messages"][0]["content"]) for row in rows]
-    n_right = sum(is_right(text, row["answer"]) for text, row in zip(answers, rows, strict=True))
-    return n_right, len(rows)
+    HELD_OUT_QUESTION comes first.
+    """
+    answers = []
+    for line in conversations.read_text("utf-8").splitlines():
+        row = json.loads(line)
+        model.reset_chat()
+        answer = model.chat(row["messages"][0]["content"], do_sample=False).strip()
+        answers.append((answer, is_right(answer, row["answer"])))
+    return answers
 
 
 def draw_curves(out: Path, picture: Path) -> None:
@@ -131,31 +126,27 @@ def main(argv: list[str] | None = None) -> int:
     config = config_from_constants(globals(), argv)
     if not Path("train.py").exists():
         raise UserError("run the demo in the project's folder, where train.py is")
-    times = []
-    for title, command in stages(config.data_dir, config.out_dir):
-        times.append((title, run_stage(title, command, config.out_dir)))
-
+    times = {
+        title: run_stage(title, command, config.out_dir)
+        for title, command in stages(config.data_dir, config.out_dir)
+    }
     print("\n=== Ask what was held out", flush=True)
     tuned = f"{config.out_dir}/finetune/best_model.pt"
-    started = time.perf_counter()
-    model = lille("torch", tuned, device="cpu")
-    answer = ask(model, QUESTION)
-    n_right, n_questions = held_out_score(
-        model, Path(config.data_dir, "conversations_heldout.jsonl")
-    )
-    times.append(("Ask what was held out", time.perf_counter() - started))
-    print(f"{n_right} of {n_questions} questions in wordings it never saw are answered right")
-    print(f"{QUESTION} {answer}")
+    conversations = Path(config.data_dir, "conversations_heldout.jsonl")
+    answers = held_out_answers(lille("torch", tuned, device="cpu"), conversations)
+    n_right = sum(right for _, right in answers)
+    print(f"{n_right} of {len(answers)} questions in wordings it never saw are answered right")
+    print(f"{HELD_OUT_QUESTION} {answers[0][0]}")
 
     if config.picture:
         draw_curves(Path(config.out_dir), Path(config.picture))
-    print("\nSeconds: " + ", ".join(f"{title} {seconds:.0f}" for title, seconds in times))
+    print("\nSeconds: " + ", ".join(f"{title} {seconds:.0f}" for title, seconds in times.items()))
     print(
         f"Loss curves: {config.out_dir}/*/loss_curve.png\n"
         f'Ask on: python inference.py --model={tuned} --prompt="Who are you?"\n'
         "Next: your own text, python prepare_dataset.py --input_file_path=... and python train.py"
     )
-    if not is_right(answer, EXPECTED) or 2 * n_right <= n_questions:
+    if not answers[0][1] or 2 * n_right <= len(answers):
         print("that is worse than it should be: please report it with the output above")
         return 1
     return 0

@@ -1,13 +1,13 @@
-"""Takes a model out of the project's own format.
+"""Exports a checkpoint to Hugging Face, ONNX or GGUF.
 
     python export.py --format=hf                       # a folder for transformers, a plain Llama
     python export.py --format=onnx --dtype=int8        # a graph for onnxruntime
     python export.py --format=gguf --dtype=q8_0        # a file for llama.cpp
-    python export.py --model=checkpoints/best_model.pt --output=my_model
+    python export.py --model=checkpoints/best_model.pt --output_dir=my_model
 
-Every export is read back and compared with the checkpoint before it takes its place. A checkpoint
-with rope_style="lille", as the original's, cannot be a Llama: "hf" then writes a folder that needs
-`trust_remote_code=True`, and "gguf" refuses.
+Every export is read back and compared with the checkpoint before it replaces an earlier one. A
+checkpoint with rope_style="lille", such as the original's, cannot be a Llama: "hf" then writes a
+folder that needs `trust_remote_code=True`, and "gguf" refuses.
 """
 
 import common.threads  # noqa: F401  before torch, which reads what it sets
@@ -20,86 +20,98 @@ from checkpoint import load_checkpoint, load_model, model_from_checkpoint
 from common.errors import UserError
 from common.settings import config_from_constants, run_script
 from common.signals import terminated_as_interrupted
-from formats.write_hf import export_hf
-from model import GPT
-from tokenizer import load_tokenizer
+from formats import write_gguf, write_hf, write_onnx
+from formats.pretrained import resolve_model
+from model import GPTConfig
+from tokenizer import Tokenizer, load_tokenizer
 
 model = "checkpoints_ft/best_model.pt"  # a .pt, a folder, a hub id, or "130m-instruct"
 format = "hf"  # "hf", "onnx" or "gguf"
-output = ""  # folder to write ("gguf": file); "": named after the model, beside it
+output_dir = ""  # folder to write, gguf: or a .gguf file; "": beside the model, named after it
 dtype = ""  # hf: float32, float16, bfloat16; onnx: fp32, fp16, int8; gguf: f32, f16, q8_0
 
-DTYPES_OF = {
-    "hf": ("float32", "float16", "bfloat16"),
-    "onnx": ("fp32", "fp16", "int8"),
-    "gguf": ("f32", "f16", "q8_0"),
-}
-# Settings of a training run that a model card may tell: no paths and no names.
-TOLD = (
+DTYPES = {"hf": write_hf.DTYPES, "onnx": write_onnx.DTYPES, "gguf": write_gguf.DTYPES}
+RENAMED = {"output": "output_dir", "output_path": "output_dir", "checkpoint": "model"}
+# Settings of a training run for the model card: no paths and no names.
+CARD_SETTINGS = (
     "optimizer learning_rate min_lr_ratio warmup_iters weight_decay beta1 beta2 rho hess_interval "
     "adamw_beta1 adamw_beta2 grad_clip batch_size gradient_accumulation_steps num_epochs max_steps "
     "dropout finetune dtype seed"
 ).split()
 
 
-def output_path(name: str, format: str) -> Path:
-    """Where an export goes by default: ft/best_model.pt -> ft/best_model-hf.
+def export_target(model: str, output_dir: str, format: str) -> Path:
+    """The folder to write, or for "gguf" the file.
 
-    That of a model from the hub goes into the current folder.
+    Without `output_dir` it is beside the model, ft/best_model.pt -> ft/best_model-hf, and that of a
+    model from the Hub is in the current folder.
     """
-    path = Path(name)
+    path = Path(model)
     base = path.with_suffix("") if path.suffix == ".pt" else path
     base = base if path.exists() else Path(base.name)
-    return base.with_name(f"{base.name}.gguf" if format == "gguf" else f"{base.name}-{format}")
+    if format != "gguf":
+        return Path(output_dir) if output_dir else base.with_name(f"{base.name}-{format}")
+    if output_dir.endswith(".gguf"):
+        return Path(output_dir)
+    return Path(output_dir or base.parent) / f"{base.name}.gguf"
 
 
 def training_facts(state: dict[str, Any]) -> dict[str, str]:
-    """What a checkpoint tells about its training, for the model card; only what is there."""
+    """Rows of the model card about the training, from those entries that a checkpoint has."""
     facts = {}
     if isinstance(state.get("iter_num"), int):
         facts["Optimizer steps"] = f"{state['iter_num']:,}"
     if isinstance(state.get("best_val_loss"), float):
         facts["Best validation loss (nats per token)"] = f"{state['best_val_loss']:.4f}"
-    settings = state.get("config")
-    for name in TOLD if isinstance(settings, dict) else ():
-        if name in settings:
-            facts[f"Training: {name}"] = str(settings[name])
-    return facts
+    settings = state.get("config", {})
+    names = [name for name in CARD_SETTINGS if name in settings]
+    return facts | {f"Training: {name}": str(settings[name]) for name in names}
 
 
-def check_settings(config: Any, target: Path) -> None:
-    """UserError for what is wrong before a model is even read."""
-    if config.format not in DTYPES_OF:
-        raise UserError(f"--format={config.format}: expected {', '.join(DTYPES_OF)}")
-    dtypes = DTYPES_OF[config.format]
-    if config.dtype not in ("", *dtypes):
+def check_settings(format: str, dtype: str, model: str, target: Path) -> None:
+    """Raises UserError for wrong settings before a model is read."""
+    if format not in DTYPES:
+        raise UserError(f"--format={format}: expected {', '.join(DTYPES)}")
+    if dtype not in ("", *DTYPES[format]):
         raise UserError(
-            f"--dtype={config.dtype}: expected {', '.join(dtypes)} for --format={config.format}"
+            f"--dtype={dtype}: expected {', '.join(DTYPES[format])} for --format={format}"
         )
-    if target.exists() and target.resolve() == Path(config.model).resolve():
-        raise UserError(f"--output={target} is the model itself: choose another --output")
+    if target.exists() and target.resolve() == Path(model).resolve():
+        raise UserError(f"--output_dir={target} is the model itself: choose another --output_dir")
+
+
+def check_vocabulary(
+    name: str, config: GPTConfig, tokenizer_sha256: str | None, tokenizer: Tokenizer
+) -> None:
+    """Raises UserError if a model was trained with another tokenizer than this repository's."""
+    if config.vocab_size != tokenizer.vocab_size:
+        raise UserError(
+            f"{name} has vocab_size {config.vocab_size} and the tokenizer "
+            f"{tokenizer.vocab_size}: export a model that was trained with this tokenizer"
+        )
+    if tokenizer_sha256 not in (None, tokenizer.sha256):
+        raise UserError(
+            f"{name} was trained with another tokenizer: export it with the hastings.json of "
+            "that run"
+        )
 
 
 def main(argv: list[str] | None = None) -> int:
-    config = config_from_constants(globals(), argv)
-    target = Path(config.output) if config.output else output_path(config.model, config.format)
-    check_settings(config, target)
-    tokenizer = load_tokenizer()
-    state = load_checkpoint(config.model) if Path(config.model).is_file() else {}
-    gpt = model_from_checkpoint(state, config.model).eval() if state else load_model(config.model)
-    check_vocabulary(config.model, gpt, state, tokenizer)
+    config = config_from_constants(globals(), argv, renamed=RENAMED)
+    target = export_target(config.model, config.output_dir, config.format)
+    check_settings(config.format, config.dtype, config.model, target)
+    tokenizer, path = load_tokenizer(), resolve_model(config.model)
+    state = load_checkpoint(path) if path.is_file() else {}
+    gpt = model_from_checkpoint(state, path).eval() if state else load_model(path)
+    check_vocabulary(config.model, gpt.config, state.get("tokenizer_sha256"), tokenizer)
     with terminated_as_interrupted():
         if config.format == "hf":
-            name = config.dtype or str(gpt.tok_embeddings.weight.dtype).removeprefix("torch.")
-            export_hf(gpt, tokenizer, target, name, training_facts(state))
+            dtype = config.dtype or str(gpt.tok_embeddings.weight.dtype).removeprefix("torch.")
+            write_hf.export_hf(gpt, tokenizer, target, dtype, training_facts(state))
         elif config.format == "onnx":
-            from formats.write_onnx import export_onnx
-
-            export_onnx(gpt, tokenizer, target, config.dtype)
+            write_onnx.export_onnx(gpt, tokenizer, target, config.dtype or "fp32")
         else:
-            from formats.write_gguf import export_gguf
-
-            export_gguf(gpt, tokenizer, target, config.dtype)
+            write_gguf.export_gguf(gpt, tokenizer, target, config.dtype or "f32")
     print(f"wrote {target}")
     if config.format == "hf" and gpt.config.rope_style == "lille":
         print(
@@ -107,20 +119,6 @@ def main(argv: list[str] | None = None) -> int:
             "Llama has: load the folder with trust_remote_code=True"
         )
     return 0
-
-
-def check_vocabulary(name: str, gpt: GPT, state: dict[str, Any], tokenizer: Any) -> None:
-    """UserError if the model was trained with another tokenizer than this repository's."""
-    if gpt.config.vocab_size != tokenizer.vocab_size:
-        raise UserError(
-            f"{name} has vocab_size {gpt.config.vocab_size} and the tokenizer "
-            f"{tokenizer.vocab_size}: export a model that was trained with this tokenizer"
-        )
-    if state.get("tokenizer_sha256", tokenizer.sha256) != tokenizer.sha256:
-        raise UserError(
-            f"{name} was trained with another tokenizer: export it with the hastings.json of "
-            "that run"
-        )
 
 
 if __name__ == "__main__":

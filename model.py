@@ -13,7 +13,6 @@ V vocabulary, F feed-forward width, N = B·T tokens of a flattened batch.
 References: RoPE 2104.09864, GQA 2305.13245, SwiGLU 2002.05202, RMSNorm 1910.07467 (arXiv).
 """
 
-import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +21,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from ops.attention import (
+    AttentionInputs,
+    attend_by_segment,
+    document_mask,
+    flash_varlen,
+    uses_segments,
+)
 from ops.cross_entropy import linear_cross_entropy
 from ops.kv_cache import KVCache
 from ops.sampling import sample
@@ -92,61 +98,10 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, style: str
     """
     if style == "llama":
         first, second = x.chunk(2, dim=-1)
-        turned = torch.cat((-second, first), dim=-1)
+        rotated = torch.cat((-second, first), dim=-1)
     else:
-        turned = torch.cat((-x[..., 1::2], x[..., ::2]), dim=-1)
-    return (x * cos + turned * sin).to(x.dtype)
-
-
-def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """The type of matrix products where autocast is on, else None."""
-    enabled = torch.is_autocast_enabled(device_type)
-    return torch.get_autocast_dtype(device_type) if enabled else None
-
-
-def document_mask(positions: torch.Tensor) -> torch.Tensor:
-    """Which tokens of packed rows may see which, (B, 1, T, T): causal, within their own piece.
-
-    positions (B, T) counts from 0 in each piece, so a 0 begins one.
-    """
-    piece = (positions == 0).cumsum(dim=1)
-    same_piece = piece[:, :, None] == piece[:, None, :]
-    return same_piece.tril()[:, None]
-
-
-def flash_varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu: torch.Tensor, longest: int):
-    """Causal variable-length flash attention over q (N, H, D), k and v (N, K, D) -> (N, H, D).
-
-    The keywords of PyTorch's varlen_attn differ between releases, so they are looked up.
-    """
-    from torch.nn.attention.varlen import varlen_attn
-
-    known = inspect.signature(varlen_attn).parameters
-    causal = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
-    if "enable_gqa" in known:
-        causal["enable_gqa"] = True
-    return varlen_attn(q, k, v, cu, cu, longest, longest, **causal)
-
-
-def attend_by_piece(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu: torch.Tensor):
-    """What flash_varlen computes, on a CPU: causal attention in each piece by itself.
-
-    There is no mask to read, and nothing is computed that a mask would hide. Pieces of one length
-    that follow each other, such as full rows, are taken together.
-    """
-    groups: list[list[int]] = []  # [pieces, length]
-    for length in cu.diff().tolist():
-        if groups and groups[-1][1] == length:
-            groups[-1][0] += 1
-        elif length:
-            groups.append([1, length])
-    parts = (x.split([n * length for n, length in groups]) for x in (q, k, v))
-    outputs = []
-    for (n, length), *qkv in zip(groups, *parts, strict=True):
-        qkv = [x.unflatten(0, (n, length)).transpose(1, 2) for x in qkv]  # (pieces, heads, T, D)
-        y = F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True)
-        outputs.append(y.transpose(1, 2).flatten(0, 1))  # (N, H, D)
-    return torch.cat(outputs)
+        rotated = torch.cat((-x[..., 1::2], x[..., ::2]), dim=-1)
+    return (x * cos + rotated * sin).to(x.dtype)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -162,34 +117,35 @@ class RMSNorm(nn.RMSNorm):
 class Attention(nn.Module):
     """Causal grouped-query attention with its pre-norm; the residual is added by Block."""
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.config = config
+        self.config, self.layer = config, layer
         kv_dim = config.n_kv_heads * config.head_dim
         self.norm = RMSNorm(config.n_embd, eps=config.layer_norm_eps)
         self.qkv_proj = nn.Linear(config.n_embd, config.n_embd + 2 * kv_dim, bias=False)
         self.out_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, cos, sin, mask=None, cu_seqlens=None, cache=None, layer=0, positions=None):
-        config = self.config
+    def forward(self, x: torch.Tensor, inputs: AttentionInputs) -> torch.Tensor:
+        config, mask, cu_seqlens = self.config, inputs.mask, inputs.cu_seqlens
         B, T, C = x.shape
         heads, kv_heads, width = config.n_heads, config.n_kv_heads, config.head_dim
         qkv = self.qkv_proj(self.norm(x)).view(B, T, heads + 2 * kv_heads, width)
         qk, v = qkv.split((heads + kv_heads, kv_heads), dim=2)
-        q, k = apply_rope(qk, cos, sin, config.rope_style).split((heads, kv_heads), dim=2)
+        qk = apply_rope(qk, inputs.cos, inputs.sin, config.rope_style)
+        q, k = qk.split((heads, kv_heads), dim=2)
 
         if cu_seqlens is not None:
             q, k, v = (part.reshape(B * T, -1, width) for part in (q, k, v))  # (N, heads, D)
-            if x.device.type == "cpu" and not torch.compiler.is_compiling():
-                y = attend_by_piece(q, k, v, cu_seqlens)
+            if x.is_cuda:
+                y = flash_varlen(q, k, v, cu_seqlens, max_length=T)
             else:
-                y = flash_varlen(q, k, v, cu_seqlens, longest=T)
+                y = attend_by_segment(q, k, v, cu_seqlens)
         else:
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, D)
-            if cache is not None:
-                k, v = cache.extend(layer, k, v, positions)
-                k, v = k[:, :, : mask.shape[3]], v[:, :, : mask.shape[3]]  # places that are used
+            if inputs.cache is not None:
+                k, v = inputs.cache.update(self.layer, k, v, inputs.positions)
+                k, v = k[:, :, : mask.shape[3]], v[:, :, : mask.shape[3]]  # (B, K, S, D)
                 if T == 1:  # the queries of a KV head beside each other: it is read once
                     q = q.reshape(B, kv_heads, -1, width)
             y = F.scaled_dot_product_attention(
@@ -216,23 +172,27 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: GPTConfig):
+    """Attention and feed-forward network, each added to the residual stream."""
+
+    def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.attention = Attention(config)
+        self.attention = Attention(config, layer)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, x, cos, sin, mask=None, cu_seqlens=None, cache=None, layer=0, positions=None):
-        x = x + self.attention(x, cos, sin, mask, cu_seqlens, cache, layer, positions)
+    def forward(self, x: torch.Tensor, inputs: AttentionInputs) -> torch.Tensor:
+        x = x + self.attention(x, inputs)
         return x + self.feed_forward(x)
 
 
 class GPT(nn.Module):
+    """The whole decoder: embedding, blocks, final norm and tied head."""
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.n_embd, eps=config.layer_norm_eps)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.tok_embeddings.weight
@@ -265,11 +225,9 @@ class GPT(nn.Module):
     ) -> torch.Tensor:
         """Logits (B, T, V) of ids (B, T), or with targets (B, T) the summed cross-entropy in nats.
 
-        `targets` are already shifted by the caller; -100 marks positions without a label.
-        `positions` (B, T) marks packed rows: it counts from 0 in each piece, and pieces do not see
-        each other. `cu_seqlens` int32 says the same for flash attention (CUDA, 16-bit), and on a
-        CPU for a forward pass that is not compiled: where the pieces of the flattened batch begin,
-        its end repeated to any fixed length.
+        `targets` are shifted by the caller; -100 marks positions without a label.
+        `positions` and `cu_seqlens` describe packed rows (see ops/attention.py): the model takes
+        the fastest attention that its device and dtype support. Without `cu_seqlens` it is a mask.
         `cache` holds the tokens before `ids` and takes theirs; the caller advances its lengths.
         `sample_targets` draws the labels from the model instead (see ops/cross_entropy.py).
         Raises ValueError when the sequence is longer than `block_size`.
@@ -294,20 +252,23 @@ class GPT(nn.Module):
             raise ValueError(
                 f"{T} tokens do not fit the context of {self.config.block_size}: shorten the text"
             )
+        x = self.dropout(self.tok_embeddings(ids))  # (B, T, C)
+        autocast = torch.is_autocast_enabled(x.device.type)
+        compute_dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
         mask = None
         if cache is not None:
-            positions, mask = cache.places(T)
-        elif positions is not None and cu_seqlens is None:
-            mask = document_mask(positions)
+            positions, mask = cache.positions_and_mask(T)
         elif positions is None:
             positions = torch.arange(T, device=ids.device)
-        x = self.dropout(self.tok_embeddings(ids))  # (B, T, C)
-        if autocast_dtype(x.device.type) == torch.bfloat16:
-            x = x.bfloat16()  # the residual stream: half the bytes of what compiled steps wait for
+        elif cu_seqlens is None or not uses_segments(x.device, compute_dtype, self.config.head_dim):
+            mask, cu_seqlens = document_mask(positions), None
+        if compute_dtype == torch.bfloat16:
+            x = x.bfloat16()  # the residual stream too: half the memory traffic of compiled steps
         cos = self.rope_cos[positions].unsqueeze(-2)  # (B, T, 1, D), or (T, 1, D) for all rows
         sin = self.rope_sin[positions].unsqueeze(-2)
-        for layer, block in enumerate(self.layers):
-            x = block(x, cos, sin, mask, cu_seqlens, cache, layer, positions)
+        inputs = AttentionInputs(cos, sin, positions, mask, cu_seqlens, cache)
+        for block in self.layers:
+            x = block(x, inputs)
         return self.norm(x)
 
     @torch.inference_mode()
@@ -341,35 +302,35 @@ class GPT(nn.Module):
             raise ValueError(
                 f"the prompt has {max(sizes)} tokens and the context only {block_size}: shorten it"
             )
-        budgets = [min(max_new_tokens, block_size + 1 - size) for size in sizes]
+        limits = [min(max_new_tokens, block_size + 1 - size) for size in sizes]
         decoder = decoder or self.decode_step
         cache = cache or KVCache.empty(self.config, len(prompts), like=weight)
         rows: list[list[int]] = [[] for _ in prompts]
-        open_rows = {row for row, budget in enumerate(budgets) if budget > 0}
+        active = {row for row, limit in enumerate(limits) if limit > 0}
         was_training = self.training
         self.eval()
         try:
-            padded = [prompt + [0] * (max(sizes) - len(prompt)) for prompt in prompts]
-            ids = torch.tensor(padded, device=weight.device)  # right padding: causality hides it
+            rows_of_ids = [prompt + [0] * (max(sizes) - len(prompt)) for prompt in prompts]
+            ids = torch.tensor(rows_of_ids, device=weight.device)  # causality hides the padding
             cache.lengths.zero_()
             x = self.hidden(ids, cache=cache)
             cache.lengths += torch.tensor(sizes, device=weight.device)
             last = cache.lengths - 1
             logits = self.lm_head(x[torch.arange(len(prompts), device=weight.device), last])
-            while open_rows:
+            while active:
                 tokens = sample(logits, temperature, top_k, top_p, generator)  # (B,)
                 new_tokens = tokens.to("cpu", non_blocking=weight.is_cuda)
                 if weight.is_cuda:  # queue the next step before waiting for this one's tokens
-                    copied = torch.cuda.Event()
-                    copied.record()
+                    copy_done = torch.cuda.Event()
+                    copy_done.record()
                     logits = self.advance(decoder, tokens, cache)
-                    copied.synchronize()
+                    copy_done.synchronize()
                 for row, token in enumerate(new_tokens.tolist()):
-                    if row in open_rows and token not in stop_tokens:
+                    if row in active and token not in stop_tokens:
                         rows[row].append(token)
-                    if token in stop_tokens or len(rows[row]) == budgets[row]:
-                        open_rows.discard(row)
-                if open_rows and not weight.is_cuda:
+                    if token in stop_tokens or len(rows[row]) == limits[row]:
+                        active.discard(row)
+                if active and not weight.is_cuda:
                     logits = self.advance(decoder, tokens, cache)
         finally:
             self.train(was_training)
@@ -380,6 +341,7 @@ class GPT(nn.Module):
         return self(tokens[:, None], cache=cache)[:, 0]
 
     def advance(self, decoder: Callable, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """Logits (B, V) after one more token of each row; advances the lengths."""
         cache.lengths.clamp_(max=self.config.block_size - 1)  # only finished rows are full
         logits = decoder(tokens, cache)
         cache.lengths += 1

@@ -7,8 +7,8 @@
 
 The formula is in ops/sophia_reference.py. Each update is one pass over memory for all parameters
 of a group together: on CUDA one launch of a Triton kernel, on a CPU one call of
-ops/sophia_step.cpp, compiled when first needed. Without Triton or a C++
-compiler it is plain PyTorch, and slower.
+ops/sophia_step.cpp, compiled at its first use. Without Triton or a C++ compiler it is plain
+PyTorch, and slower.
 
 References: Liu et al., "Sophia: A Scalable Stochastic Second-order Optimizer for Language Model
 Pre-training", arXiv 2305.14342, Algorithms 2 (Gauss-Newton-Bartlett, GNB) and 3; the authors'
@@ -17,7 +17,6 @@ code, github.com/Liuhong99/Sophia, which adds eps where Algorithm 3 and this one
 
 import warnings
 from collections.abc import Callable
-from itertools import chain
 from typing import Any
 
 import torch
@@ -34,11 +33,11 @@ except ImportError:
 
 
 if triton is not None:
-    # ops/parameter_table.py describes the table, its rows and what ALIGNED promises.
+    # The table, its rows and ALIGNED are described in ops/parameter_table.py.
 
     @triton.jit
     def locate(table_ptr, block_rows_ptr, scale, ALIGNED: tl.constexpr, BLOCK_SIZE: tl.constexpr):
-        """The row of this block's parameter, its first element, how many remain (0 to skip)."""
+        """This block's row, its first element and its number of elements (0: skip the step)."""
         pid = tl.program_id(0)
         row_ptr = table_ptr + tl.load(block_rows_ptr + pid) * 8
 
@@ -58,22 +57,22 @@ if triton is not None:
         return base_ptr + start + offsets
 
     @triton.jit
-    def mix_kernel(x):
-        """`mix`, on uint32."""
+    def hash32_kernel(x):
+        """`hash32` of a uint32."""
         x = x + 0x1E3779B9
         x = (x ^ (x >> 16)) * 0x45D9F3B
         x = (x ^ (x >> 16)) * 0x45D9F3B
         return x ^ (x >> 16)
 
     @triton.jit
-    def narrow(x, row_ptr, index, moment: tl.constexpr, DTYPE: tl.constexpr):
+    def round_to_moment_dtype(x, row_ptr, index, moment: tl.constexpr, DTYPE: tl.constexpr):
         """Float32 `x` in the moments' dtype: `round_stochastic` when that is bfloat16."""
         if DTYPE == tl.bfloat16:
             step = tl.load(tl.load(row_ptr + 4).to(tl.pointer_type(tl.float32))).to(tl.uint32)
-            step += 1 - moment  # finish_kernel counts this step when all blocks have read it
+            step += 1 - moment  # a step is counted after the kernel
             stream = (tl.load(row_ptr + 7) * 2 + moment).to(tl.uint32)
-            seed = mix_kernel(step ^ mix_kernel(stream))
-            noise = (mix_kernel(index.to(tl.uint32) ^ seed) & 0xFFFF).to(tl.int32)
+            seed = hash32_kernel(step ^ hash32_kernel(stream))
+            noise = (hash32_kernel(index.to(tl.uint32) ^ seed) & 0xFFFF).to(tl.int32)
             rounded = (x.to(tl.int32, bitcast=True) + noise) & -0x10000
             x = tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
         return x.to(DTYPE)
@@ -101,45 +100,24 @@ if triton is not None:
         h = tl.load(h_ptrs, mask=mask, other=0.0).to(tl.float32)
 
         m = beta1 * m + (1 - beta1) * (scale * g)
-        bound = rho_bs * h  # bounds by comparison: unlike tl.maximum that lets a NaN through
+        bound = rho_bs * h  # compared, not tl.maximum: a NaN propagates
         ratio = m / tl.where(bound < eps, eps, bound)
         update = tl.where(ratio > 1, 1.0, tl.where(ratio < -1, -1.0, ratio))
         p = p * (1 - lr * weight_decay) - lr * update
         unclipped = tl.sum(tl.where(mask, (tl.abs(ratio) < 1).to(tl.int32), 0))
 
+        m = round_to_moment_dtype(m, row_ptr, start + offsets, 0, MOMENT)
         tl.store(p_ptrs, p.to(PARAM), mask=mask)
-        tl.store(m_ptrs, narrow(m, row_ptr, start + offsets, 0, MOMENT), mask=mask)
+        tl.store(m_ptrs, m, mask=mask)
         tl.atomic_add(counters_ptr + tl.program_id(0) % COUNTERS, unclipped, sem="relaxed")
-
-    @triton.jit
-    def finish_kernel(
-        table_ptr, scale_ptr, counters_ptr, share_ptr,
-        n_rows, total,
-        COUNTERS: tl.constexpr,
-    ):  # fmt: skip
-        """After step_kernel: step += 1 in every row; share = sum of the counters / total.
-
-        A scale that is not finite counts no step and gives the share NaN.
-        """
-        scale = tl.load(scale_ptr)
-        offsets = tl.arange(0, COUNTERS)
-        share = tl.sum(tl.load(counters_ptr + offsets).to(tl.int64)).to(tl.float32) / total
-        n_counted = tl.where(scale - scale == 0, n_rows, 0)
-
-        tl.store(share_ptr, tl.where(scale - scale == 0, share, float("nan")))
-        for first in range(0, n_rows, COUNTERS):
-            mask = first + offsets < n_counted
-            addresses = tl.load(table_ptr + (first + offsets) * 8 + 4, mask=mask, other=0)
-            step_ptrs = addresses.to(tl.pointer_type(tl.float32))
-            tl.store(step_ptrs, tl.load(step_ptrs, mask=mask, other=0.0) + 1, mask=mask)
 
     @triton.jit
     def hessian_kernel(
         table_ptr, block_rows_ptr, scale_ptr,
-        decay, gain,
+        decay, gain, squared: tl.constexpr,
         GRAD: tl.constexpr, MOMENT: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     ):  # fmt: skip
-        """h = beta2 h + (1 - beta2) (s g)^2; `decay` is beta2 and `gain` 1 - beta2."""
+        """h = decay h + gain (s g)^2, or decay h + gain s g where g is `squared` already."""
         scale = tl.load(scale_ptr)
         row_ptr, start, remaining = locate(table_ptr, block_rows_ptr, scale, ALIGNED, BLOCK_SIZE)
         offsets = tl.arange(0, BLOCK_SIZE)
@@ -150,51 +128,46 @@ if triton is not None:
         g = scale * tl.load(g_ptrs, mask=mask, other=0.0).to(tl.float32)
         h = tl.load(h_ptrs, mask=mask, other=0.0).to(tl.float32)
 
-        h = decay * h + gain * g * g
+        if squared:
+            h = decay * h + gain * g
+        else:
+            h = decay * h + gain * g * g
 
-        tl.store(h_ptrs, narrow(h, row_ptr, start + offsets, 1, MOMENT), mask=mask)
+        h = round_to_moment_dtype(h, row_ptr, start + offsets, 1, MOMENT)
+        tl.store(h_ptrs, h, mask=mask)
 
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-COUNTERS = 1024  # of coordinates not clipped; one would be written by all blocks in turn
+COUNTERS = 1024  # partial counts of a step: atomic additions to a single one would wait in line
 
 
-def launch(bucket: Bucket, scale: Tensor, constants: dict, total: int) -> Tensor:
-    """Launches step_kernel, or with `total` 0 hessian_kernel; the counters of the former."""
-    kernel, counters, names = hessian_kernel, scale, ("GRAD", "MOMENT")
-    if total:
-        kernel, names = step_kernel, ("PARAM", "GRAD", "MOMENT")
+def launch(bucket: Bucket, scale: Tensor, update: str, constants: dict) -> Tensor | None:
+    """The update ("step" or "hessian") in one kernel; the number of coordinates not clipped.
+
+    A `scale` that is not finite changes nothing.
+    """
+    param, grad, moment = (
+        getattr(tl, str(dtype).removeprefix("torch.")) for dtype in bucket.dtypes
+    )
+    arguments = dict(
+        table_ptr=bucket.table,
+        block_rows_ptr=bucket.block_rows,
+        scale_ptr=scale,
+        **constants,
+        GRAD=grad,
+        MOMENT=moment,
+        ALIGNED=bucket.is_aligned,
+        BLOCK_SIZE=BLOCK_SIZE,
+        num_warps=8,
+    )
+    grid = (len(bucket.block_rows),)
+    with torch.cuda.device_of(scale):
+        if update == "hessian":
+            hessian_kernel[grid](**arguments)
+            return None
         counters = torch.zeros(COUNTERS, dtype=torch.int32, device=bucket.device)
-        constants = dict(counters_ptr=counters, COUNTERS=COUNTERS) | constants
-    dtypes = zip(names, bucket.dtypes[-len(names) :], strict=True)
-    with torch.cuda.device_of(scale):
-        kernel[(len(bucket.block_rows),)](
-            table_ptr=bucket.table,
-            block_rows_ptr=bucket.block_rows,
-            scale_ptr=scale,
-            **constants,
-            **{name: getattr(tl, str(dtype).removeprefix("torch.")) for name, dtype in dtypes},
-            ALIGNED=bucket.aligned,
-            BLOCK_SIZE=BLOCK_SIZE,
-            num_warps=8,
-        )
-    return counters
-
-
-def finish(bucket: Bucket, scale: Tensor, counters: Tensor, total: int) -> Tensor:
-    """Counts the step; the share of `total` that it did not clip, NaN if it was skipped."""
-    share = torch.empty_like(scale)
-    with torch.cuda.device_of(scale):
-        finish_kernel[(1,)](
-            table_ptr=bucket.table,
-            scale_ptr=scale,
-            counters_ptr=counters,
-            share_ptr=share,
-            n_rows=len(bucket.params),
-            total=float(total),
-            COUNTERS=COUNTERS,
-        )
-    return share
+        step_kernel[grid](counters_ptr=counters, COUNTERS=COUNTERS, PARAM=param, **arguments)
+        return counters.sum()
 
 
 def as_scalar(value: float | Tensor | None, device: torch.device) -> Tensor:
@@ -211,9 +184,9 @@ class SophiaG(torch.optim.Optimizer):
     overrides it). `win_rate`, a scalar on the device, is the share of coordinates that the last
     step did not clip: NaN before the first, healthy at 0.1 to 0.5. With `state_dtype` bfloat16 the
     moments take half the memory and are rounded stochastically; rounding to nearest would stall,
-    since a change under 0.2 to 0.4 % of a value is lost and `hessian` moves by 1 % of the gap.
-    Parameters are rounded to nearest: keep them in float32. `backend` "auto" takes the fastest;
-    "triton", "cpp" (CPU) and "eager" force one. ValueError for impossible settings.
+    since a change under 0.2 to 0.4 % of a value is lost and `hessian` moves by 1 % of the
+    difference. Parameters are rounded to nearest: keep them in float32. `backend` "auto" takes the
+    fastest; "triton", "cpp" (CPU) and "eager" force one. ValueError for impossible settings.
     """
 
     def __init__(
@@ -276,9 +249,8 @@ class SophiaG(torch.optim.Optimizer):
         if bs is not None and not bs >= 1:
             raise ValueError(f"bs = {bs}: the number of tokens is at least 1")
 
-        buckets = self._buckets()
-        total, shares = sum(bucket.numel for _, bucket in buckets), []
-        for group, bucket in buckets:
+        counts, total = [], 0
+        for group, bucket in self._buckets():
             constants = dict(
                 lr=float(group["lr"]),
                 weight_decay=float(group["weight_decay"]),
@@ -287,36 +259,42 @@ class SophiaG(torch.optim.Optimizer):
                 eps=float(group["eps"]),
             )
             scale = as_scalar(grad_scale, bucket.device)
+            finite = scale.isfinite()
             scale = -scale if group["maximize"] else scale
-            shares.append(self._update(bucket, scale, constants, total))
+            count = self._update(bucket, scale, "step", constants)
+            torch._foreach_add_([state["step"] for state in bucket.states], finite.float())
             torch.autograd.graph.increment_version(bucket.params)
-        if shares:  # each NaN where the step was skipped
-            rate = sum((share.to(shares[0].device) for share in shares[1:]), shares[0])
+            counts.append(torch.where(finite, count, torch.nan))
+            total += bucket.numel
+        if counts:  # NaN where the step was skipped
+            rate = sum(count.to(counts[0].device) for count in counts) / total
             self.win_rate = torch.where(rate.isnan(), self.win_rate.to(rate.device), rate)
         return loss
 
     @torch.no_grad()
-    def update_hessian(self, grad_scale: float | Tensor | None = None) -> None:
-        """Averages the squared gradients, now those of the sampled-label loss, into the Hessian.
+    def update_hessian(
+        self, grad_scale: float | Tensor | None = None, *, squared: bool = False
+    ) -> None:
+        """Averages the squared gradients of the sampled-label loss into the Hessian.
 
-        h = beta2 h + (1 - beta2) (grad_scale g)^2. For a mean of several estimates make the
-        gradients the root of their mean square, as training/trainer.py does. If `grad_scale` is NaN
-        or infinite nothing changes.
+        h = beta2 h + (1 - beta2) (grad_scale g)^2, where g is the gradient of the mean loss over
+        `bs` tokens. With `squared` the gradients hold the mean over batches of n g^2 instead, n
+        being a batch's own number of labels, and h = beta2 h + (1 - beta2) grad_scale g / bs.
+        If `grad_scale` is NaN or infinite nothing changes.
         """
         for group, bucket in self._buckets():
-            beta2 = float(group["betas"][1])
-            constants = dict(decay=beta2, gain=1 - beta2)
-            self._update(bucket, as_scalar(grad_scale, bucket.device), constants)
+            decay = float(group["betas"][1])
+            gain = (1 - decay) / (group["bs"] if squared else 1)
+            constants = dict(decay=decay, gain=gain, squared=squared)
+            self._update(bucket, as_scalar(grad_scale, bucket.device), "hessian", constants)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads `state_dict`, the moments in `state_dtype` (torch.optim takes the parameters')."""
         super().load_state_dict(state_dict)
-        numbers = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        params = chain.from_iterable(group["params"] for group in self.param_groups)
-        for number, p in zip(numbers, params, strict=True):
+        for number, p in enumerate(p for group in self.param_groups for p in group["params"]):
             saved = state_dict["state"].get(number, {})
             for name in saved.keys() & {"exp_avg", "hessian"}:
-                if saved[name].shape != p.shape:
+                if saved[name].shape != p.shape:  # which might broadcast
                     raise ValueError(
                         f"{name} of parameter {number} has the shape {tuple(saved[name].shape)}, "
                         f"the parameter {tuple(p.shape)}: this is the state of another model"
@@ -358,29 +336,26 @@ class SophiaG(torch.optim.Optimizer):
         """(group, bucket) for all parameters that have a gradient."""
         return self._tables.buckets(self.param_groups, self.state, self._prepare)
 
-    def _update(self, bucket: Bucket, scale: Tensor, constants: dict, total: int = 0) -> Tensor:
-        """The step on all parameters of the bucket, or with `total` 0 the Hessian update.
-
-        Returns the count of coordinates that the step did not clip divided by `total`, NaN if it
-        was skipped.
-        """
-        on, wants = bucket.device.type, self.backend if bucket.dense else "eager"
-        if wants == "triton" or wants == "auto" and on == "cuda" and triton is not None:
+    def _update(self, bucket: Bucket, scale: Tensor, update: str, constants: dict) -> Tensor | None:
+        """The update "step" or "hessian" of a bucket; the number of coordinates not clipped."""
+        backend = self.backend if bucket.is_dense else "eager"
+        on_cuda = bucket.device.type == "cuda" and triton is not None
+        if backend == "triton" or (backend == "auto" and on_cuda):
             try:
-                counters = launch(bucket, scale, constants, total)
+                return launch(bucket, scale, update, constants)
             except torch.OutOfMemoryError:
                 raise
-            except Exception as error:  # no C compiler, say: nothing has been launched or written
-                if wants == "triton":
+            except Exception as error:  # no C compiler, for example: nothing has been written
+                if backend == "triton":
                     raise
                 self._fall_back("Triton", str(error).strip() or type(error).__name__)
-            else:
-                return finish(bucket, scale, counters, total) if total else scale
-        if wants in ("auto", "cpp") and suits_cpp(bucket):
+        if scale.is_cpu and not scale.isfinite():  # costs nothing here; a GPU would have to wait
+            return torch.zeros((), dtype=torch.int64)
+        if backend in ("auto", "cpp") and suits_cpp(bucket):
             if cpp_library() is not None:
-                return run_cpp(bucket, scale, constants, total)
+                return run_cpp(bucket, scale, update, constants)
             self._fall_back("C++", "no compiler (g++) works here")
-        return run_eager(bucket, scale, constants, total)
+        return run_eager(bucket, scale, update, constants)
 
     def _fall_back(self, missing: str, reason: str) -> None:
         reason = reason.partition("\n")[0]

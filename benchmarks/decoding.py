@@ -49,7 +49,7 @@ def peer_answers(
     return answers
 
 
-def decoders(gpt: GPT, compiled: bool) -> dict[str, tuple[Decoder, float]]:
+def decoders(gpt: GPT) -> dict[str, tuple[Decoder, float]]:
     """Our decoders by name, each with the bytes of its weights; a line for each impossible one."""
     weight = gpt.lm_head.weight
     size = weight.dtype.itemsize
@@ -62,8 +62,6 @@ def decoders(gpt: GPT, compiled: bool) -> dict[str, tuple[Decoder, float]]:
         variants["ours, float32"] = {}, 4
         variants["ours, bfloat16 weights"] = {"weights": "bfloat16"}, 2
         variants["ours, int8 weights"] = {"weights": "int8"}, 1
-        if compiled:
-            variants["ours, float32, torch.compile"] = {"mode": "compile"}, 4
     by_name = {}
     for name, (options, bytes_each) in variants.items():
         try:
@@ -77,7 +75,8 @@ def onnx_answers(gpt: GPT, folder: Path, prompt: list[int], n: int) -> Answers:
     if not all(map(peer, ("onnx", "onnxscript", "onnxruntime"))):
         return {}
     from formats.onnx_runtime import CONFIG, MODEL, OnnxBackend
-    from formats.write_onnx import write_graph, write_json
+    from formats.write_hf import write_json
+    from formats.write_onnx import write_graph
 
     def answer(backend: OnnxBackend) -> None:
         ids = list(prompt)
@@ -142,7 +141,7 @@ def run(config: Any, device: torch.device) -> None:
     dtype, n = getattr(torch, config.dtype), config.new_tokens
     gpt = GPT(model_config(config)).to(device, dtype).eval()
     prompt = torch.randint(gpt.config.vocab_size, (1, config.prompt_tokens), device=device)
-    ours = decoders(gpt, config.compile)
+    ours = decoders(gpt)
     cache = KVCache.empty(gpt.config, 1, like=gpt.tok_embeddings.weight)
 
     def answer(decoder: Decoder) -> None:

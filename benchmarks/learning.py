@@ -96,7 +96,7 @@ class RecipeRun:
             rate = settings.get("hidden_rate", 1.0)
             self.trainer.optimizer = TwoOptimizers(model, config, rate)
         self.steps, vocab_size = settings["steps"], settings["vocab_size"]
-        n_tokens = 0 if settings.get("all_documents") else self.tokens_per_step * self.steps
+        n_tokens = self.tokens_per_step * self.steps
         corpus = load_documents(data_dir, "train", vocab_size, n_tokens)
         held_out = load_documents(data_dir, "val", vocab_size, 0)
         tokenizer, block = small_tokenizer(vocab_size), config.block_size
@@ -211,10 +211,6 @@ class Study:
         for name, change in CHANGES.items():
             for base in (SOPHIAG,) if name in OF_SOPHIAG else (SOPHIAG, ADAMW):
                 self.run(f"{base}, {name}", seed, **RECIPES[base] | best[base] | change)
-        original = RECIPES[ORIGINAL] | best[ORIGINAL]
-        self.run(f"{ORIGINAL}, all documents", seed, **original | {"all_documents": True})
-        stock = original | {"learning_rate": 1e-4}  # which was for 16,384 positions a step
-        self.run(f"{ORIGINAL}, rate 1e-4", seed, **stock)
 
     def time_steps(self, best: dict[str, dict[str, Any]]) -> None:
         """CPU seconds of ten steps of each recipe in turn, A B C A B C."""

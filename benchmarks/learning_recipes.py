@@ -1,6 +1,6 @@
-"""Whom benchmarks/learning.py compares: the recipes, the original's batches and Hessian, Muon.
+"""Recipes of the learning study: ours, the original's batches and Hessian, Muon; the documents.
 
-Also the documents they learn from, kept in memory, in a tokenizer cut short.
+Documents are kept in memory, in the tokens of Hastings cut to its first merges.
 
 Muon: Jordan et al., https://kellerjordan.github.io/posts/muon/; the scale of its steps, which makes
 AdamW's learning rates fit it: Liu et al., 2502.16982.
@@ -26,7 +26,7 @@ from training.packing import Batch
 from training.trainer import Trainer
 
 SOPHIAG, ADAMW, MUON, ORIGINAL = "ours, SophiaG", "ours, AdamW", "ours, Muon", "original"
-TWO_RATES = "ours, AdamW, two rates"  # as much freedom as Muon's, which is not on the embedding
+TWO_RATES = "ours, AdamW, two rates"  # as free as Muon, which is not on the embedding
 RECIPES: dict[str, dict[str, Any]] = {  # what differs from train.py's constants
     SOPHIAG: {},
     ADAMW: {"optimizer": "adamw"},
@@ -42,7 +42,7 @@ RECIPES: dict[str, dict[str, Any]] = {  # what differs from train.py's constants
         "rho": 0.04,
     },
 }
-CHANGES = {  # one thing of the original's in our recipe, at its learning rate with our optimizers
+CHANGES = {  # single settings of the original's in our recipe
     "padded batches": {"batches": "padded"},
     "lille RoPE": {"rope_style": "lille"},
     "dropout 0.1": {"dropout": 0.1},
@@ -54,7 +54,7 @@ OF_SOPHIAG = ("original's Hessian", "betas 0.9, 0.95")
 
 @dataclasses.dataclass
 class Documents:
-    """Documents in memory, with what PackedRows reads of an NpzDataset."""
+    """Documents in memory, with the part of NpzDataset's interface that PackedRows uses."""
 
     tokens: np.ndarray  # (N,) uint16
     offsets: np.ndarray  # (documents + 1,)
@@ -69,8 +69,8 @@ class Documents:
 class PaddedStarts:
     """The original's batches: a document's first `block_size` tokens to a row, padded.
 
-    With a seed every row is a document drawn with replacement; without, row i is document i. Same
-    interface as PackedRows, as far as Trainer.evaluate and `train_once` go.
+    With a seed every row is a document drawn with replacement; without, row i is document i. It has
+    the part of PackedRows' interface that Trainer.evaluate and `train_once` use.
     """
 
     def __init__(
@@ -81,14 +81,13 @@ class PaddedStarts:
         self.n_documents = self.rows_per_epoch = len(self.documents)
 
     def batch(self, rows: Iterable[int | None]) -> Batch:
-        chosen = [None if row is None else self.documents[self.place(row)] for row in rows]
-        return beginnings(chosen, self.block_size, self.pad_id)
+        documents = [None if row is None else self.document(row) for row in rows]
+        return beginnings(documents, self.block_size, self.pad_id)
 
-    def place(self, row: int) -> int:
-        """The document of a row."""
-        if self.seed is None:
-            return row
-        return int(np.random.default_rng((self.seed, row)).integers(len(self.documents)))
+    def document(self, row: int) -> np.ndarray:
+        if self.seed is not None:
+            row = np.random.default_rng((self.seed, row)).integers(len(self.documents))
+        return self.documents[row]
 
 
 class OriginalTrainer(Trainer):
@@ -148,9 +147,10 @@ class TwoOptimizers:
 @functools.cache
 def small_tokenizer(vocab_size: int) -> Tokenizer:
     """Hastings with as many of its merges, the most frequent ones, as `vocab_size` allows."""
-    own = load_tokenizer().vocab_size
-    if not 256 + len(CONTROL_TOKENS) <= vocab_size <= own:
-        raise UserError(f"vocab_size={vocab_size} must be 261 to {own:,}: the bytes, then merges")
+    largest = load_tokenizer().vocab_size
+    if not 256 + len(CONTROL_TOKENS) <= vocab_size <= largest:
+        limits = f"must be 261 to {largest:,}"
+        raise UserError(f"vocab_size={vocab_size} {limits}: the bytes, then merges")
     merges = json.loads(load_tokenizer().json_text)["model"]["merges"]
     return Tokenizer(build_json(merges[: vocab_size - 256 - len(CONTROL_TOKENS)]).encode())
 
@@ -160,14 +160,14 @@ def load_documents(data_dir: str, split: str, vocab_size: int, n_tokens: int) ->
     """Documents of a split in a fixed random order, until they have `n_tokens` (0: all of them)."""
     tokenizer, small = load_tokenizer(), small_tokenizer(vocab_size)
     shards = open_split(data_dir, split, tokenizer.sha256, tokenizer.vocab_size)
-    places = [(shard, i) for shard in shards for i in range(len(shard))]
+    documents = [(shard, i) for shard in shards for i in range(len(shard))]
     ids, ends = [np.empty(0, np.uint16)], [0]
-    for chosen in np.array_split(np.random.default_rng(0).permutation(len(places)), 64):
-        picked = (places[place] for place in chosen)
-        texts = [tokenizer.decode(shard[i][:-1].tolist()) for shard, i in picked]
-        new, new_ends = small.encode_documents(texts)
+    for numbers in np.array_split(np.random.default_rng(0).permutation(len(documents)), 64):
+        batch = (documents[number] for number in numbers)
+        texts = [tokenizer.decode(shard[i][:-1].tolist()) for shard, i in batch]
+        new_ids, new_ends = small.encode_documents(texts)
         ends += (new_ends + ends[-1]).tolist()
-        ids.append(new)
+        ids.append(new_ids)
         if n_tokens and ends[-1] >= n_tokens:
             ends = ends[: int(np.searchsorted(ends, n_tokens)) + 1]
             break

@@ -5,6 +5,7 @@ original Lille with the batches of its train.py. Each is called as its own proje
 are optional, see requirements/bench.txt.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -65,9 +66,9 @@ def original_of(config: GPTConfig) -> torch.nn.Module | None:
     """The original's model of the same shape, or None where simpleai-sdk is absent."""
     if (simple_ai := peer("simple_ai.model")) is None:
         return None
-    names = ("n_embd", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "block_size")
-    names += ("dropout", "layer_norm_eps", "rope_theta")
-    shape = {name: getattr(config, name) for name in names}
+    settings = config.to_dict()
+    names = [field.name for field in dataclasses.fields(simple_ai.GPTConfig)]
+    shape = {name: settings[name] for name in names if name in settings}
     return simple_ai.GPT(simple_ai.GPTConfig(**shape))
 
 

@@ -7,7 +7,6 @@ kind (`record_values`).
 
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import statistics
@@ -77,9 +76,9 @@ def record_times(
         median = statistics.median(seconds)
         row = {"median_s": median, "min_s": min(seconds), "max_s": max(seconds)}
         row |= {"n": len(seconds), "ratio": statistics.median(times[baseline]) / median}
-        done = amount.get(name) if isinstance(amount, dict) else amount
-        if done is not None:
-            row["rate"] = done / median
+        size = amount.get(name) if isinstance(amount, dict) else amount
+        if size is not None:
+            row["rate"] = size / median
         if bound and name in bound:
             row["share"] = bound[name] / median
         rows[name] = row | (extra or {}).get(name, {})
@@ -111,21 +110,21 @@ def table_cells(table: dict[str, Any]) -> list[list[str]]:
     scale, unit = next((unit for unit in UNITS if slowest >= unit[0]), UNITS[-1])
 
     def cells(row: dict[str, Any]) -> dict[str, str]:
-        shown = {}
+        texts = {}
         if "median_s" in row:
-            shown[f"median {unit}"] = f"{row['median_s'] / scale:.4g}"
-            shown["range"] = f"{row['min_s'] / scale:.4g}-{row['max_s'] / scale:.4g}"
+            texts[f"median {unit}"] = f"{row['median_s'] / scale:.4g}"
+            texts["range"] = f"{row['min_s'] / scale:.4g}-{row['max_s'] / scale:.4g}"
             if table["unit"]:
-                shown[table["unit"]] = number_text(row.get("rate"))
-            shown["x as fast"] = f"{row['ratio']:.2f}"
+                texts[table["unit"]] = number_text(row.get("rate"))
+            texts["x as fast"] = f"{row['ratio']:.2f}"
             if "share" in row:
-                shown["of limit"] = f"{row['share']:.0%}"
+                texts["of limit"] = f"{row['share']:.0%}"
             row = {key: value for key, value in row.items() if key not in TIME_COLUMNS}
-        return shown | {key: number_text(value) for key, value in row.items()}
+        return texts | {key: number_text(value) for key, value in row.items()}
 
-    named = {name: cells(row) for name, row in rows.items()}
-    columns = list(dict.fromkeys(column for row in named.values() for column in row))
-    lines = [[name, *(row.get(column, "") for column in columns)] for name, row in named.items()]
+    texts = {name: cells(row) for name, row in rows.items()}
+    columns = list(dict.fromkeys(column for row in texts.values() for column in row))
+    lines = [[name, *(row.get(column, "") for column in columns)] for name, row in texts.items()]
     return [["", *columns], *lines]
 
 
@@ -148,12 +147,12 @@ def markdown_table(cells: list[list[str]]) -> str:
 
 
 def git(*arguments: str) -> str | None:
-    command = ["git", "-C", str(ROOT), *arguments]
+    """The output of a git command in this repository; None if it fails."""
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.SubprocessError):
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
+    except (OSError, subprocess.CalledProcessError):
         return None
-    return result.stdout.strip() if result.returncode == 0 else None
 
 
 def processor() -> str:
@@ -162,11 +161,6 @@ def processor() -> str:
     lines = path.read_text("utf-8").splitlines() if path.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def load_average() -> float | None:
-    """Mean number of running programs in the last minute."""
-    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def environment(argv: list[str], device: torch.device) -> dict[str, Any]:
@@ -192,7 +186,8 @@ def environment(argv: list[str], device: torch.device) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "hardware": hardware,
         "versions": versions,
-        "load": load_average(),
+        "variables": {k: v for k, v in os.environ.items() if k.startswith(("OMP_", "GOMP_"))},
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
     }
 
 
@@ -204,13 +199,13 @@ def append_record(path: Path, record: dict[str, Any]) -> None:
         file.write(before + json.dumps(record, allow_nan=False).encode() + b"\n")
 
 
-def rounded(value: Any) -> Any:
+def rounded(record: dict[str, Any]) -> dict[str, Any]:
     """Floats with five digits, which is more than a measurement is worth; None for NaN."""
-    if isinstance(value, float):
-        return float(f"{value:.5g}") if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    return [rounded(item) for item in value] if isinstance(value, list) else value
+    return json.loads(
+        json.dumps(record),
+        parse_float=lambda text: float(f"{float(text):.5g}"),
+        parse_constant=lambda name: None,
+    )
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -270,12 +265,3 @@ def readme_text(records: list[dict[str, Any]], study: list[list[str]]) -> str:
             "![curves](learning.png)\n",
         ]
     return "\n".join(parts)
-
-
-def write_readme(results: Path, study: list[list[str]]) -> None:
-    """Writes the README beside `results`."""
-    path = results.with_name("README.md")
-    text = readme_text(read_records(results), study)
-    with atomic_file(path) as file:
-        file.write(text.encode())
-    print(f"wrote {path}")

@@ -10,7 +10,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -88,27 +88,6 @@ def seconds_of(function: Callable[[], object], calls: int, device: torch.device 
     end.record()
     torch.cuda.synchronize(device)
     return start.elapsed_time(end) / 1e3 / calls
-
-
-def time_waits(
-    items: Iterator, use: Callable[[Any], object], device: torch.device = CPU, warmup: int = 0
-) -> tuple[list[float], list[float]]:
-    """Seconds until each item was there, and until it was used too, without the first `warmup`.
-
-    The device has finished each use before the next item is asked for.
-    """
-    waits, totals = [], []
-    while True:
-        started = time.perf_counter()
-        try:
-            item = next(items)
-        except StopIteration:
-            return waits[warmup:], totals[warmup:]
-        waits.append(time.perf_counter() - started)
-        use(item)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        totals.append(time.perf_counter() - started)
 
 
 def error_line(error: BaseException) -> str:

@@ -34,7 +34,7 @@ from preparation.input_files import local_files
 from tokenizer import load_tokenizer
 
 CHUNK_BYTES = 4_000_000  # of text in one call of a tokenizer; gigatoken uses one core below 2 MB
-CHUNKS = 8
+MAX_CHUNKS = 8
 ROOT = Path(__file__).parents[1]
 LIBRARY = Path(sysconfig.get_path("stdlib"))
 
@@ -101,19 +101,16 @@ def compare_preparing(originals: list[Path], config: Any, directory: Path) -> No
 
 
 def text_chunks(files: list[Path]) -> list[list[str]]:
-    """Lists of documents, each of at least CHUNK_BYTES of text if there is so much."""
+    """At most MAX_CHUNKS lists of documents, each of at least CHUNK_BYTES of text if possible."""
     chunks: list[list[str]] = [[]]
-    size = 0
     for path in files:
-        for text in filter(None, pq.read_table(path, columns=["text"])["text"].to_pylist()):
-            if size >= CHUNK_BYTES:
-                if len(chunks) == CHUNKS:
-                    return chunks
+        for batch in pq.ParquetFile(path).iter_batches(1000, columns=["text"]):
+            chunks[-1] += filter(None, batch["text"].to_pylist())
+            if sum(map(len, chunks[-1])) >= CHUNK_BYTES:
                 chunks.append([])
-                size = 0
-            chunks[-1].append(text)
-            size += len(text.encode("utf-8", "ignore"))
-    return chunks[:-1] if len(chunks) > 1 else chunks  # the last is shorter
+            if len(chunks) > MAX_CHUNKS:
+                return chunks[:-1]
+    return chunks[:-1] or chunks  # the last is shorter
 
 
 def compare_tokenizers(files: list[Path], config: Any) -> None:

@@ -1,4 +1,4 @@
-"""Training speed: whole steps of ours and of its peers, tokens in use, overheads of a run.
+"""Training speed: whole steps of ours and of its peers, and the use of tokens.
 
     python benchmark.py --section=train
 
@@ -36,7 +36,6 @@ from benchmarks.peers import (
 )
 from benchmarks.report import record_values
 from benchmarks.timing import compare, free_memory, limits
-from benchmarks.training_overhead import measure_overhead
 from dataset import NpzDataset
 from model import GPT
 from tokenizer import load_tokenizer
@@ -48,13 +47,12 @@ Steps = list[list[Batch]]  # the micro-batches of each step
 
 
 def make_steps(
-    rows: PackedRows, documents: NpzDataset, config: Any, n_steps: int, pin: bool
+    rows: PackedRows, documents: NpzDataset, size: int, count: int, n_steps: int, pin: bool
 ) -> dict[str, Steps]:
-    """Steps' batches by the form in which an implementation reads them, all with equally many rows.
+    """Micro-batches of steps, `count` of `size` rows each, in the forms that implementations read.
 
     "packed" with document masks, "causal" without, "plain" for transformers, "padded" documents.
     """
-    size, count = config.batch_size, config.gradient_accumulation_steps
     rng = np.random.default_rng(0)
     packed = list(rows.steps(0, n_steps * size * count, size, count))
     steps = {
@@ -122,9 +120,7 @@ def compare_steps(
     sizes += [n for n in (16, 32, 64) if gpu and modes and n not in sizes and n_rows % n == 0]
     steps = {}
     for size in sizes:
-        changes = dict(batch_size=size, gradient_accumulation_steps=n_rows // size)
-        changed = dataclasses.replace(config, **changes)
-        steps[size] = make_steps(rows, documents, changed, n_steps=2, pin=gpu)
+        steps[size] = make_steps(rows, documents, size, n_rows // size, n_steps=2, pin=gpu)
     functions: dict[str, Callable[[], None]] = {}
     labels: dict[str, float] = {}
 
@@ -194,7 +190,7 @@ def token_use(rows: PackedRows, documents: NpzDataset) -> dict[str, dict[str, fl
 
 
 def run(config: Any, device: torch.device) -> None:
-    """The section: steps of the full and of the demo's model, overheads of a run.
+    """The section: steps of the full and of the demo's model, and the use of tokens.
 
     `config` has the shape (n_layers, n_embd, ...), batch_size (0: 2 rows on a CPU, 16 on a GPU),
     gradient_accumulation_steps (0: 1 and 16), dtype, rounds, compile.
@@ -226,6 +222,4 @@ def run(config: Any, device: torch.device) -> None:
         compare_steps("full model", full, rows, documents, *where, config.rounds, modes, peers)
         torch.compiler.reset()  # and the memory of its CUDA graphs
         free_memory(device)
-        sophia = dataclasses.replace(full, optimizer="sophiag", eval_rows=2 * full.batch_size)
-        measure_overhead(sophia, rows, *where, compile, 20 if gpu else 2, folder)
         del rows, documents  # the mapped file, before its folder

@@ -13,8 +13,6 @@ from filelock import FileLock, Timeout
 
 from common.errors import UserError
 
-NO_LOCKS = (errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
-
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
@@ -68,9 +66,9 @@ def locked(
     """Lock on the output `path`, held for the block by one process at a time.
 
     If another process holds it, waits, or raises a UserError that calls that process
-    `process_name`. The lock is on the file `lock_file`, by default `.lock` in the directory `path`,
-    which is removed at the end; a killed process leaves the file behind, but not the lock. On a
-    file system without locks the block runs without one.
+    `process_name`. `lock_file`, by default `.lock` in the directory `path`, is removed at the end;
+    a killed process leaves it behind, but not the lock. Without locks in the file system the block
+    runs all the same.
     """
     lock_file = lock_file or path / ".lock"
     # thread_local=False: it may be released in another thread. fallback_to_soft=False: a lock by
@@ -83,7 +81,7 @@ def locked(
             f"another {process_name} is writing to {path}: wait for it or choose another place"
         ) from None
     except OSError as error:
-        if error.errno not in NO_LOCKS:
+        if error.filename:  # it cannot be opened; without a name: this file system has no locks
             raise
     try:
         yield

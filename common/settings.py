@@ -22,13 +22,13 @@ import tokenize
 import traceback
 from collections.abc import Callable
 from dataclasses import field, make_dataclass
+from functools import partial
 from typing import Any
 
 from common.errors import UserError
 
-SETTING_TYPES = (bool, int, float, str)
 BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-METAVARS = {bool: "True|False", int: "INT", float: "FLOAT", str: "TEXT"}
+METAVARS = {bool: "True|False", int: "INT", float: "FLOAT", str: "TEXT"}  # types of settings
 NO_ROOM = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
@@ -41,7 +41,7 @@ def settings_of(namespace: dict[str, Any]) -> dict[str, Any]:
     return {
         name: value
         for name, value in namespace.items()
-        if name.islower() and not name.startswith("_") and type(value) in SETTING_TYPES
+        if name.islower() and not name.startswith("_") and type(value) in METAVARS
     }
 
 
@@ -69,37 +69,38 @@ def read_comments(path: str) -> tuple[dict[str, str], dict[str, str]]:
     return titles, descriptions
 
 
-def make_parser(namespace: dict[str, Any], defaults: dict[str, Any]) -> argparse.ArgumentParser:
-    """The parser of `--name=value`, `--name value` and, for a bool, `--name`; values stay text."""
+def make_parser(namespace: dict[str, Any]) -> argparse.ArgumentParser:
+    """The parser of `--name=value`, `--name value` and, for a bool, `--name`."""
     path = namespace.get("__file__")  # absent in a notebook: help without comments
     titles, descriptions = read_comments(path) if path else ({}, {})
     parser = argparse.ArgumentParser(
         description=(namespace.get("__doc__") or "").strip(),
         usage=argparse.SUPPRESS,  # the docstring shows how to run the script
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 38, 100),
-        argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
         exit_on_error=False,
         add_help=False,
     )
     parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
     group = None
-    for name, value in defaults.items():
+    for name, default in settings_of(namespace).items():
         if group is None or titles.get(name):
             group = parser.add_argument_group(titles.get(name) or "Settings")
-        description = f"{descriptions.get(name, '')} (default: {value!r})".strip()
-        switch = {"nargs": "?", "const": "True"} if type(value) is bool else {}
+        description = f"{descriptions.get(name, '')} (default: {default!r})".strip()
+        switch = {"nargs": "?", "const": True} if type(default) is bool else {}
         group.add_argument(
             f"--{name}",
-            metavar=METAVARS[type(value)],
+            type=partial(parse_value, name, default),
+            default=default,
+            metavar=METAVARS[type(default)],
             help=description.replace("%", "%%"),
             **switch,
         )
     return parser
 
 
-def parse_value(name: str, text: str, default: Any) -> Any:
-    """Converts the text of `--name=text` to the type of `default`; UserError when it cannot be."""
+def parse_value(name: str, default: Any, text: str) -> Any:
+    """Converts the text of `--name=text` to the type of `default`."""
     kind = type(default)
     try:
         value = BOOLEANS[text.lower()] if kind is bool else kind(text)
@@ -109,7 +110,7 @@ def parse_value(name: str, text: str, default: Any) -> Any:
     except (KeyError, ValueError):
         expected = {bool: "True or False", int: "a whole number", float: "a number"}[kind]
         message = f"--{name}={text}: expected {expected} (the default is {default!r})"
-        raise UserError(message) from None
+        raise argparse.ArgumentTypeError(message) from None
 
 
 def unknown_argument(argument: str, defaults: dict[str, Any], renamed: dict[str, str]) -> UserError:
@@ -138,24 +139,16 @@ def config_from_constants(
     wrong types.
     """
     defaults = settings_of(namespace)
-    parser = make_parser(namespace, defaults)
     try:
-        texts, unknown = parser.parse_known_args(argv)
+        values, unknown = make_parser(namespace).parse_known_args(argv)
     except argparse.ArgumentError as error:
-        name = (error.argument_name or "").removeprefix("--")
-        if name not in defaults:
-            raise UserError(f"cannot read the arguments: {error}") from None
-        message = f"--{name} needs a value: write --{name}={defaults[name]!r}"
+        name, message = error.argument_name, error.message
+        if message == "expected one argument":
+            message = f"{name} needs a value: write {name}={defaults[name.removeprefix('--')]!r}"
         raise UserError(message) from None
     if unknown:
         raise unknown_argument(unknown[0], defaults, renamed or {})
-    overrides = {
-        name: parse_value(name, text, defaults[name]) for name, text in vars(texts).items()
-    }
-    fields = [
-        (name, type(value), field(default=overrides.get(name, value)))
-        for name, value in defaults.items()
-    ]
+    fields = [(name, type(value), field(default=value)) for name, value in vars(values).items()]
     return make_dataclass("Config", fields, frozen=True)()
 
 
@@ -193,8 +186,6 @@ def run_script(main: Callable[[], int | None]) -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         code = main()
-    except SystemExit:
-        raise
-    except BaseException as error:
+    except (Exception, KeyboardInterrupt) as error:
         code = report_error(error)
     raise SystemExit(code)

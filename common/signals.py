@@ -32,8 +32,7 @@ class GracefulStop:
         self.previous: dict[int, Any] = {}
 
     def __enter__(self) -> "GracefulStop":
-        in_main_thread = threading.current_thread() is threading.main_thread()
-        for signum in SIGNALS if in_main_thread else ():
+        for signum in SIGNALS:
             self.previous[signum] = signal.signal(signum, self.count)
         return self
 
@@ -66,14 +65,12 @@ def interrupts_deferred() -> Iterator[None]:
     pending = []
     previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        for number, handler in previous.items():
-            if handler is not None:  # one from outside Python could not be put back
-                signal.signal(number, lambda number, frame: pending.append(number))
+        for number in previous:
+            signal.signal(number, lambda number, frame: pending.append(number))
         yield
     finally:
         for number, handler in previous.items():  # SIGINT last: from then on it raises
-            if handler is not None:
-                signal.signal(number, handler)
+            signal.signal(number, handler)
         for number in pending:
             signal.raise_signal(number)
 
@@ -81,9 +78,6 @@ def interrupts_deferred() -> Iterator[None]:
 @contextmanager
 def terminated_as_interrupted() -> Iterator[None]:
     """Makes SIGTERM raise KeyboardInterrupt in the block, so that its clean-up runs."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield

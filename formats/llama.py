@@ -1,16 +1,14 @@
-"""A GPT as transformers' Llama and back: configuration, tensor names, shapes.
+"""Conversion between a GPT and transformers' Llama: configuration and tensors.
 
     config = llama_config(gpt.config, load_tokenizer())
     tensors = llama_state_dict(gpt)
-    same = gpt_from_llama(config, tensors)
+    gpt = gpt_from_llama(config, tensors)
 
-With `rope_style="llama"` a GPT is a Llama whose q, k and v lie in one matrix. One with "lille" has
-the same tensors under the model type "lille" (formats/modeling_lille.py computes it). The
-original's published folders, model type "lille-130m", keep our own names behind `transformer.`.
+With `rope_style="llama"` a GPT is a Llama whose q, k and v projections are one matrix. One with
+"lille" has the same tensors under the model type "lille" (see formats/modeling_lille.py). The
+original's published folders, model type "lille-130m", have our own names after `transformer.`.
 """
 
-import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,7 +20,7 @@ from tokenizer import Tokenizer
 ORIGINAL_TYPE = "lille-130m"
 MODEL_TYPES = ("llama", "lille", ORIGINAL_TYPE)
 
-# Per layer: our name, theirs. The one matrix qkv_proj is their q_proj, k_proj and v_proj.
+# Our name and transformers' name of a layer's weights; qkv_proj is q_proj, k_proj and v_proj.
 LAYER_NAMES = {
     "attention.norm": "input_layernorm",
     "attention.out_proj": "self_attn.o_proj",
@@ -32,35 +30,43 @@ LAYER_NAMES = {
     "feed_forward.down_proj": "mlp.down_proj",
 }
 HEADS = ("lm_head.weight", "transformer.lm_head.weight")  # a folder may repeat the embedding
-# What a GPT has no switch for: config.json may leave these out or say just this.
+# Fields of config.json for each field of GPTConfig.
+CONFIG_NAMES = {
+    "n_embd": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "vocab_size": "vocab_size",
+    "block_size": "max_position_embeddings",
+    "layer_norm_eps": "rms_norm_eps",
+    "rope_theta": "rope_theta",
+}
+ORIGINAL_CONFIG_NAMES = {name: name for name in CONFIG_NAMES} | {
+    "n_layers": "n_layer",
+    "n_heads": "n_head",
+}
+# Features of a Llama that a GPT does not have: config.json omits them or has these values.
 FIXED = {
-    "hidden_act": ("silu",),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "rope_scaling": (None,),
-    "quantization_config": (None,),
-    "sliding_window": (None,),
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "rope_scaling": None,
+    "quantization_config": None,
+    "sliding_window": None,
 }
 
 
 def llama_config(config: GPTConfig, tokenizer: Tokenizer, dtype: str = "float32") -> dict[str, Any]:
-    """The config.json of a model, for transformers 4 and 5 (old and new keys).
+    """The config.json of a model, with the keys of transformers 4 and of 5.
 
     For rope_style "lille" it names the classes of formats/modeling_lille.py.
     """
-    described = {
+    llama = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.n_embd,
+        **{name: getattr(config, field) for field, name in CONFIG_NAMES.items()},
         "intermediate_size": config.ffn_dim,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_kv_heads,
         "head_dim": config.head_dim,
-        "max_position_embeddings": config.block_size,
-        "rms_norm_eps": config.layer_norm_eps,
-        "rope_theta": config.rope_theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "hidden_act": "silu",
         "attention_bias": False,
@@ -76,7 +82,7 @@ def llama_config(config: GPTConfig, tokenizer: Tokenizer, dtype: str = "float32"
         "torch_dtype": dtype,
     }
     if config.rope_style == "lille":
-        described |= {
+        llama |= {
             "architectures": ["LilleForCausalLM"],
             "model_type": "lille",
             "auto_map": {
@@ -84,112 +90,94 @@ def llama_config(config: GPTConfig, tokenizer: Tokenizer, dtype: str = "float32"
                 "AutoModelForCausalLM": "modeling_lille.LilleForCausalLM",
             },
         }
-    return described
+    return llama
 
 
 def llama_state_dict(gpt: GPT) -> dict[str, torch.Tensor]:
-    """The parameters of a GPT under transformers' names; views, the tied embedding once."""
-    config, ours = gpt.config, gpt.state_dict()
+    """The parameters of a GPT under transformers' names: views, the tied embedding once."""
+    config, state = gpt.config, gpt.state_dict()
     kv_dim = config.n_kv_heads * config.head_dim
-    tensors = {"model.embed_tokens.weight": ours["tok_embeddings.weight"]}
+    tensors = {"model.embed_tokens.weight": state["tok_embeddings.weight"]}
     for layer in range(config.n_layers):
         old, new = f"layers.{layer}.", f"model.layers.{layer}."
-        qkv = ours[old + "attention.qkv_proj.weight"].split((config.n_embd, kv_dim, kv_dim))
-        for letter, part in zip("qkv", qkv, strict=True):
-            tensors[f"{new}self_attn.{letter}_proj.weight"] = part
-        for name, theirs in LAYER_NAMES.items():
-            tensors[f"{new}{theirs}.weight"] = ours[f"{old}{name}.weight"]
-    return tensors | {"model.norm.weight": ours["norm.weight"]}
+        qkv = state[old + "attention.qkv_proj.weight"].split((config.n_embd, kv_dim, kv_dim))
+        for letter, weight in zip("qkv", qkv, strict=True):
+            tensors[f"{new}self_attn.{letter}_proj.weight"] = weight
+        for name, llama_name in LAYER_NAMES.items():
+            tensors[f"{new}{llama_name}.weight"] = state[f"{old}{name}.weight"]
+    return tensors | {"model.norm.weight": state["norm.weight"]}
 
 
 def gpt_from_llama(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> GPT:
     """The GPT of a folder's config.json and tensors, in training mode, with the tensors' dtype.
 
-    Raises UserError naming the first thing that a GPT cannot be, or where the two disagree.
+    Raises UserError for a configuration that a GPT cannot have, and if the tensors are not its.
     """
-    gpt_config = gpt_config_of(config)
-    if gpt_config.n_layers > len(tensors):  # a shape of so many layers would take long to make
-        raise UserError(
-            f"config.json and the tensors disagree: {gpt_config.n_layers} layers, and only "
-            f"{len(tensors)} tensors"
-        )
-    original = config["model_type"] == ORIGINAL_TYPE
-    names = original_shapes(gpt_config) if original else llama_shapes(gpt_config)
+    original = config.get("model_type") == ORIGINAL_TYPE
     embedding = "transformer.tok_embeddings.weight" if original else "model.embed_tokens.weight"
-    tensors = {name: tensor for name, tensor in tensors.items() if not is_rope_table(name)}
-    heads = {name: names[embedding] for name in HEADS if name in tensors}
+    tensors = {name: tensor for name, tensor in tensors.items() if "rotary_emb." not in name}
+    heads = {name: tensors.pop(name) for name in HEADS if name in tensors}
+    gpt = GPT(gpt_config_from(config))
+    dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+    gpt.to(dtypes.pop() if len(dtypes) == 1 else torch.float32)
+    if original:
+        state = gpt.state_dict()
+        del state["lm_head.weight"]
+        views = {f"transformer.{name}": tensor for name, tensor in state.items()}
+    else:
+        views = llama_state_dict(gpt)
     if config.get("tie_word_embeddings") is False and not heads:
         raise UserError(
             "config.json and the tensors disagree: lm_head.weight is missing, and "
             "tie_word_embeddings is false"
         )
-    check_tensors(names | heads, tensors)
-    for head in heads:
-        if not torch.equal(tensors[head], tensors[embedding]):
-            raise UserError(f"{head} is not {embedding}: Lille has one matrix for both")
+    copy_tensors(tensors, views)
+    for name, head in heads.items():
+        if not torch.equal(head, tensors[embedding]):
+            raise UserError(f"{name} is not {embedding}: Lille has one matrix for both")
+    return gpt
 
-    state = {}
-    if original:
-        state = {name.removeprefix("transformer."): tensors[name] for name in names}
-    else:
-        state["tok_embeddings.weight"] = tensors[embedding]
-        state["norm.weight"] = tensors["model.norm.weight"]
-        for layer in range(gpt_config.n_layers):
-            old, new = f"layers.{layer}.", f"model.layers.{layer}."
-            qkv = [tensors[f"{new}self_attn.{letter}_proj.weight"] for letter in "qkv"]
-            state[old + "attention.qkv_proj.weight"] = torch.cat(qkv)
-            for name, theirs in LAYER_NAMES.items():
-                state[f"{old}{name}.weight"] = tensors[f"{new}{theirs}.weight"]
-    state["lm_head.weight"] = state["tok_embeddings.weight"]
+
+def copy_tensors(tensors: dict[str, torch.Tensor], views: dict[str, torch.Tensor]) -> None:
+    """Copies `tensors` into `views`; UserError unless they have the same names and shapes.
+
+    As `load_state_dict(strict=True)`, but with the names in the folder.
+    """
+    problems = [f"{name} is missing" for name in views if name not in tensors]
+    for name, tensor in tensors.items():
+        shape = list(tensor.shape)
+        if name not in views:
+            problems.append(f"{name} is not part of such a model")
+        elif shape != list(views[name].shape):
+            expected = list(views[name].shape)
+            problems.append(f"{name} has shape {shape}, the configuration says {expected}")
+        elif not tensor.is_floating_point():
+            problems.append(f"{name} holds {tensor.dtype}, not floating-point weights")
+    if problems:
+        rest = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise UserError(f"config.json and the tensors disagree: {', '.join(problems[:3])}{rest}")
+    for name, view in views.items():
+        view.copy_(tensors[name])
+
+
+def gpt_config_from(config: dict[str, Any]) -> GPTConfig:
+    """The configuration that a config.json describes; UserError if a GPT cannot have it."""
+    model_type = config.get("model_type")
+    if model_type not in MODEL_TYPES:
+        raise UserError(
+            f"model_type {model_type!r} is none that Lille reads: {', '.join(MODEL_TYPES)}"
+        )
+    rope = config.get("rope_parameters") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type != "default":
+        raise UserError(f"rope_type {rope_type!r}: Lille has only the default RoPE")
+    for name, value in FIXED.items():
+        if config.get(name, value) != value:
+            raise UserError(f"{name} is {config[name]!r}: Lille has only {value!r}")
+    names = ORIGINAL_CONFIG_NAMES if model_type == ORIGINAL_TYPE else CONFIG_NAMES
+    numbers = {field: require_number(config | rope, name) for field, name in names.items()}
     try:
-        gpt = GPT(gpt_config)
-    except RuntimeError as error:  # tables for more positions than there is memory
-        raise UserError(f"a model of this config.json cannot be made: {error}"[:200]) from None
-    gpt.load_state_dict(state)
-    dtypes = {tensor.dtype for tensor in state.values()}
-    return gpt.to(dtypes.pop() if len(dtypes) == 1 else torch.float32)
-
-
-def gpt_config_of(config: dict[str, Any]) -> GPTConfig:
-    """The shape that a config.json describes; UserError for what a GPT cannot be."""
-    kind = config.get("model_type")
-    if kind not in MODEL_TYPES:
-        raise UserError(f"model_type {kind!r} is none that Lille reads: {', '.join(MODEL_TYPES)}")
-    if kind == ORIGINAL_TYPE:
-        shape = {
-            "n_embd": needed(config, "n_embd", int),
-            "n_layers": needed(config, "n_layer", int),
-            "n_heads": needed(config, "n_head", int),
-            "n_kv_heads": needed(config, "n_kv_heads", int),
-            "vocab_size": needed(config, "vocab_size", int),
-            "block_size": needed(config, "block_size", int),
-            "layer_norm_eps": needed(config, "layer_norm_eps", float),
-            "rope_theta": needed(config, "rope_theta", float),
-            "rope_style": "lille",
-        }
-    else:
-        rope = config.get("rope_parameters") or {}
-        if not isinstance(rope, dict):
-            raise UserError(f"config.json has rope_parameters {rope!r}, not an object")
-        kind_of_rope = rope.get("rope_type", rope.get("type", "default"))
-        shape = {
-            "n_embd": needed(config, "hidden_size", int),
-            "n_layers": needed(config, "num_hidden_layers", int),
-            "n_heads": needed(config, "num_attention_heads", int),
-            "n_kv_heads": needed(config, "num_key_value_heads", int),
-            "vocab_size": needed(config, "vocab_size", int),
-            "block_size": needed(config, "max_position_embeddings", int),
-            "layer_norm_eps": needed(config, "rms_norm_eps", float),
-            "rope_theta": needed(rope if "rope_theta" in rope else config, "rope_theta", float),
-            "rope_style": kind,
-        }
-        if kind_of_rope != "default":
-            raise UserError(f"rope_type {kind_of_rope!r}: Lille has only the default RoPE")
-    for name, allowed in FIXED.items():
-        if name in config and config[name] not in allowed:
-            raise UserError(f"{name} is {config[name]!r}: Lille has only {allowed[0]!r}")
-    try:
-        gpt_config = GPTConfig(**shape)
+        gpt_config = GPTConfig(**numbers, rope_style="llama" if model_type == "llama" else "lille")
     except ValueError as error:
         raise UserError(str(error)) from None
     widths = {"head_dim": gpt_config.head_dim, "intermediate_size": gpt_config.ffn_dim}
@@ -199,61 +187,10 @@ def gpt_config_of(config: dict[str, Any]) -> GPTConfig:
     return gpt_config
 
 
-def needed(config: dict[str, Any], name: str, kind: type) -> Any:
+def require_number(config: dict[str, Any], name: str) -> int | float:
     """A number that config.json must have."""
-    value = config.get(name)
-    if isinstance(value, bool) or not isinstance(value, (int, kind)):
-        found = f"has {name} {value!r}, not a number" if name in config else f"has no {name}"
-        raise UserError(f"config.json {found}")
-    if not 0 < value < math.inf:  # not NaN either
-        raise UserError(f"config.json has {name} {value!r}: it must be above 0")
-    return kind(value)
-
-
-def llama_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a Llama folder."""
-    return {name: tuple(tensor.shape) for name, tensor in llama_state_dict(on_meta(config)).items()}
-
-
-def original_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a published folder, which has no lm_head."""
-    state = on_meta(config).state_dict()
-    return {
-        f"transformer.{name}": tuple(tensor.shape)
-        for name, tensor in state.items()
-        if name != "lm_head.weight"
-    }
-
-
-def on_meta(config: GPTConfig) -> GPT:
-    """A model without memory, for its names and shapes."""
-    with torch.device("meta"):
-        return GPT(config)
-
-
-def is_rope_table(name: str) -> bool:
-    """Whether a tensor is a saved RoPE table, which the configuration determines."""
-    return "rotary_emb." in name
-
-
-def check_tensors(shapes: dict[str, tuple[int, ...]], tensors: dict[str, torch.Tensor]) -> None:
-    """UserError with the first tensor that is missing, has another shape or kind, or is extra."""
-    for problem in differences(shapes, tensors):
-        raise UserError(f"config.json and the tensors disagree: {problem}")
-
-
-def differences(
-    shapes: dict[str, tuple[int, ...]], tensors: dict[str, torch.Tensor]
-) -> Iterator[str]:
-    for name, shape in shapes.items():
-        if name not in tensors:
-            yield f"{name} is missing"
-            continue
-        found = tuple(tensors[name].shape)
-        if found != shape:
-            yield f"{name} has shape {list(found)}, the configuration says {list(shape)}"
-        if tensors[name].dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-            yield f"{name} holds {tensors[name].dtype}, not floating-point weights"
-    for name in tensors:
-        if name not in shapes:
-            yield f"{name} is not part of such a model"
+    if name not in config:
+        raise UserError(f"config.json has no {name}")
+    if not isinstance(config[name], int | float):
+        raise UserError(f"config.json has {name} {config[name]!r}, not a number")
+    return config[name]

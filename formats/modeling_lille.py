@@ -1,11 +1,11 @@
-"""Lille with the RoPE of its first published weights, for transformers: a Llama but for one line.
+"""Lille with the position encoding of its first published weights, for transformers.
 
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
-`export.py --format=hf` puts this file into the folder of a checkpoint with rope_style="lille". That
-position encoding pairs interleaved columns with half-split tables: it is not a rotation, so scores
-depend on absolute positions, which here follow from the attention mask when none are given. Needs
-nothing but transformers, 4.56 or later.
+`export.py --format=hf` copies this file into the folder of a checkpoint with rope_style="lille",
+which is a Llama except for the position encoding: it pairs interleaved columns with half-split
+tables. That is not a rotation, so scores depend on absolute positions; where none are given, they
+are derived from the attention mask. Requires only transformers, 4.56 or later.
 """
 
 import torch
@@ -20,8 +20,8 @@ class LilleConfig(LlamaConfig):
 
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Queries or keys x (B, heads, T, D) with half-split tables (B, 1, T, D)."""
-    turned = torch.cat((-x[..., 1::2], x[..., ::2]), dim=-1)
-    return x * cos + turned * sin
+    rotated = torch.cat((-x[..., 1::2], x[..., ::2]), dim=-1)
+    return x * cos + rotated * sin
 
 
 class LilleAttention(LlamaAttention):
@@ -42,15 +42,15 @@ class LilleAttention(LlamaAttention):
         cos, sin = (table[:, None] for table in position_embeddings)  # (B, 1, T, D)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         if past_key_values is not None:
-            # a static cache of transformers 4 asks where the tokens go
-            place = {"cache_position": kwargs.get("cache_position")}
-            k, v = past_key_values.update(k, v, self.layer_idx, place)
+            # a static cache of transformers 4 needs the positions
+            cache_kwargs = {"cache_position": kwargs.get("cache_position")}
+            k, v = past_key_values.update(k, v, self.layer_idx, cache_kwargs)
 
-        attend = eager_attention_forward
+        attention_function = eager_attention_forward
         if self.config._attn_implementation != "eager":
-            attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+            attention_function = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
         dropout = self.attention_dropout if self.training else 0.0
-        y, weights = attend(
+        y, weights = attention_function(
             self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
         return self.o_proj(y.reshape(B, T, -1).contiguous()), weights
@@ -66,7 +66,7 @@ class LilleForCausalLM(LlamaForCausalLM):
         self.post_init()
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, **kwargs):
-        """As LlamaForCausalLM's; padding on the left is not counted in the positions."""
+        """As LlamaForCausalLM.forward, but positions do not count padding on the left."""
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
             T = (kwargs["inputs_embeds"] if input_ids is None else input_ids).shape[1]
             position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -T:]

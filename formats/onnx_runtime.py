@@ -1,10 +1,11 @@
-"""Runs a folder that `export.py --format=onnx` wrote, in onnxruntime.
+"""Next-token logits of a model that `export.py --format=onnx` wrote, by onnxruntime.
 
-backend = OnnxBackend("lille-onnx")
-logits = backend.logits(ids)  # of the token after ids, (V,)
+    backend = OnnxBackend("lille-onnx")
+    logits = backend.logits(ids)  # of the token after ids, (V,)
+
+generation/backends.py has the interface.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,15 @@ import numpy as np
 import torch
 
 from common.errors import UserError
+from formats.pretrained import CONFIG, read_json
 from ops.kv_cache import common_prefix
 
-MODEL, CONFIG = "model.onnx", "config.json"
+MODEL = "model.onnx"
 NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 class OnnxBackend:
-    """The graph with its keys and values kept on the device between calls (IO binding).
+    """An exported graph; keys and values stay on the device between calls (IO binding).
 
     Attributes: `block_size`, `vocab_size`, `device` ("cpu" or "cuda"), `session`.
     """
@@ -31,7 +33,12 @@ class OnnxBackend:
         Raises UserError when onnxruntime is not installed and for what is not such a folder.
         """
         file = Path(path) / MODEL if Path(path).is_dir() else Path(path)
-        config = read_config(file)
+        for path in (file, file.with_name(CONFIG)):
+            if not path.is_file():
+                raise UserError(
+                    f"{path} is not there: export a checkpoint with --format=onnx first"
+                )
+        config = read_json(file.with_name(CONFIG))
         self.block_size, self.vocab_size = config["block_size"], config["vocab_size"]
         self.session = open_session(file, device)
         self.device = "cuda" if "CUDAExecutionProvider" in self.session.get_providers() else "cpu"
@@ -44,8 +51,8 @@ class OnnxBackend:
 
         past = next(value for value in inputs if value.name == self.past_names[0])
         _, kv_heads, _, head_dim = past.shape
-        self.nothing = self.on_device(np.zeros((1, kv_heads, 0, head_dim), NUMPY_TYPES[past.type]))
-        self.cached: tuple[list[int], list[Any]] = ([], [])  # ids, and the keys and values of them
+        self.empty = self.on_device(np.zeros((1, kv_heads, 0, head_dim), NUMPY_TYPES[past.type]))
+        self.cached: tuple[list[int], list[Any]] = ([], [])  # ids, and their keys and values
 
     def on_device(self, array: np.ndarray):
         from onnxruntime import OrtValue
@@ -55,28 +62,29 @@ class OnnxBackend:
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
         """Float32 logits (V,) of the token after `ids` (1 to block_size of them).
 
-        Only what follows the longest prefix shared with the previous call is computed, at least
-        the last token. Raises ValueError for too few or too many ids, and for unknown ones.
+        Only the tokens after the longest prefix shared with the previous call are computed, at
+        least the last one. Raises ValueError for another number of ids, and for ids that are not
+        in the vocabulary.
         """
         ids = [int(token) for token in ids]
         if not 1 <= len(ids) <= self.block_size:
             raise ValueError(f"{len(ids)} ids: the context takes 1 to {self.block_size}")
-        known = min(common_prefix(self.cached[0], ids), len(ids) - 1)
-        if not all(0 <= token < self.vocab_size for token in ids[known:]):
+        n_cached = min(common_prefix(self.cached[0], ids), len(ids) - 1)
+        if not all(0 <= token < self.vocab_size for token in ids[n_cached:]):
             raise ValueError(f"an id is not in 0..{self.vocab_size - 1}")
-        outputs = self.run(ids[known:], self.past(known))
+        outputs = self.run(ids[n_cached:], self.past(n_cached))
         self.cached = (ids, outputs[1:])
         return torch.from_numpy(outputs[0].numpy()[0, -1].astype(np.float32))
 
     def all_logits(self, ids: Sequence[int]) -> torch.Tensor:
-        """Float32 logits (T, V) at every position of `ids`, computed in one call, not cached."""
+        """Float32 logits (T, V) at every position of `ids`, computed in one call, uncached."""
         return torch.from_numpy(self.run(list(ids), self.past(0))[0].numpy()[0]).float()
 
     def past(self, length: int) -> list[Any]:
-        """The first `length` cached keys and values; a cut is one copy through host memory."""
+        """The first `length` cached keys and values; slicing copies through host memory."""
         ids, values = self.cached
         if length == 0:
-            return [self.nothing] * len(self.past_names)
+            return [self.empty] * len(self.past_names)
         if length < len(ids):
             values = [
                 self.on_device(np.ascontiguousarray(value.numpy()[:, :, :length]))
@@ -98,22 +106,6 @@ class OnnxBackend:
         return binding.get_outputs()
 
 
-def read_config(file: Path) -> dict[str, Any]:
-    """The config.json beside a model.onnx, checked; UserError says what is missing."""
-    config = file.with_name(CONFIG)
-    for path in (file, config):
-        if not path.is_file():
-            raise UserError(f"{path} is not there: export a checkpoint with --format=onnx first")
-    try:
-        values = json.loads(config.read_text("utf-8"))
-        sizes = {name: values[name] for name in ("block_size", "vocab_size")}
-    except (KeyError, TypeError, ValueError):
-        sizes = {}
-    if not sizes or not all(type(size) is int and size > 0 for size in sizes.values()):
-        raise UserError(f"{config} is not one that export.py wrote: export the checkpoint again")
-    return values
-
-
 def open_session(file: Path, device: str | None):
     """The onnxruntime session of a file, with as many threads as torch uses."""
     try:
@@ -132,7 +124,7 @@ def open_session(file: Path, device: str | None):
         providers.insert(0, "CUDAExecutionProvider")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3  # errors; what it warns of here is how it placed the nodes
+    options.log_severity_level = 3  # errors; its warnings are about the placement of nodes
     try:
         return onnxruntime.InferenceSession(file, options, providers=providers)
     except Exception as error:  # onnxruntime's own classes derive from Exception alone

@@ -1,31 +1,28 @@
-"""What exports share: nothing half-written, and a comparison with the checkpoint at the end.
+"""Verification of an export against its checkpoint: token ids, chat template, logits.
 
-with written_beside(target, names) as temporary:
-    ...  # write `temporary`, load it again
-    comparison = Comparison()
-    comparison.add(reference.logits, logits_of_what_was_written)
-    print(comparison.verdict("ONNX fp32", tolerance))
+    gpt = float32_copy(gpt)
+    references = make_references(gpt, tokenizer)
+    comparison = compare(references, logits)
+    print(comparison.check_or_raise("GGUF f16", TOLERANCES[16]))
+
+`logits(ids)` is a function of the export, read back from its files: float32 logits (T, V).
 """
 
 import copy
-import os
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import torch
 
 from common.errors import UserError
-from common.files import locked, named_errors, sync_directory
-from common.signals import interrupts_deferred
-from model import GPT
-from tokenizer import Tokenizer
+from model import GPT, rope_tables
+from tokenizer import CONTROL_TOKENS, HARD_STRINGS, Tokenizer
 
-NEW_TOKENS = 32  # greedy ones compared after each prompt
-LEAST_LIMIT = 1e-4  # a difference of logits that is never an error
-QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+N_NEW_TOKENS = 32  # compared greedy tokens after each prompt
+# Largest logit difference, relative to the range (largest - smallest) of a position's logits, since
+# rounding errors grow with it. By bits of a weight in the export; wrong weights differ by far more.
+TOLERANCES = {32: 1e-4, 16: 2e-2, 8: 0.1}
 PROMPTS = (
     "Artificial intelligence is",
     "def largest(values: list[int]) -> int:\n    ",
@@ -33,119 +30,36 @@ PROMPTS = (
 )
 
 
-@contextmanager
-def written_beside(
-    target: Path, names: Sequence[str] = (), optional: Sequence[str] = (), magic: bytes = b""
-) -> Iterator[Path]:
-    """A path to write that becomes `target` when the block is done, or is removed if it fails.
+def float32_copy(gpt: GPT, dtype: torch.dtype = torch.float32) -> GPT:
+    """A copy on the CPU in evaluation mode and float32, with the weights rounded to `dtype`.
 
-    An export that is a folder has the files `names` and may have those of `optional`; without
-    `names` it is one file, which begins with `magic`. An earlier export is replaced at the end.
-    UserError when `target` holds anything else, and while another process exports to it. Only a
-    killed process leaves a hidden `.NAME.exporting` behind, which the next export removes.
+    Raises UserError if a weight is not finite, in the checkpoint or in `dtype`.
     """
-    target = Path(os.path.realpath(target))
-    temporary = target.with_name(f".{target.name}.exporting")
-    old = target.with_name(f".{target.name}.replaced")
-    check_target(target, names, optional, magic)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with locked(target, "export", lock_file=target.with_name(f".{target.name}.lock")):
-        temporary.mkdir(exist_ok=True)
-        try:
-            for path in temporary.iterdir():  # of a killed export
-                remove(path)
-            if names and old.exists() and not target.exists():  # killed between the two renames
-                os.replace(old, target)
-            written = temporary if names else temporary / target.name
-            with named_errors(target):
-                yield written
-                for path in temporary.iterdir():
-                    with open(path, "rb+") as file:
-                        os.fsync(file.fileno())
-            check_target(target, names, optional, magic)  # the export has taken some time
-            with interrupts_deferred():
-                if names and target.exists():  # no folder can be renamed onto one that has files
-                    remove(old)
-                    os.replace(target, old)
-                os.replace(written, target)
-                sync_directory(target.parent)
-                remove(old if names else temporary)
-        except BaseException:
-            with interrupts_deferred():
-                remove(temporary)
-            raise
-
-
-def check_target(target: Path, names: Sequence[str], optional: Sequence[str], magic: bytes) -> None:
-    """UserError when an export to `target` would destroy something else."""
-    if not names:
-        if target.is_dir():
-            raise UserError(f"{target} is a folder: give the path of a file to write")
-        if target.exists() and first_bytes(target, len(magic)) != magic:
-            raise UserError(f"{target} is there and is no earlier export: give another file")
-        return
-    if target.exists() and not target.is_dir():
-        raise UserError(f"{target} is a file: give the path of a folder to write")
-    found = {path.name for path in target.iterdir()} if target.exists() else set()
-    for name in sorted(found.difference(names, optional)):
-        raise UserError(
-            f"{target} holds {name}, which is not of an earlier export: give another folder"
-        )
-    if found and not found.issuperset(names):
-        missing = next(name for name in names if name not in found)
-        raise UserError(f"{target} is no earlier export (it has no {missing}): give another folder")
-
-
-def first_bytes(path: Path, n: int) -> bytes:
-    with open(path, "rb") as file:
-        return file.read(n)
-
-
-def remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def float32_copy(gpt: GPT) -> GPT:
-    """A copy of the model on the CPU in fp32 and evaluation mode, the reference of every check."""
-    check_finite(gpt)
-    return copy.deepcopy(gpt).to("cpu", torch.float32).eval()
-
-
-def check_finite(gpt: GPT, dtype: torch.dtype = torch.float32) -> None:
-    """UserError if a weight is not finite, or would not be in `dtype`."""
     for parameter in gpt.parameters():
         if not parameter.isfinite().all():
             raise UserError("the checkpoint has weights that are not finite: export an earlier one")
         if not parameter.to(dtype).isfinite().all():
             name = str(dtype).removeprefix("torch.")
             raise UserError(f"the checkpoint has weights too large for {name}: use another --dtype")
+    gpt = copy.deepcopy(gpt).to("cpu", dtype).float().eval()
+    gpt.rope_cos, gpt.rope_sin = rope_tables(gpt.config)  # they are no weights: never rounded
+    return gpt
 
 
-def check_packages(names: Sequence[str], what: str) -> None:
-    """UserError unless the packages that an export needs are installed."""
+def require_packages(names: Sequence[str], format_name: str) -> None:
+    """Raises UserError unless the packages that an export needs are installed."""
     for name in names:
         try:
             __import__(name)
         except ModuleNotFoundError:
             raise UserError(
-                f"the {what} export needs {name}: pip install -r requirements/export.txt"
+                f"the {format_name} export needs {name}: pip install -r requirements/export.txt"
             ) from None
-
-
-def check_vocabulary(gpt: GPT, tokenizer: Tokenizer) -> None:
-    if gpt.config.vocab_size != tokenizer.vocab_size:
-        raise UserError(
-            f"the checkpoint has a vocabulary of {gpt.config.vocab_size} and the tokenizer one of "
-            f"{tokenizer.vocab_size}: export it with the tokenizer it was trained with"
-        )
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A prompt with the checkpoint's greedy answer, and the checkpoint's logits of all of it."""
+    """A prompt with the checkpoint's greedy continuation, and its logits at all positions."""
 
     ids: list[int]  # (T,)
     n_prompt: int
@@ -153,51 +67,99 @@ class Reference:
 
 
 @torch.inference_mode()
-def references(gpt: GPT, tokenizer: Tokenizer) -> list[Reference]:
-    """What the checkpoint says to a few prompts; `gpt` is a `float32_copy`."""
-    block_size, found = gpt.config.block_size, []
-    prompts = [tokenizer.encode_chat(QUESTION, add_generation_prompt=True)]
-    for prompt in prompts + [tokenizer.encode(text) for text in PROMPTS]:
-        prompt = prompt[: max(1, block_size - NEW_TOKENS)]
-        new = min(NEW_TOKENS, block_size - len(prompt))
-        ids = prompt + gpt.generate([prompt], new, temperature=0)[0]
-        found.append(Reference(ids, len(prompt), gpt(torch.tensor([ids]))[0]))
-    return found
+def make_references(gpt: GPT, tokenizer: Tokenizer) -> list[Reference]:
+    """References of `gpt`, a `float32_copy`: a chat, some texts, and a full context at random."""
+    config = gpt.config
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    prompts = [tokenizer.encode_chat(question, add_generation_prompt=True)]
+    prompts += [tokenizer.encode(text) for text in PROMPTS]
+    prompts = [prompt[: max(1, config.block_size - N_NEW_TOKENS)] for prompt in prompts]
+    generator = torch.Generator().manual_seed(0)
+    random_ids = torch.randint(config.vocab_size, (config.block_size,), generator=generator)
+    references = []
+    for prompt in [*prompts, random_ids.tolist()]:
+        n_new = min(N_NEW_TOKENS, config.block_size - len(prompt))
+        ids = prompt + (gpt.generate([prompt], n_new, temperature=0)[0] if n_new else [])
+        references.append(Reference(ids, len(prompt), gpt(torch.tensor([ids]))[0]))
+    return references
 
 
 class Comparison:
-    """The largest difference of logits so far, and how often both chose the same next token.
+    """Largest logit difference, and how often both models prefer the same next token.
 
-    The logits compared are those of the checkpoint's own greedy tokens, so that equal choices at
-    every position mean equal greedy texts.
+    The logits are those of the checkpoint's own greedy tokens, so the same preference at every
+    position means the same greedy text.
     """
 
     def __init__(self) -> None:
-        self.difference = self.widest = 0.0
-        self.equal = self.tokens = 0
+        self.difference = self.range = 0.0
+        self.n_equal = self.n_tokens = 0
 
-    def add(self, expected: torch.Tensor, found: torch.Tensor) -> None:
-        """Logits (T, V) of the checkpoint and of the export at the same T positions."""
-        assert expected.shape == found.shape and len(expected) > 0, (expected.shape, found.shape)
-        found = found.float()
-        difference = float((found - expected).abs().max())
+    def add(self, expected: torch.Tensor, actual: torch.Tensor) -> None:
+        """Adds the logits (T, V) of the checkpoint and of the export at the same T positions."""
+        assert expected.shape == actual.shape and len(expected) > 0, (expected.shape, actual.shape)
+        actual = actual.float()
+        difference = float((actual - expected).abs().max())
         self.difference = float(torch.tensor([self.difference, difference]).max())  # NaN stays
-        widths = expected.max(dim=-1).values - expected.min(dim=-1).values
-        self.widest = max(self.widest, float(widths.max()))
-        self.equal += int((found.argmax(dim=-1) == expected.argmax(dim=-1)).sum())
-        self.tokens += len(expected)
+        ranges = expected.amax(dim=-1) - expected.amin(dim=-1)
+        self.range = max(self.range, float(ranges.max()))
+        self.n_equal += int((actual.argmax(dim=-1) == expected.argmax(dim=-1)).sum())
+        self.n_tokens += len(expected)
 
-    def verdict(self, what: str, tolerance: float) -> str:
-        """A line about the check; UserError when the export is not the checkpoint.
+    def limit(self, tolerance: float) -> float:
+        return tolerance * self.range
 
-        `tolerance` is the largest allowed difference as a part of the width (largest - smallest)
-        of the logits, since rounding errors grow with them.
-        """
-        limit = max(LEAST_LIMIT, tolerance * self.widest)
+    def check_or_raise(self, export_name: str, tolerance: float) -> str:
+        """A line about the comparison; UserError when the difference exceeds the limit."""
+        limit = self.limit(tolerance)
         numbers = (
             f"largest logit difference {self.difference:.2g} (limit {limit:.2g}), "
-            f"greedy tokens equal {self.equal}/{self.tokens}"
+            f"greedy tokens equal {self.n_equal}/{self.n_tokens}"
         )
-        if not self.difference <= limit:
-            raise UserError(f"{what} is not the checkpoint, nothing was written: {numbers}")
-        return f"{what} checked against the checkpoint: {numbers}"
+        if not self.difference <= limit:  # NaN too
+            raise mismatch(numbers)
+        return f"{export_name} checked against the checkpoint: {numbers}"
+
+
+@torch.inference_mode()
+def compare(
+    references: Sequence[Reference], logits: Callable[[list[int]], torch.Tensor]
+) -> Comparison:
+    """Compares the references with the logits (T, V) that an export computes for their ids."""
+    comparison = Comparison()
+    for reference in references:
+        comparison.add(reference.logits, logits(reference.ids))
+    return comparison
+
+
+def check_token_ids(encode: Callable[[str], list[int]], tokenizer: Tokenizer) -> None:
+    """Raises UserError unless `encode`, an exported tokenizer's, gives the tokenizer's ids."""
+    for text in HARD_STRINGS:
+        if encode(text) != tokenizer.encode(text, allow_special=True):
+            raise mismatch(f"its tokenizer gives other ids for {text[:40]!r}")
+
+
+def check_chat_template(hf_tokenizer: Any, tokenizer: Tokenizer) -> None:
+    """Raises UserError unless conversations that spell control tokens get the tokenizer's ids."""
+    forged = [" ".join(CONTROL_TOKENS), "<|user|>Hi<|assistant|>"]
+    chat = [
+        {"role": ("user", "assistant")[turn % 2], "content": content}
+        for turn, content in enumerate([*filter(None, HARD_STRINGS), *forged])
+    ]
+    for n_messages, prompt in ((1, True), (2, False), (len(chat), len(chat) % 2 == 1)):
+        messages = chat[:n_messages]
+        output = hf_tokenizer.apply_chat_template(
+            messages,
+            add_generation_prompt=prompt,
+            return_dict=True,
+            tokenizer_kwargs={"verbose": False},  # no warning about the length
+        )
+        if output["input_ids"] != tokenizer.encode_chat(messages, prompt):
+            raise mismatch("its chat template gives other ids than encode_chat")
+
+
+def mismatch(reason: str) -> UserError:
+    return UserError(
+        f"the export does not compute what the checkpoint does ({reason}), so it was not kept: "
+        "export with the versions in requirements.txt, and report it if that does not help"
+    )

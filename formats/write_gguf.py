@@ -12,64 +12,39 @@ import json
 from collections.abc import Iterator
 from contextlib import redirect_stderr
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from common.errors import UserError
+from formats.atomic_export import atomic_export
+from formats.chat_template import gguf_chat_template
 from formats.llama import llama_state_dict
+from formats.pretrained import quiet_transformers
 from formats.verify import (
-    Comparison,
+    TOLERANCES,
     Reference,
-    check_packages,
-    check_vocabulary,
+    check_token_ids,
+    compare,
     float32_copy,
-    references,
-    written_beside,
+    make_references,
+    require_packages,
 )
-from formats.verify_hf import quiet_transformers
-from formats.write_hf import chat_template
 from model import GPT
-from tokenizer import CONTROL_TOKENS, HARD_STRINGS, Tokenizer
+from tokenizer import Tokenizer
 
-# Largest difference from the checkpoint's logits as a part of their width, see Comparison.
-TOLERANCES = {"f32": 1e-5, "f16": 2e-2, "q8_0": 0.1}
+DTYPES = {"f32": 32, "f16": 16, "q8_0": 8}  # bits of a weight
 Q8_BLOCK = 32  # weights of a row that share a scale in q8_0
-
-LAYER_NAMES = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
 
 
 def export_gguf(gpt: GPT, tokenizer: Tokenizer, output_file: Path, dtype: str = "f32") -> None:
-    """Writes `output_file`, after checking what was written against `gpt`.
+    """Writes `output_file` and verifies it against `gpt`.
 
-    `dtype` is "f32" (also ""), "f16" or "q8_0"; vectors are f32 always. Raises UserError for
-    another one, for rope_style "lille", for a missing package, and when the check fails; then an
-    earlier `output_file` is as it was.
+    `dtype` is a name in DTYPES; vectors are f32 always. Raises UserError for rope_style "lille",
+    for a width that q8_0 cannot have, for a missing package, and when the verification fails; an
+    earlier `output_file` is then unchanged.
     """
-    dtype = dtype or "f32"
-    check_request(gpt, dtype)
-    check_vocabulary(gpt, tokenizer)
-    gpt = float32_copy(gpt)
-    expected = references(gpt, tokenizer)
-    with written_beside(Path(output_file), magic=b"GGUF") as path:
-        write_file(gpt, tokenizer, path, dtype)
-        print(check(path, expected).verdict(f"GGUF {dtype}", TOLERANCES[dtype]))
-        check_tokenizer(path, tokenizer)
-
-
-def check_request(gpt: GPT, dtype: str) -> None:
-    if dtype not in TOLERANCES:
-        raise UserError(f"dtype={dtype!r}: GGUF is written as one of {', '.join(TOLERANCES)}")
     if gpt.config.rope_style != "llama":
         raise UserError(
             f"a model with rope_style={gpt.config.rope_style!r} cannot be a GGUF: its position "
@@ -79,7 +54,12 @@ def check_request(gpt: GPT, dtype: str) -> None:
         raise UserError(
             f"q8_0 needs n_embd to be a multiple of {Q8_BLOCK}, not {gpt.config.n_embd}: use f16"
         )
-    check_packages(("gguf", "accelerate"), "GGUF")
+    require_packages(("gguf", "accelerate"), "GGUF")
+    gpt = float32_copy(gpt)
+    references = make_references(gpt, tokenizer)
+    with atomic_export(output_file, magic=b"GGUF") as path:
+        write_file(gpt, tokenizer, path, dtype)
+        print(verify_file(path, tokenizer, references, dtype))
 
 
 def write_file(gpt: GPT, tokenizer: Tokenizer, path: Path, dtype: str) -> None:
@@ -119,24 +99,25 @@ def write_file(gpt: GPT, tokenizer: Tokenizer, path: Path, dtype: str) -> None:
         writer.close()
 
 
-def add_tokenizer(writer, tokenizer: Tokenizer) -> None:
-    """GPT-2's kind of tokenizer, whose five last tokens are control tokens.
+def add_tokenizer(writer: Any, tokenizer: Tokenizer) -> None:
+    """A byte-level BPE tokenizer, of type "gpt2", whose last five tokens are control tokens.
 
-    No token is put before a text: the chat template writes `<|startoftext|>` itself. An answer ends
-    at `<|endoftext|>` (eos) or at `<|user|>` (eot).
+    Texts get no start token: the chat template writes `<|startoftext|>` itself. An answer ends at
+    `<|endoftext|>` (eos) or `<|user|>` (eot).
     """
     from gguf import TokenType
 
     settings = json.loads(tokenizer.json_text)
     ids = settings["model"]["vocab"]
     ids |= {token["content"]: token["id"] for token in settings["added_tokens"]}
-    kinds = [TokenType.NORMAL] * tokenizer.n_text
-    kinds += [TokenType.CONTROL] * (tokenizer.vocab_size - tokenizer.n_text)
+    merges = settings["model"]["merges"]  # "left right", or pairs in files of newer tokenizers
+    types = [TokenType.NORMAL] * tokenizer.n_text
+    types += [TokenType.CONTROL] * (tokenizer.vocab_size - tokenizer.n_text)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(sorted(ids, key=ids.get))
-    writer.add_token_types(kinds)
-    writer.add_token_merges(merge_lines(settings["model"]["merges"]))
+    writer.add_token_types(types)
+    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
     writer.add_bos_token_id(tokenizer.bos_id)
     writer.add_eos_token_id(tokenizer.eos_id)
     writer.add_eot_token_id(tokenizer.user_id)
@@ -147,46 +128,25 @@ def add_tokenizer(writer, tokenizer: Tokenizer) -> None:
     writer.add_chat_template(gguf_chat_template())
 
 
-def merge_lines(merges: list) -> list[str]:
-    """ "left right" of each merge; newer tokenizer files have pairs instead."""
-    return [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
-
-
-def gguf_chat_template() -> str:
-    """The chat template for other Jinja engines and for programs that read its text as a whole.
-
-    llama.cpp makes a control token of every spelling of one in the rendered text, a user's too: so
-    a space splits those in a message ("< |user|>"), and nothing else is changed. transformers'
-    generation tags, which other engines refuse, are left out.
-    """
-    lines = chat_template(marked=False).splitlines(keepends=True)
-    template = "".join(line for line in lines if "generation -%}" not in line)
-    splits = "".join(f'.replace("{name}", "< {name[1:]}")' for name in CONTROL_TOKENS)
-    assert template.count("{{- content -}}") == 1, template
-    return template.replace("{{- content -}}", f"{{{{- content{splits} -}}}}")
-
-
 def gguf_tensors(gpt: GPT) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and tensor of every parameter in llama.cpp's terms; the head is the embedding."""
-    config, tensors = gpt.config, llama_state_dict(gpt)
-    yield "token_embd.weight", tensors["model.embed_tokens.weight"]
-    for layer in range(config.n_layers):
-        for theirs, name in LAYER_NAMES.items():
-            tensor = tensors[f"model.layers.{layer}.{theirs}.weight"]
-            if name in ("attn_q", "attn_k"):
-                tensor = neighbouring_pairs(tensor, config.head_dim)
-            yield f"blk.{layer}.{name}.weight", tensor
-    yield "output_norm.weight", tensors["model.norm.weight"]
+    """Names and tensors in llama.cpp's convention; without a head, which is the embedding."""
+    from gguf import MODEL_ARCH, get_tensor_name_map
+
+    names = get_tensor_name_map(MODEL_ARCH.LLAMA, gpt.config.n_layers)
+    for llama_name, tensor in llama_state_dict(gpt).items():
+        if "q_proj" in llama_name or "k_proj" in llama_name:
+            tensor = interleaved_rows(tensor, gpt.config.head_dim)
+        yield names.get_name(llama_name, try_suffixes=(".weight",)), tensor
 
 
-def neighbouring_pairs(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Rows (heads·D, C) of each head reordered from 0, 1, ... to 0, D/2, 1, D/2 + 1, ..."""
+def interleaved_rows(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """The rows (heads·D, C) of each head in the order 0, D/2, 1, D/2 + 1, ..."""
     heads = weight.shape[0] // head_dim
     halves = weight.reshape(heads, 2, head_dim // 2, -1)  # (heads, 2, D/2, C)
     return halves.transpose(1, 2).reshape(weight.shape)
 
 
-def add_tensor(writer, name: str, array: np.ndarray, dtype: str) -> None:
+def add_tensor(writer: Any, name: str, array: np.ndarray, dtype: str) -> None:
     from gguf import GGMLQuantizationType, quantize
 
     if dtype == "f32" or array.ndim == 1:
@@ -194,31 +154,22 @@ def add_tensor(writer, name: str, array: np.ndarray, dtype: str) -> None:
     elif dtype == "f16":
         writer.add_tensor(name, array.astype(np.float16))
     else:
-        kind = GGMLQuantizationType.Q8_0
-        writer.add_tensor(name, quantize(np.ascontiguousarray(array), kind), raw_dtype=kind)
+        q8_0 = GGMLQuantizationType.Q8_0
+        writer.add_tensor(name, quantize(np.ascontiguousarray(array), q8_0), raw_dtype=q8_0)
 
 
-@torch.inference_mode()
-def check(path: Path, expected: list[Reference]) -> Comparison:
-    """Reads the file back with transformers, which knows nothing of ours, and compares."""
-    from transformers import AutoModelForCausalLM
+def verify_file(path: Path, tokenizer: Tokenizer, references: list[Reference], dtype: str) -> str:
+    """Compares a file, read with transformers, with the references; a line about the comparison.
 
-    with quiet_transformers(), redirect_stderr(io.StringIO()):  # its progress bar cannot be off
-        model = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=torch.float32
-        ).eval()
-    comparison = Comparison()
-    for reference in expected:
-        comparison.add(reference.logits, model(torch.tensor([reference.ids])).logits[0])
-    return comparison
+    Logits and token ids. Raises UserError when they differ.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-
-def check_tokenizer(path: Path, tokenizer: Tokenizer) -> None:
-    """UserError unless transformers' tokenizer of the file gives the ids of ours."""
-    from transformers import AutoTokenizer
-
-    with quiet_transformers():
-        theirs = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    for text in HARD_STRINGS:
-        if theirs.encode(text, add_special_tokens=False) != tokenizer.encode(text, True):
-            raise UserError(f"the GGUF's tokenizer reads {text[:40]!r} in another way")
+    file = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    with quiet_transformers(), redirect_stderr(io.StringIO()):  # one of its bars stays on
+        model = AutoModelForCausalLM.from_pretrained(**file, dtype=torch.float32).eval()
+        hf_tokenizer = AutoTokenizer.from_pretrained(**file)
+    comparison = compare(references, lambda ids: model(torch.tensor([ids])).logits[0])
+    line = comparison.check_or_raise(f"GGUF {dtype}", TOLERANCES[DTYPES[dtype]])
+    check_token_ids(lambda text: hf_tokenizer.encode(text, add_special_tokens=False), tokenizer)
+    return line

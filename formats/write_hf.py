@@ -2,27 +2,33 @@
 
     export_hf(gpt, load_tokenizer(), Path("lille-hf"), "float32", facts={"Steps": "12,000"})
 
-A plain Llama, which needs no custom code; with rope_style="lille" a folder that brings
-modeling_lille.py and needs `trust_remote_code=True`. The folder is written beside its place,
-loaded with transformers, compared with the model, and only then put in place.
-
-In the chat template a user's text cannot become a control token. Its "<|" is rendered with two
-characters in between that nobody types, so that the tokenizer finds no control token there, and the
-tokenizer's normalizer takes them out again: the ids are those of `Tokenizer.encode_chat`.
+A plain Llama, which needs no custom code; with rope_style="lille" a folder that includes
+modeling_lille.py and needs `trust_remote_code=True`. The folder is written under a temporary name,
+loaded with transformers, compared with the model, and only then renamed.
 """
 
 import json
-import os
-import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from formats.atomic_export import atomic_export
+from formats.chat_template import MARK, hf_chat_template
 from formats.llama import llama_config, llama_state_dict
-from formats.verify import check_finite, written_beside
-from formats.verify_hf import check_folder
+from formats.pretrained import quiet_transformers
+from formats.verify import (
+    N_NEW_TOKENS,
+    TOLERANCES,
+    Reference,
+    check_chat_template,
+    check_token_ids,
+    compare,
+    float32_copy,
+    make_references,
+    mismatch,
+)
 from model import GPT
 from tokenizer import ASSISTANT, CONTROL_TOKENS, END_OF_TEXT, START_OF_TEXT, USER, Tokenizer
 
@@ -38,65 +44,12 @@ NAMES = (  # of every export
     "tokenizer_config.json",
 )
 
-# In rendered text MARK is written MARK + "0", and "<" + MARK + "1|" stands for "<|".
-MARK = "\ufdd0"  # a code point that Unicode keeps free of characters
-
-# What an assistant writes lies between the generation tags, with its end token, for training masks.
-TEMPLATE = """\
-{#- U+FDD0 keeps text from spelling a control token; the normalizer in tokenizer.json undoes it. -#}
-{%- macro text(content) -%}
-{{- content | replace("MARK", "MARK0") | replace("<|", "<MARK1|") -}}
-{%- endmacro -%}
-{%- if not messages -%}
-{{- raise_exception("a conversation is a non-empty list of messages") -}}
-{%- endif -%}
-{{- "START_OF_TEXT" -}}
-{%- for message in messages -%}
-{%- set expected = "user" if loop.index0 % 2 == 0 else "assistant" -%}
-{%- if message["role"] != expected or message["content"] is not string -%}
-{{- raise_exception("roles alternate user and assistant, starting with user, each with text") -}}
-{%- endif -%}
-{%- if expected == "user" -%}
-{{- "USER" + text(message["content"]) -}}
-{%- else -%}
-{{- "ASSISTANT" -}}
-{%- generation -%}
-{{- text(message["content"]) + "END_OF_TEXT" -}}
-{%- endgeneration -%}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-{%- if messages[-1]["role"] != "user" -%}
-{{- raise_exception("add_generation_prompt needs a user turn at the end") -}}
-{%- endif -%}
-{{- "ASSISTANT" -}}
-{%- endif -%}
-"""
-
-
-def chat_template(marked: bool = True) -> str:
-    """The Jinja template of `Tokenizer.encode_chat`; it refuses what `check_messages` refuses.
-
-    `marked` False is for a runtime without the normalizer: user text is rendered as it is.
-    """
-    names = {"START_OF_TEXT": START_OF_TEXT, "END_OF_TEXT": END_OF_TEXT}
-    names |= {"USER": USER, "ASSISTANT": ASSISTANT, "MARK": MARK}
-    template = TEMPLATE
-    if not marked:
-        replaced = ' | replace("MARK", "MARK0") | replace("<|", "<MARK1|")'
-        assert replaced in template
-        template = "".join(template.replace(replaced, "").splitlines(keepends=True)[1:])
-    for name, value in names.items():
-        template = template.replace(name, value)
-    return template
-
 
 def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
-    """tokenizer.json: Hastings, with a normalizer that undoes what the chat template marks."""
-    replacements = [(MARK + "1", ""), (MARK + "0", MARK)]
+    """tokenizer.json: Hastings, with a normalizer that removes the chat template's marks."""
     steps = [
         {"type": "Replace", "pattern": {"String": pattern}, "content": content}
-        for pattern, content in replacements
+        for pattern, content in ((MARK + "1", ""), (MARK + "0", MARK))
     ]
     return json.loads(tokenizer.json_text) | {
         "normalizer": {"type": "Sequence", "normalizers": steps}
@@ -105,13 +58,12 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def tokenizer_config(tokenizer: Tokenizer, block_size: int) -> dict[str, Any]:
     """tokenizer_config.json; the class is the one that transformers 4 and 5 both know."""
-    added = json.loads(tokenizer.json_text)["added_tokens"]
-    pad = CONTROL_TOKENS[0]
+    control_tokens = json.loads(tokenizer.json_text)["added_tokens"]
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": START_OF_TEXT,
         "eos_token": END_OF_TEXT,
-        "pad_token": pad,
+        "pad_token": CONTROL_TOKENS[0],
         "additional_special_tokens": [ASSISTANT, USER],
         "add_bos_token": False,
         "add_eos_token": False,
@@ -122,13 +74,13 @@ def tokenizer_config(tokenizer: Tokenizer, block_size: int) -> dict[str, Any]:
         "padding_side": "left",
         "added_tokens_decoder": {
             str(token["id"]): {key: value for key, value in token.items() if key != "id"}
-            for token in added
+            for token in control_tokens
         },
     }
 
 
 def generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
-    """generation_config.json: where a turn ends, and the sampling that inference.py uses."""
+    """generation_config.json: stop tokens, and the sampling settings of inference.py."""
     return {
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": [tokenizer.eos_id, tokenizer.user_id],
@@ -141,7 +93,7 @@ def generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def model_card(gpt: GPT, tokenizer: Tokenizer, dtype: str, facts: dict[str, str]) -> str:
-    """README.md: what it is, how to use it, and the facts that the checkpoint itself holds."""
+    """README.md: description, usage, shape, and `facts` about the training."""
     config, custom = gpt.config, gpt.config.rope_style == "lille"
     argument = ", trust_remote_code=True" if custom else ""
     kind = (
@@ -154,7 +106,9 @@ def model_card(gpt: GPT, tokenizer: Tokenizer, dtype: str, facts: dict[str, str]
     rows = {"Parameters": f"{gpt.n_parameters():,}"}
     rows |= {name: str(value) for name, value in config.to_dict().items() if name != "dropout"}
     rows |= {"Weights": dtype, "Tokenizer (Hastings) sha256": tokenizer.sha256} | facts
-    table = "\n".join(f"| {cell(name)} | {cell(value)} |" for name, value in rows.items())
+    table = "\n".join(
+        f"| {markdown_cell(name)} | {markdown_cell(value)} |" for name, value in rows.items()
+    )
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -189,60 +143,104 @@ direct call of the tokenizer it is a control token unless you pass `split_specia
 """
 
 
-def cell(text: str) -> str:
+def markdown_cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
 def export_hf(
     gpt: GPT, tokenizer: Tokenizer, output_dir: Path, dtype: str, facts: dict[str, str]
 ) -> None:
-    """Writes, checks and puts in place the folder of `gpt`; `dtype` is a name in DTYPES.
+    """Writes `output_dir` and verifies it against `gpt`; `dtype` is a name in DTYPES.
 
-    `facts` go into the model card. Raises UserError, with `output_dir` as it was, when the folder
-    that was written does not compute what `gpt` computes.
+    `facts` are rows of the model card. Raises UserError, with `output_dir` unchanged, when the
+    folder does not compute what `gpt` computes. Both compute in float32 with rounded weights, so
+    the tolerance is the same for all dtypes.
     """
-    check_finite(gpt, DTYPES[dtype])
-    with written_beside(output_dir, NAMES, (MODELING,)) as folder:
-        write_folder(gpt, tokenizer, folder, dtype, facts)
-        check_folder(gpt, tokenizer, folder, DTYPES[dtype])
+    rounded = float32_copy(gpt, DTYPES[dtype])
+    references = make_references(rounded, tokenizer)
+    with atomic_export(output_dir, NAMES, (MODELING,)) as folder:
+        write_folder(rounded, tokenizer, folder, dtype, facts)
+        print(verify_folder(folder, rounded, tokenizer, references, f"hf {dtype}"))
+    if gpt.tok_embeddings.weight.dtype != DTYPES[dtype]:
+        original = float32_copy(gpt)
+        difference = compare(references, lambda ids: original(torch.tensor([ids]))[0]).difference
+        print(f"rounding the weights to {dtype} moves logits by up to {difference:.1e}")
 
 
 def write_folder(
     gpt: GPT, tokenizer: Tokenizer, folder: Path, dtype: str, facts: dict[str, str]
 ) -> None:
+    """Writes the files of an export; `gpt` is on the CPU."""
+    from safetensors.torch import save
+
     tensors = {
-        name: tensor.detach().to("cpu", DTYPES[dtype]).contiguous()
+        name: tensor.to(DTYPES[dtype]).contiguous()
         for name, tensor in llama_state_dict(gpt).items()
     }
-    save_tensors(tensors, folder / WEIGHTS)
-    for name, value in {
-        "config.json": llama_config(gpt.config, tokenizer, dtype),
-        "generation_config.json": generation_config(tokenizer),
-        "tokenizer.json": tokenizer_json(tokenizer),
-        "tokenizer_config.json": tokenizer_config(tokenizer, gpt.config.block_size),
-    }.items():
-        write_text(folder / name, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-    # safetensors makes its file readable for its owner alone
-    shutil.copymode(folder / "config.json", folder / WEIGHTS)
-    write_text(folder / "chat_template.jinja", chat_template())
+    # not save_file, whose error on a full disk is no OSError
+    (folder / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
+    write_json(folder / "config.json", llama_config(gpt.config, tokenizer, dtype))
+    write_json(folder / "generation_config.json", generation_config(tokenizer))
+    write_tokenizer(folder, tokenizer, gpt.config.block_size)
     write_text(folder / "README.md", model_card(gpt, tokenizer, dtype, facts))
     if gpt.config.rope_style == "lille":
         shutil.copy(Path(__file__).with_name(MODELING), folder)
 
 
-def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Writes a safetensors file; OSError, such as that of a full disk, when it cannot."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+def write_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int) -> None:
+    """Writes the files of transformers' AutoTokenizer."""
+    write_json(folder / "tokenizer.json", tokenizer_json(tokenizer))
+    write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer, block_size))
+    write_text(folder / "chat_template.jinja", hf_chat_template())
 
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        if not number:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8", newline="\n")
+
+
+def verify_folder(
+    folder: Path, gpt: GPT, tokenizer: Tokenizer, references: list[Reference], name: str
+) -> str:
+    """Compares a folder, loaded with transformers, with `gpt`; a line about the comparison.
+
+    Token ids, chat template, logits, greedy tokens. Raises UserError when they differ.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    options = {"trust_remote_code": gpt.config.rope_style == "lille"}
+    with quiet_transformers():
+        hf_tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        check_token_ids(lambda text: hf_tokenizer(text, verbose=False)["input_ids"], tokenizer)
+        check_chat_template(hf_tokenizer, tokenizer)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+        comparison = compare(references, lambda ids: model(torch.tensor([ids])).logits[0])
+        line = comparison.check_or_raise(name, TOLERANCES[32])
+        check_greedy(gpt, model, hf_tokenizer, references, comparison.limit(TOLERANCES[32]))
+    return line
+
+
+@torch.inference_mode()
+def check_greedy(
+    gpt: GPT, model: Any, hf_tokenizer: Any, references: list[Reference], limit: float
+) -> None:
+    """Raises UserError unless greedy tokens of transformers' `generate` are those of `gpt`.
+
+    The prompts are one batch, padded on the left. A token whose logit is the best one's within
+    `limit` is a tie.
+    """
+    prompts = [r.ids[: r.n_prompt] for r in references if len(r.ids) > r.n_prompt]
+    inputs = hf_tokenizer.pad({"input_ids": prompts}, return_tensors="pt")
+    n_padded = inputs["input_ids"].shape[1]
+    n_new = min(N_NEW_TOKENS, gpt.config.block_size - n_padded)
+    no_sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    output = model.generate(**inputs, **no_sampling, max_new_tokens=n_new, eos_token_id=None)
+    for row, prompt in zip(output, prompts, strict=True):
+        ids = row[n_padded - len(prompt) :]
+        logits = gpt(ids[None, :-1])[0, len(prompt) - 1 :]  # (n_new, V)
+        logits_of_ids = logits.gather(1, ids[len(prompt) :, None])[:, 0]
+        if (logits.amax(dim=-1) - logits_of_ids > 2 * limit).any():
+            raise mismatch("its greedy tokens are others")

@@ -11,46 +11,45 @@ batch are equally long. P + T is at most block_size.
 matrices in 8 bits, a scale for every 32 weights (onnxruntime's MatMulNBits), the rest in fp32.
 """
 
-import json
 import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common.errors import UserError
+from formats.atomic_export import atomic_export
 from formats.onnx_runtime import CONFIG, MODEL, OnnxBackend
+from formats.pretrained import quiet_transformers
 from formats.verify import (
-    Comparison,
+    TOLERANCES,
     Reference,
-    check_packages,
-    check_vocabulary,
+    check_chat_template,
+    check_token_ids,
+    compare,
     float32_copy,
-    references,
-    written_beside,
+    make_references,
+    require_packages,
 )
-from formats.verify_hf import check_tokenizer, quiet_transformers
-from formats.write_hf import chat_template, tokenizer_config, tokenizer_json, write_text
+from formats.write_hf import write_json, write_tokenizer
 from model import GPT, apply_rope, rope_tables
 from tokenizer import Tokenizer
 
-# Largest difference from the checkpoint's logits as a part of their width, see Comparison.
-TOLERANCES = {"fp32": 1e-5, "fp16": 2e-2, "int8": 0.1}
+DTYPES = {"fp32": 32, "fp16": 16, "int8": 8}  # bits of a weight
 EXTERNAL = MODEL + ".data"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-NAMES = (MODEL, CONFIG, *TOKENIZER_FILES)
-LARGE = 1 << 30  # bytes; weights beyond this go beside the graph, whose file may have 2 GiB at most
+NAMES = (MODEL, CONFIG, "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+LARGE = 1 << 30  # bytes; more weights are saved beside the graph, whose file may have 2 GiB at most
 OPSET = 23  # the first with RMSNormalization
 ACCURACY_LEVEL = 4  # int8 arithmetic; 0 is as exact as the weights and 25 times slower on a CPU
 BLOCK = 32  # weights that share a scale in int8
 
 
 class QuantizedEmbedding(nn.Module):
-    """An embedding in 8 bits with one scale a row: a quarter of the size, rounded alike."""
+    """An embedding rounded to 8 bits with one scale per row."""
 
     def __init__(self, weight: torch.Tensor):
         super().__init__()
@@ -64,7 +63,7 @@ class QuantizedEmbedding(nn.Module):
 
 
 class CachedGPT(nn.Module):
-    """A GPT as a function of new ids and earlier keys and values, in operations ONNX has."""
+    """A GPT whose keys and values are inputs and outputs, in operations that ONNX has."""
 
     def __init__(self, gpt: GPT, dtype: str):
         super().__init__()
@@ -97,7 +96,7 @@ class CachedGPT(nn.Module):
         return self.head(self.norm(x)).float(), *present
 
     def attention(self, module, x, cos, sin, hidden, past_key, past_value):
-        """As model.Attention, the query heads of a KV head side by side: no copies of the cache."""
+        """As model.Attention, but the query heads of a KV head are one matrix: no copies of it."""
         config = self.config
         B, T, _ = x.shape
         heads, kv_heads, width = config.n_heads, config.n_kv_heads, config.head_dim
@@ -119,24 +118,18 @@ class CachedGPT(nn.Module):
 
 
 def export_onnx(gpt: GPT, tokenizer: Tokenizer, output_dir: Path, dtype: str = "fp32") -> None:
-    """Writes the folder `output_dir`, after checking what was written against `gpt`.
+    """Writes the folder `output_dir` and verifies it against `gpt`.
 
-    `dtype` is "fp32" (also ""), "fp16" or "int8". Raises UserError for another one, for missing
-    packages, and when the check fails; then an earlier `output_dir` is as it was.
+    `dtype` is a name in DTYPES. Raises UserError for missing packages, and when the verification
+    fails; an earlier `output_dir` is then unchanged.
     """
-    from transformers import AutoTokenizer
-
-    dtype = dtype or "fp32"
-    if dtype not in TOLERANCES:
-        raise UserError(f"dtype={dtype!r}: ONNX is written as one of {', '.join(TOLERANCES)}")
-    check_packages(("onnx", "onnxscript", "onnxruntime"), "ONNX")
-    check_vocabulary(gpt, tokenizer)
+    require_packages(("onnx", "onnxscript", "onnxruntime"), "ONNX")
     gpt = float32_copy(gpt)
     config = gpt.config
-    expected = references(gpt, tokenizer)
-    with written_beside(Path(output_dir), NAMES, (EXTERNAL,)) as folder:
+    references = make_references(gpt, tokenizer)
+    with atomic_export(output_dir, NAMES, (EXTERNAL,)) as folder:
         write_graph(gpt, folder / MODEL, dtype)
-        described = {
+        description = {
             "model_type": "lille-onnx",
             **config.to_dict(),
             "head_dim": config.head_dim,
@@ -146,23 +139,9 @@ def export_onnx(gpt: GPT, tokenizer: Tokenizer, output_dir: Path, dtype: str = "
             "pad_token_id": tokenizer.pad_id,
             "tokenizer_sha256": tokenizer.sha256,
         }
-        write_json(folder / CONFIG, described)
+        write_json(folder / CONFIG, description)
         write_tokenizer(folder, tokenizer, config.block_size)
-        with quiet_transformers():
-            check_tokenizer(AutoTokenizer.from_pretrained(folder), tokenizer)
-        print(check(folder, expected).verdict(f"ONNX {dtype}", TOLERANCES[dtype]))
-
-
-def write_json(path: Path, value: dict) -> None:
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-
-
-def write_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int) -> None:
-    """The files from which transformers' AutoTokenizer makes the tokenizer, as in an hf export."""
-    names = dict(zip(("json", "config", "template"), TOKENIZER_FILES, strict=True))
-    write_json(folder / names["json"], tokenizer_json(tokenizer))
-    write_json(folder / names["config"], tokenizer_config(tokenizer, block_size))
-    write_text(folder / names["template"], chat_template())
+        print(verify_folder(folder, tokenizer, references, dtype))
 
 
 def write_graph(gpt: GPT, path: Path, dtype: str) -> None:
@@ -171,12 +150,12 @@ def write_graph(gpt: GPT, path: Path, dtype: str) -> None:
 
     config = gpt.config
     module = CachedGPT(gpt, dtype)
-    kind = torch.float16 if dtype == "fp16" else torch.float32
+    past_dtype = torch.float16 if dtype == "fp16" else torch.float32
     shape = (2, config.n_kv_heads, 3, config.head_dim)  # any lengths that differ
-    past = [torch.zeros(shape, dtype=kind) for _ in range(2 * config.n_layers)]
+    past = [torch.zeros(shape, dtype=past_dtype) for _ in range(2 * config.n_layers)]
     names = [f"{name}_{i}" for i in range(config.n_layers) for name in ("key", "value")]
     batch, sequence, length = map(torch.export.Dim, ("batch", "sequence", "past"))
-    with tools_quiet():
+    with quiet_tools():
         program = torch.onnx.export(
             module,
             (torch.ones((2, 4), dtype=torch.long), past),
@@ -188,10 +167,10 @@ def write_graph(gpt: GPT, path: Path, dtype: str) -> None:
             verbose=False,
         )
     model = program.model_proto
-    for node in model.graph.node:  # the exporter notes lines and paths of this machine's files
+    for node in model.graph.node:  # metadata with the paths of source files
         del node.metadata_props[:]
     if dtype == "int8":
-        model = quantized(model)
+        model = quantize(model)
     large = model.ByteSize() > LARGE
     onnx.save_model(
         model,
@@ -203,10 +182,10 @@ def write_graph(gpt: GPT, path: Path, dtype: str) -> None:
 
 
 @contextmanager
-def tools_quiet() -> Iterator[None]:
-    """Without warnings about torchvision and about names of dimensions, or a line per node.
+def quiet_tools() -> Iterator[None]:
+    """Turns off warnings, and the exporter's and the quantizer's messages, in the block.
 
-    onnxruntime's quantizer turns on everybody's INFO messages when imported: that is undone.
+    Importing onnxruntime's quantizer sets the root logger to INFO, which is undone.
     """
     root = logging.getLogger()
     level, handlers, disabled = root.level, list(root.handlers), logging.root.manager.disable
@@ -221,9 +200,9 @@ def tools_quiet() -> Iterator[None]:
         root.handlers[:] = handlers
 
 
-def quantized(model):
-    """The graph with every constant matrix in 8 bits, by onnxruntime's tool."""
-    with tools_quiet():
+def quantize(model: Any) -> Any:
+    """The graph with its constant matrices in 8 bits, by onnxruntime's quantizer."""
+    with quiet_tools():
         from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
         quantizer = MatMulNBitsQuantizer(
@@ -233,12 +212,24 @@ def quantized(model):
     return quantizer.model.model
 
 
-def check(folder: Path, expected: list[Reference]) -> Comparison:
-    """Reads the folder back and compares whole texts, and greedy decoding with the cache."""
-    backend, comparison = OnnxBackend(folder, "cpu"), Comparison()
-    for reference in expected:
+def verify_folder(
+    folder: Path, tokenizer: Tokenizer, references: list[Reference], dtype: str
+) -> str:
+    """Compares a folder, read back, with the references; a line about the comparison.
+
+    Token ids, chat template, logits in one call and with the cache. Raises UserError when they
+    differ.
+    """
+    from transformers import AutoTokenizer
+
+    with quiet_transformers():
+        hf_tokenizer = AutoTokenizer.from_pretrained(folder)
+        check_token_ids(lambda text: hf_tokenizer(text, verbose=False)["input_ids"], tokenizer)
+        check_chat_template(hf_tokenizer, tokenizer)
+    backend = OnnxBackend(folder, "cpu")
+    comparison = compare(references, backend.all_logits)
+    for reference in references:
         ids, n_prompt = reference.ids, reference.n_prompt
-        comparison.add(reference.logits, backend.all_logits(ids))
         steps = [backend.logits(ids[:n]) for n in range(n_prompt, len(ids) + 1)]
         comparison.add(reference.logits[n_prompt - 1 :], torch.stack(steps))
-    return comparison
+    return comparison.check_or_raise(f"ONNX {dtype}", TOLERANCES[DTYPES[dtype]])

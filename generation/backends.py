@@ -17,18 +17,13 @@ import torch
 from checkpoint import load_model
 from common.errors import UserError
 from formats.onnx_runtime import OnnxBackend
-from formats.pretrained import CONFIG, model_folder, read_json
-from formats.verify_hf import quiet_transformers
+from formats.pretrained import CONFIG, quiet_transformers, read_json, resolve_model
 from generation.fast_decode import Decoder
 from model import GPT
 from ops.kv_cache import KVCache, common_prefix
 
 BACKENDS = ("torch", "huggingface", "onnx")
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Backend(Protocol):
@@ -117,17 +112,17 @@ def open_backend(
         if dtype is not None:
             raise UserError("an ONNX file has its own dtype: export it with --dtype instead")
         return OnnxBackend(model, None if device is None else str(device))
-    device = resolve_device(device)
-    if kind == "huggingface":
-        folder = transformers_folder(model)
-        if folder is not None:
-            return open_transformers(folder, device, resolve_dtype(dtype))
-    weights = "int8" if str(dtype).removeprefix("torch.") == "int8" else None
-    gpt = load_model(model, device, None if weights else resolve_dtype(dtype))
-    try:
-        return TorchBackend(gpt, weights)
-    except ValueError as error:  # no int8 here: a GPU, or no C++ compiler
-        raise UserError(str(error)) from None
+    path, device = resolve_model(model), resolve_device(device)
+    name = str(dtype or "").removeprefix("torch.")
+    if kind == "torch" and name == "int8":
+        return TorchBackend(load_model(path, device), weights="int8")
+    if name and name not in DTYPES:
+        names = ", ".join(DTYPES)
+        raise UserError(f"dtype={name!r}: choose one of {names}, or int8 with the torch backend")
+    dtype = getattr(torch, name) if name else None
+    if kind == "huggingface" and has_transformers_class(path):
+        return open_transformers(path, device, dtype)
+    return TorchBackend(load_model(path, device, dtype))
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
@@ -142,31 +137,19 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     return device
 
 
-def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """The dtype named `dtype`; None keeps the model's."""
-    name = str(dtype or "").removeprefix("torch.")
-    if name and name not in DTYPES:
-        names = ", ".join(DTYPES)
-        raise UserError(f"dtype={name!r}: choose one of {names}, or int8 with the torch backend")
-    return DTYPES.get(name)
+def has_transformers_class(path: Path) -> bool:
+    """Whether transformers itself has the architecture of a folder; our loader reads the others.
 
-
-def transformers_folder(model: str | os.PathLike) -> Path | None:
-    """The folder of a model, local or downloaded, or None if transformers lacks its architecture.
-
-    Our own loader reads those models; code in a folder or on the hub is never run.
+    Code in a folder or on the Hub is never run. Raises UserError for a checkpoint file.
     """
     from transformers import CONFIG_MAPPING
 
-    folder = model_folder(model)
-    if folder is None and Path(model).is_file():
+    if path.is_file():
         raise UserError(
-            f"{model} is a file: use the torch backend, or export it with "
-            f"python export.py --model={model} --format=hf"
+            f"{path} is a file: use the torch backend, or export it with "
+            f"python export.py --model={path} --format=hf"
         )
-    if folder is None:
-        return None  # load_model says what is wrong
-    return folder if read_json(folder / CONFIG).get("model_type") in CONFIG_MAPPING else None
+    return read_json(path / CONFIG).get("model_type") in CONFIG_MAPPING
 
 
 def open_transformers(

@@ -1,6 +1,6 @@
 // One decode step of a Lille model on the CPU: token in, logits out, one pass over the weights.
 //
-// decoding.py compiles this file and calls decode_step; model.py computes the same in PyTorch.
+// fast_decode.py compiles this file and calls decode_step; model.py computes the same in PyTorch.
 // Weights W are float, bfloat16 or int8 with a scale per output row; the cache C is float or
 // bfloat16; all arithmetic is float. Every `omp for` ends with a barrier: five per layer.
 
@@ -115,7 +115,7 @@ static void rms_norm(const float* x, const float* weight, int64_t n, float eps, 
     for (int64_t i = 0; i < n; i++) out[i] = x[i] * factor * weight[i];
 }
 
-// model.apply_rope of one head; `before` is room for a copy of it.
+// model.apply_rope of one head; `before` is memory for a copy of it.
 static void rotate(
     float* x, const float* cos, const float* sin, int64_t width, bool interleaved, float* before) {
     std::memcpy(before, x, width * sizeof(float));
@@ -128,19 +128,19 @@ static void rotate(
     }
 }
 
-// Attention of one query q (D) over `seen` keys and values (seen, D).
+// Attention of one query q (D) over keys and values (length, D).
 template <class C>
 static void attend(
-    const float* q, const C* keys, const C* values, int64_t seen, int64_t width, float* scores,
+    const float* q, const C* keys, const C* values, int64_t length, int64_t width, float* scores,
     float* out) {
     const float factor = 1 / std::sqrt(float(width));
     float largest = -INFINITY, total = 0;
-    for (int64_t t = 0; t < seen; t++) {
+    for (int64_t t = 0; t < length; t++) {
         scores[t] = dot(keys + t * width, q, width) * factor;
         largest = scores[t] > largest ? scores[t] : largest;
     }
     for (int64_t i = 0; i < width; i++) out[i] = 0;
-    for (int64_t t = 0; t < seen; t++) {
+    for (int64_t t = 0; t < length; t++) {
         const float weight = std::exp(scores[t] - largest);
         total += weight;
         for (int64_t i = 0; i < width; i++) out[i] += weight * float(values[t * width + i]);
@@ -162,14 +162,14 @@ static void step(
     }
 
 #pragma omp parallel num_threads(threads)
-    {  // each thread normalises for itself: cheaper than waiting for another
+    {  // every thread computes the norms: cheaper than another barrier
         std::vector<float> normed(batch * n), scores(m.block_size), head_copy(width);
         const auto norm_rows = [&](const float* weight) {
             for (int64_t b = 0; b < batch; b++)
                 rms_norm(&x[b * n], weight, n, m.eps, &normed[b * n]);
         };
         // The cache is (n_layers, B, K, block_size, D).
-        const auto place = [&](int64_t layer, int64_t b, int64_t kv_head) {
+        const auto offset = [&](int64_t layer, int64_t b, int64_t kv_head) {
             return ((layer * batch + b) * kv_heads + kv_head) * m.block_size * width;
         };
         for (int64_t l = 0; l < m.n_layers; l++) {
@@ -193,14 +193,14 @@ static void step(
                     }
                     if (head < heads) continue;
                     C* const cache = (head < heads + kv_heads ? keys : values) +
-                                     place(l, b, (head - heads) % kv_heads) + at;
+                                     offset(l, b, (head - heads) % kv_heads) + at;
                     for (int64_t i = 0; i < width; i++) store(cache + i, part[i]);
                 }
             }
 #pragma omp for schedule(static)
             for (int64_t item = 0; item < batch * heads; item++) {
                 const int64_t b = item / heads, head = item % heads;
-                const int64_t start = place(l, b, head / (heads / kv_heads));
+                const int64_t start = offset(l, b, head / (heads / kv_heads));
                 attend(
                     &qkv[(b * all_heads + head) * width], keys + start, values + start,
                     lengths[b] + 1, width, scores.data(), &y[b * n + head * width]);
@@ -234,14 +234,14 @@ static void step(
     }
 }
 
-// Logits (batch, vocab_size) after `tokens`, whose keys and values go to place `lengths` of the
+// Logits (batch, vocab_size) after `tokens`, whose keys and values go to positions `lengths` of the
 // cache. Returns 0, or 1 + the first batch row whose token or length is out of range.
 extern "C" int64_t decode_step(
     const Model* m, const int64_t* tokens, const int64_t* lengths, int64_t batch, void* keys,
     void* values, float* logits, int64_t cache_type, int64_t threads) {
     for (int64_t b = 0; b < batch; b++) {
-        const bool known = tokens[b] >= 0 && tokens[b] < m->vocab_size;
-        if (!known || lengths[b] < 0 || lengths[b] >= m->block_size) return b + 1;
+        const bool valid_token = tokens[b] >= 0 && tokens[b] < m->vocab_size;
+        if (!valid_token || lengths[b] < 0 || lengths[b] >= m->block_size) return b + 1;
     }
     const auto run = [&](auto weight, auto cache) {
         using C = decltype(cache);

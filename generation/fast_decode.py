@@ -1,4 +1,4 @@
-"""One decode step, made fast.
+"""Fast decode steps: one C++ call on the CPU, a CUDA graph on a GPU.
 
     decoder = Decoder(model)                          # or weights="bfloat16", "int8"
     cache = KVCache.empty(model.config, batch, like=model.tok_embeddings.weight)
@@ -6,9 +6,9 @@
     logits = decoder(tokens, cache)                   # (B,) -> (B, V)
     cache.lengths += 1
 
-A step at batch 1 reads every weight once and is bound by that, if nothing else costs time. On the
-CPU it is therefore one call of decode_step.cpp, compiled when first needed (some seconds, kept in
-~/.cache/lille), and on a GPU one CUDA graph. Without a C++ compiler it is plain PyTorch.
+At batch 1 a decode step is memory-bandwidth-bound: it reads every weight once. So that nothing else
+costs time, it is one call of decode_step.cpp on the CPU, compiled at its first use (some seconds,
+kept in ~/.cache/lille), and one CUDA graph on a GPU. Without a C++ compiler it is plain PyTorch.
 """
 
 import ctypes
@@ -21,7 +21,7 @@ from model import GPT, rope_tables
 from ops.cpp_build import native_library
 from ops.kv_cache import KVCache
 
-# Its sums may be taken in another order than it is written, for speed.
+# For speed, the compiler may reorder the sums.
 LIBRARY = (
     Path(__file__).with_name("decode_step.cpp"),
     "-ffp-contract=fast",
@@ -29,8 +29,11 @@ LIBRARY = (
     "-fno-signed-zeros",
 )
 WEIGHT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # as in decode_step.cpp
-MODES = ("auto", "eager", "compile")
-LARGEST_NATIVE_BATCH = 8  # rows; above, PyTorch's matrix products are faster
+SHAPE = ("n_embd", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "block_size", "ffn_dim")
+LARGEST_NATIVE_BATCH = 8  # rows; PyTorch's matrix products are faster for more
+
+
+# The structs of decode_step.cpp.
 
 
 class Matrix(ctypes.Structure):
@@ -43,21 +46,22 @@ class Layer(ctypes.Structure):
 
 
 class Model(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("n_embd", "n_layers", "n_heads", "n_kv_heads")]
-    _fields_ += [(name, ctypes.c_int64) for name in ("vocab_size", "block_size", "ffn_dim")]
-    _fields_ += [("interleaved", ctypes.c_int64), ("weight_type", ctypes.c_int64)]
+    _fields_ = [(name, ctypes.c_int64) for name in (*SHAPE, "interleaved", "weight_type")]
     _fields_ += [("eps", ctypes.c_float), ("layers", ctypes.POINTER(Layer))]
     _fields_ += [("norm", ctypes.c_void_p), ("embeddings", Matrix)]
     _fields_ += [("cos", ctypes.c_void_p), ("sin", ctypes.c_void_p)]
 
 
 class NativeStep:
-    """The step as one call of decode_step.cpp; `weights` are copied in that type if they differ."""
+    """A decode step as one call of decode_step.cpp.
+
+    The matrices have the dtype `weights`: copies, if it is not the model's.
+    """
 
     def __init__(self, gpt: GPT, native: ctypes.CDLL, weights: torch.dtype):
         self.config, self.native, self.weights = gpt.config, native, weights
         native.decode_step.restype = ctypes.c_int64
-        self.tensors: list[torch.Tensor] = []  # what the pointers below point to
+        self.tensors: list[torch.Tensor] = []  # owners of the memory behind the pointers
         layers = (Layer * gpt.config.n_layers)()
         for layer, block in zip(layers, gpt.layers, strict=True):
             attention, feed_forward = block.attention, block.feed_forward
@@ -70,9 +74,7 @@ class NativeStep:
             layer.down = self.matrix(feed_forward.down_proj.weight)
         config, (cos, sin) = gpt.config, rope_tables(gpt.config)
         self.model = Model(
-            **{name: getattr(config, name) for name in ("n_embd", "n_layers", "n_heads")},
-            **{name: getattr(config, name) for name in ("n_kv_heads", "vocab_size", "block_size")},
-            ffn_dim=config.ffn_dim,
+            **{name: getattr(config, name) for name in SHAPE},
             interleaved=config.rope_style == "lille",
             weight_type=WEIGHT_TYPES[weights],
             eps=config.layer_norm_eps,
@@ -84,11 +86,12 @@ class NativeStep:
         )
 
     def pointer(self, tensor: torch.Tensor) -> int:
+        """Address of the tensor, which is kept alive."""
         self.tensors.append(tensor.detach().contiguous())
         return self.tensors[-1].data_ptr()
 
     def matrix(self, weight: torch.Tensor) -> Matrix:
-        """Int8 has one scale per output row, such that the row's largest weight is ±127."""
+        """The weight in the dtype `weights`; in int8 the largest of each row is ±127."""
         weight = weight.detach()
         if self.weights is not torch.int8:
             return Matrix(self.pointer(weight.to(self.weights)), None)
@@ -100,11 +103,11 @@ class NativeStep:
         config, batch = self.config, len(tokens)
         shape = (config.n_layers, batch, config.n_kv_heads, config.block_size, config.head_dim)
         lengths, tokens = cache.lengths.contiguous(), tokens.contiguous()
-        for part in (cache.keys, cache.values):
-            assert part.shape == shape and part.is_contiguous()
+        for tensor in (cache.keys, cache.values):
+            assert tensor.shape == shape and tensor.is_contiguous()
         assert tokens.dtype == lengths.dtype == torch.long and len(lengths) == batch
         logits = torch.empty(batch, config.vocab_size)
-        wrong = self.native.decode_step(
+        bad_row = self.native.decode_step(
             ctypes.byref(self.model),
             *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (tokens, lengths)),
             ctypes.c_int64(batch),
@@ -112,8 +115,8 @@ class NativeStep:
             ctypes.c_int64(WEIGHT_TYPES[cache.keys.dtype]),
             ctypes.c_int64(torch.get_num_threads()),
         )
-        if wrong:
-            token, length = int(tokens[wrong - 1]), int(lengths[wrong - 1])
+        if bad_row:
+            token, length = int(tokens[bad_row - 1]), int(lengths[bad_row - 1])
             raise ValueError(
                 f"token {token} after {length} others: a token is below {config.vocab_size}, "
                 f"and the context holds {config.block_size}"
@@ -122,19 +125,22 @@ class NativeStep:
 
 
 class GraphStep:
-    """The step as a CUDA graph, captured again when it is given another cache."""
+    """A decode step as a CUDA graph, captured again for another cache."""
 
     def __init__(self, step: Callable[[torch.Tensor, KVCache], torch.Tensor]):
         self.step = step
-        self.cache: KVCache | None = None  # the one captured, with lengths of its own
+        self.cache: KVCache | None = None  # the graph's, with lengths of its own
 
     def capture(self, cache: KVCache) -> None:
+        """Records the step on `cache` as a graph."""
         self.cache = KVCache(cache.keys, cache.values, cache.lengths.clone())
         self.tokens = torch.zeros_like(cache.lengths)  # (B,)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # what compiles or allocates at first use does so here
-            for _ in range(3):  # writes the place that the first step will write
+        with torch.cuda.stream(
+            stream
+        ):  # first uses compile and allocate, which a graph cannot record
+            for _ in range(3):  # writes the position that the first step will overwrite
                 self.step(self.tokens, self.cache)
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
@@ -147,27 +153,27 @@ class GraphStep:
         self.tokens.copy_(tokens)
         self.cache.lengths.copy_(cache.lengths)
         self.graph.replay()
-        return self.logits.clone()  # the graph writes the same memory again at the next step
+        return self.logits.clone()  # the next replay overwrites the graph's memory
 
 
 class Decoder:
-    """Logits (B, V) after one more token of each row, by the fastest means at hand.
+    """The fastest available decode step: logits (B, V) after one more token of each row.
 
     `mode` "auto" is decode_step.cpp on the CPU where it can be compiled and a CUDA graph on a GPU;
     "eager" is plain PyTorch; "compile" is torch.compile, inside the CUDA graph on a GPU (it takes a
-    minute or two, and on the CPU it gains nothing).
+    minute or two, and gains nothing on the CPU).
     `weights` "bfloat16" or "int8" (CPU only) decode with rounded copies of the weights; all
-    arithmetic stays float32, and prompts still run through the model as it is.
-    The parameters are those at this moment: make a new one after moving or casting the model.
-    Raises ValueError where `weights` cannot be had.
+    arithmetic stays float32, and prompts still run through the model itself.
+    Make a new decoder after moving or casting the model: its parameters are bound here.
+    Raises ValueError where `weights` are not supported.
     """
 
     def __init__(self, gpt: GPT, weights: str | None = None, mode: str = "auto"):
-        if mode not in MODES:
-            raise ValueError(f"mode={mode!r} must be one of {', '.join(MODES)}")
+        if mode not in ("auto", "eager", "compile"):
+            raise ValueError(f"mode={mode!r} must be one of auto, eager, compile")
         if weights not in (None, "float32", "bfloat16", "int8"):
             raise ValueError(f"weights={weights!r} must be 'float32', 'bfloat16', 'int8' or None")
-        self.gpt, weight = gpt, gpt.lm_head.weight
+        weight = gpt.lm_head.weight
         dtype = getattr(torch, weights) if weights else weight.dtype
         native = None
         if mode == "auto" and weight.is_cpu and dtype in WEIGHT_TYPES:
@@ -179,22 +185,19 @@ class Decoder:
                 f"weights={weights!r} needs the CPU and a C++ compiler (c++ or g++): install one, "
                 "or leave the weights as they are"
             )
-        self.step = self.eager
+        self.step = gpt.decode_step
         if mode == "compile":
-            self.step = torch.compile(self.eager, dynamic=False, fullgraph=True)
+            self.step = torch.compile(self.step, dynamic=False, fullgraph=True)
         if weight.is_cuda and mode != "eager":
             self.step = GraphStep(self.step)
 
-    def eager(self, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
-        return self.gpt(tokens[:, None], cache=cache)[:, 0]
-
     @torch.inference_mode()
     def __call__(self, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
-        """Logits (B, V) after `tokens` (B,), whose keys and values the cache takes.
+        """Logits (B, V) after `tokens` (B,), whose keys and values are added to the cache.
 
         The caller advances the cache's lengths, all of which must be below block_size.
         """
-        few = len(tokens) <= LARGEST_NATIVE_BATCH or self.rounded  # only C++ has those weights
-        if self.native and few and cache.keys.is_cpu and cache.keys.dtype in WEIGHT_TYPES:
+        small = len(tokens) <= LARGEST_NATIVE_BATCH or self.rounded  # only C++ has those weights
+        if self.native and small and cache.keys.is_cpu and cache.keys.dtype in WEIGHT_TYPES:
             return self.native(tokens, cache)
         return self.step(tokens, cache)

@@ -2,8 +2,9 @@
 
 The head is the largest single product of the model: 32,768 logits for each token. In 16 bits and
 compiled, the float32 cast and the softmax fuse into its kernels and only 16-bit logits are stored.
-Otherwise a chunk of tokens at a time is enough, with the gradients made while its logits are there:
-measured on a CPU against plain cross-entropy and F.linear_cross_entropy in LOG.md.
+Otherwise the tokens are processed in chunks, and the gradients are computed in the forward pass
+while a chunk's logits exist: measured on a CPU against plain cross-entropy and
+F.linear_cross_entropy in LOG.md.
 """
 
 import torch
@@ -33,24 +34,24 @@ def linear_cross_entropy(
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """d loss / d logits = softmax(logits) - onehot(target), made in the forward pass by chunks.
+    """d loss / d logits = softmax(logits) - onehot(target), computed in the forward pass by chunks.
 
     Nothing is recomputed, and positions without a label cost nothing. A chunk has as many tokens as
     the model is wide, up to MAX_CHUNK: each one reads and writes the whole gradient of the weight.
-    All chunks share two buffers, since on a CPU new memory of this size costs more than the softmax
-    that fills it: the system hands it out, and clears it, page by page.
+    All chunks share two buffers: on a CPU, page faults in new memory of this size cost more than
+    the softmax that fills it.
     """
 
     @staticmethod
     def forward(ctx, x, weight, targets, sample_targets):
-        labelled = (targets != IGNORE_INDEX).nonzero()[:, 0]
+        label_rows = (targets != IGNORE_INDEX).nonzero()[:, 0]
         device = x.device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else x.dtype  # of the products
-        if dtype == torch.float16:  # whose range the gradients here, not scaled yet, would leave
+        if dtype == torch.float16:  # the gradients, not scaled yet, would leave its range
             dtype = torch.float32
         head = weight.to(dtype)
-        chunks = labelled.split(min(max(MIN_CHUNK, x.shape[1]), MAX_CHUNK))
+        chunks = label_rows.split(min(max(MIN_CHUNK, x.shape[1]), MAX_CHUNK))
         shape = (len(chunks[0]), weight.shape[0])  # the first chunk is the largest
         buffers = [torch.empty(shape, dtype=torch.float32, device=x.device) for _ in range(2)]
         loss = torch.zeros((), dtype=torch.float32, device=x.device)
@@ -67,11 +68,11 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 target = (sample(logits) if sample_targets else targets[chunk])[:, None]
                 torch.softmax(logits, dim=-1, out=probabilities)
                 # logsumexp = max - log p(max): exact, as p(max) is never small, unlike p(target)
-                largest = logits.amax(dim=-1, keepdim=True)
-                logsumexp = largest - probabilities.amax(dim=-1, keepdim=True).log()
+                maxima = logits.amax(dim=-1, keepdim=True)
+                logsumexp = maxima - probabilities.amax(dim=-1, keepdim=True).log()
                 loss += (logsumexp - logits.gather(1, target)).sum()
                 if x.requires_grad:
-                    probabilities.scatter_add_(1, target, torch.full_like(largest, -1.0))
+                    probabilities.scatter_add_(1, target, torch.full_like(maxima, -1.0))
                     dlogits = probabilities.to(dtype)
                     dx[chunk] = (dlogits @ head).to(x.dtype)
                     if dtype == weight.dtype:  # in place: no temporary of its size

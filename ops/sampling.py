@@ -1,4 +1,4 @@
-"""The one sampler: generation, text samples and the Hessian's drawn labels all use it."""
+"""Sampling of token ids, for generation, text samples and the labels of the Hessian estimate."""
 
 import torch
 import torch.nn.functional as F
@@ -32,11 +32,11 @@ def sample(
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits = logits.float()
-    relative = logits - logits.amax(dim=-1, keepdim=True)  # so that no division overflows
-    probabilities = F.softmax(relative / temperature, dim=-1)
+    logits = logits - logits.amax(dim=-1, keepdim=True)  # so that no division overflows
+    probabilities = F.softmax(logits / temperature, dim=-1)
     if top_k is not None and top_k < probabilities.shape[-1]:
-        least = probabilities.topk(top_k).values[:, -1:]
-        probabilities = probabilities.masked_fill(probabilities < least, 0.0)
+        threshold = probabilities.topk(top_k).values[:, -1:]
+        probabilities = probabilities.masked_fill(probabilities < threshold, 0.0)
     if top_p is not None and top_p < 1:
         probabilities = nucleus(probabilities, top_p)
     # argmax(p / e) with e ~ Exp(1) draws from p, without the synchronisation of multinomial.
@@ -50,11 +50,11 @@ def nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
     On the CPU a partial sort is tried first: it is nearly always enough and saves 2 of 3 ms.
     """
     mass = top_p * probabilities.sum(dim=-1, keepdim=True)
-    enough = False
+    partial_sort_suffices = False
     if probabilities.is_cpu and probabilities.shape[-1] > 1024:
-        ranked, order = probabilities.topk(1024)
-        enough = bool((ranked.sum(dim=-1, keepdim=True) > mass).all())
-    if not enough:
-        ranked, order = probabilities.sort(dim=-1, descending=True)
-    beyond = ranked.cumsum(dim=-1) - ranked >= mass  # the mass before it is already enough
-    return torch.zeros_like(probabilities).scatter(-1, order, ranked.masked_fill(beyond, 0.0))
+        values, order = probabilities.topk(1024)
+        partial_sort_suffices = bool((values.sum(dim=-1, keepdim=True) > mass).all())
+    if not partial_sort_suffices:
+        values, order = probabilities.sort(dim=-1, descending=True)
+    tail = values.cumsum(dim=-1) - values >= mass  # the tokens before it hold enough
+    return torch.zeros_like(probabilities).scatter(-1, order, values.masked_fill(tail, 0.0))

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from common.errors import UserError
 from common.files import file_sha256
-from tokenizer import END_OF_TEXT, START_OF_TEXT, check_messages, parse_chat, to_utf8
+from tokenizer import END_OF_TEXT, START_OF_TEXT, check_messages, parse_chat
 
 CHUNK_BYTES = 1 << 20  # read at a time
 PARQUET = ".parquet"
@@ -103,7 +103,7 @@ def read_jsonl(path: Path, advance: Callable[[int], Any]) -> Iterator[Example]:
             kind, content = parse_example(json.loads(line))
             texts = [content] if kind == "text" else [turn["content"] for turn in content]
             for text in texts if "\\u" in line else ():  # an escape can spell half a character
-                to_utf8(text)
+                text.encode("utf-8")
         except ValueError as error:
             reason = str(error)
             if isinstance(error, json.JSONDecodeError):

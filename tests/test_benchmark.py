@@ -113,14 +113,6 @@ def test_an_absent_or_broken_peer_is_noted_once(tmp_path, monkeypatch, capsys):
     assert "cannot be imported (OSError: no shared library)" in capsys.readouterr().out
 
 
-def test_the_wait_is_the_time_until_an_item_is_there(monkeypatch):
-    clock = Clock(monkeypatch)
-    make, use = clock.takes("make", 7.0, 2.0, 3.0), clock.takes("use", 9.0, 5.0)
-    items = (make() for _ in range(3))
-    waits, totals = timing.time_waits(items, lambda item: use(), warmup=1)
-    assert waits == [2, 3] and totals == [7, 8]
-
-
 # Sections
 
 
@@ -152,13 +144,14 @@ def test_sections_are_measured_printed_and_recorded(tmp_path, capsys, monkeypatc
         assert row["rate"] == pytest.approx(6 / row["median_s"], rel=1e-3) and row["share"] > 0
     errors = {name: row["logit error"] for name, row in decode["rows"].items() if "ours" in name}
     assert errors.pop("ours, plain PyTorch") < 1e-5 and max(errors.values(), default=0) < 0.3
-    assert len(tokenized["rows"]) == 4
-    assert list(prepared["rows"]) == ["tiktoken, one thread, lists", "ours"]
+    tiktoken = timing.peer("tiktoken") is not None
+    assert len(tokenized["rows"]) == 2 + 2 * tiktoken
+    assert list(prepared["rows"]) == ["tiktoken, one thread, lists"] * tiktoken + ["ours"]
     assert prepared["rows"]["ours"]["peak MB"] > 10
 
 
 def test_sections_run_where_only_the_core_packages_are(tmp_path):
-    arguments = [*TINY, "--section=train,optimizer,decode,data", "--exports=True"]
+    arguments = [*TINY, "--section=train,optimizer,decode,data", "--exports"]
     arguments += [f"--results={tmp_path}/r.jsonl"]
     code = f"""
 import sys
@@ -179,7 +172,7 @@ sys.exit(benchmark.main({arguments!r}))
     assert "data: import of pyarrow halted" in result.stderr
     assert result.stderr.endswith("not finished, see above: data\n")
     (record,) = report.read_records(tmp_path / "r.jsonl")
-    assert [t["section"] for t in record["tables"]] == 4 * ["train"] + 2 * ["optimizer"] + [
+    assert [t["section"] for t in record["tables"]] == 3 * ["train"] + 2 * ["optimizer"] + [
         "decode"
     ]
     for table in record["tables"]:
@@ -293,7 +286,7 @@ def test_a_damaged_record_is_named(tmp_path):
 def test_the_committed_readme_is_what_the_command_writes(tmp_path):
     for name in ("results.jsonl", "learning.jsonl"):
         (tmp_path / name).write_bytes((ROOT / "benchmarks" / name).read_bytes())
-    assert benchmark.main(["--readme=True", f"--results={tmp_path}/results.jsonl"]) == 0
+    assert benchmark.main(["--readme", f"--results={tmp_path}/results.jsonl"]) == 0
     committed = (ROOT / "benchmarks" / "README.md").read_text("utf-8")
     hint = "run python benchmark.py --readme"
     assert (tmp_path / "README.md").read_text("utf-8") == committed, hint

@@ -265,27 +265,20 @@ def test_ranks_share_the_micro_batches_of_the_same_steps(world_size, text_data):
 
 
 @pytest.mark.parametrize(
-    ("variables", "message"),
+    "variables",
     [
-        ({"WORLD_SIZE": "4"}, "RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT must be set"),
-        ({"RANK": "1"}, "WORLD_SIZE, LOCAL_RANK"),
-        (
-            dict.fromkeys(TORCHRUN_VARIABLES, "2"),
-            "RANK=2, WORLD_SIZE=2, LOCAL_RANK=2.*ranks count from 0",
-        ),
-        (
-            {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
-            | {"MASTER_ADDR": "here", "MASTER_PORT": "port"},
-            "MASTER_PORT=port: these are numbers",
-        ),
-        (dict.fromkeys(TORCHRUN_VARIABLES, "x"), "RANK=x, .*start with torchrun"),
+        {"WORLD_SIZE": "4"},
+        {"RANK": "1"},
+        dict.fromkeys(TORCHRUN_VARIABLES, "2"),
+        dict.fromkeys(TORCHRUN_VARIABLES, "x"),
+        {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "here"},
     ],
 )
-def test_half_an_environment_is_one_clear_line(variables, message, monkeypatch):
+def test_half_an_environment_is_one_clear_line(variables, monkeypatch):
     for name in (*TORCHRUN_VARIABLES, "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     assert ranks_of_environment() == Ranks()
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match="do not describe a rank: start with torchrun"):
         ranks_of_environment()

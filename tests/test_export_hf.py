@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -17,14 +18,14 @@ import export
 from checkpoint import load_model
 from common.errors import UserError
 from common.files import atomic_file
-from formats import verify_hf, write_gguf, write_hf, write_onnx
+from formats import verify, write_hf
+from formats.chat_template import MARK
 from formats.llama import llama_config
 from model import GPT, GPTConfig
 from tokenizer import CONTROL_TOKENS, HARD_STRINGS, load_tokenizer
 
 REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference"
 TOKENIZER = load_tokenizer()
-MARK = write_hf.MARK
 # Pieces of text in which a control token, a mark or half of one may arise.
 PIECES = [*CONTROL_TOKENS, "<|", "|>", "<", "|", MARK, MARK + "0", MARK + "1", f"<{MARK}1|user|>"]
 PIECES += [
@@ -66,7 +67,7 @@ def exported(request, tmp_path_factory):
     style = request.param
     directory = tmp_path_factory.mktemp(style)
     write_checkpoint(directory / "m.pt", style, iter_num=1234, config={"out_dir": "/home/me"})
-    assert export.main([f"--model={directory / 'm.pt'}", f"--output={directory / 'out'}"]) == 0
+    assert export.main([f"--model={directory / 'm.pt'}", f"--output_dir={directory / 'out'}"]) == 0
     model = AutoModelForCausalLM.from_pretrained(
         directory / "out", trust_remote_code=style == "lille"
     )
@@ -89,8 +90,8 @@ def test_logits(exported):
     logits = gpt(ids)
     assert (model(ids).logits - logits).abs().max() < 1e-4 and logits.std() > 0.5
     assert type(model).__name__ == {"llama": "LlamaForCausalLM", "lille": "LilleForCausalLM"}[style]
-    again = load_model(folder)
-    assert again.config == gpt.config and torch.equal(again(ids), logits)
+    reloaded = load_model(folder)
+    assert reloaded.config == gpt.config and torch.equal(reloaded(ids), logits)
 
 
 def test_greedy_tokens(exported):
@@ -126,12 +127,12 @@ def test_cached_steps_and_padding(exported):
 
 
 @torch.no_grad()
-def test_saved_and_loaded_again(exported, tmp_path):
+def test_save_pretrained_round_trip(exported, tmp_path):
     _, folder, model, style = exported
     ids = torch.arange(40)[None]
     model.save_pretrained(tmp_path)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=style == "lille")
-    assert torch.equal(again.eval()(ids).logits, model(ids).logits)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=style == "lille")
+    assert torch.equal(reloaded.eval()(ids).logits, model(ids).logits)
     assert torch.equal(load_model(tmp_path)(ids), load_model(folder)(ids))
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     tokenizer.save_pretrained(tmp_path)
@@ -233,19 +234,19 @@ def test_chat_template_is_encode_chat(theirs):
             for turn in range(rng.randint(1, 5))
         ]
         prompt = len(messages) % 2 == 1 and rng.random() < 0.5
-        found = theirs.apply_chat_template(
+        output = theirs.apply_chat_template(
             messages,
             add_generation_prompt=prompt,
             return_dict=True,
             return_assistant_tokens_mask=True,
         )
         expected = TOKENIZER.encode_chat(messages, prompt)
-        assert found["input_ids"] == expected, messages
+        assert output["input_ids"] == expected, messages
         forged += any(token in m["content"] for m in messages for token in CONTROL_TOKENS)
         if not any(m["content"].startswith(MARK) for m in messages[1::2]):
             # transformers cannot say which token a text begins with that begins with a mark
             mask = TOKENIZER.assistant_mask(np.array(expected))
-            assert found["assistant_masks"] == mask.astype(int).tolist()
+            assert output["assistant_masks"] == mask.astype(int).tolist()
             masked += any(messages[1::2])
     assert forged > 200 and masked > 100
 
@@ -268,16 +269,9 @@ def test_chat_template_refuses_what_encode_chat_refuses(theirs, messages, prompt
         theirs.apply_chat_template(messages, add_generation_prompt=prompt)
 
 
-def test_template_without_marks(theirs):
-    """For runtimes without the normalizer: the same ids as long as no text has a "<|"."""
-    messages = [{"role": "user", "content": "a < b"}, {"role": "assistant", "content": "yes\n"}]
-    plain = write_hf.chat_template(marked=False)
-    assert MARK not in plain
-    found = theirs.apply_chat_template(messages, chat_template=plain, return_dict=True)
-    assert found["input_ids"] == TOKENIZER.encode_chat(messages)
-
-
-def test_export_in_16_bits(tmp_path, capsys):
+def test_export_in_16_bits(tmp_path, capsys, monkeypatch):
+    for name in ("datasets", "gguf", "onnx", "onnxruntime", "onnxscript"):  # not needed for hf
+        monkeypatch.setitem(sys.modules, name, None)
     write_checkpoint(tmp_path / "m.pt", "llama")
     arguments = [f"--model={tmp_path / 'm.pt'}", "--dtype=bfloat16"]
     assert export.main(arguments) == 0
@@ -305,19 +299,26 @@ def test_an_export_that_is_wrong_is_not_kept(tmp_path, monkeypatch):
     """Wrong weights or ids, a template that lets text forge a turn, Ctrl-C, SIGTERM, kill -9."""
     write_checkpoint(tmp_path / "m.pt", "llama")
     target = tmp_path / "out"
-    arguments = [f"--model={tmp_path / 'm.pt'}", f"--output={target}"]
-    plain, unmerged = write_hf.chat_template(marked=False), write_hf.tokenizer_json(TOKENIZER)
+    arguments = [f"--model={tmp_path / 'm.pt'}", f"--output_dir={target}"]
+    plain = re.sub(r" \| replace\(.*\) -}}", " -}}", write_hf.hf_chat_template())
+    assert plain != write_hf.hf_chat_template()
+    unmerged = write_hf.tokenizer_json(TOKENIZER)
     unmerged["model"]["merges"] = unmerged["model"]["merges"][1:]
 
     def interrupt(*_):
         raise KeyboardInterrupt
 
     spoilers = [
-        ("llama_state_dict", swapped(write_hf.llama_state_dict), UserError, "logits differ by"),
-        ("chat_template", lambda: plain, UserError, "chat template gives other ids"),
+        (
+            "llama_state_dict",
+            swapped(write_hf.llama_state_dict),
+            UserError,
+            "largest logit difference",
+        ),
+        ("hf_chat_template", lambda: plain, UserError, "chat template gives other ids"),
         ("tokenizer_json", lambda _: unmerged, UserError, "tokenizer gives other ids"),
-        ("check_folder", interrupt, KeyboardInterrupt, None),
-        ("check_folder", lambda *_: signal.raise_signal(signal.SIGTERM), KeyboardInterrupt, None),
+        ("verify_folder", interrupt, KeyboardInterrupt, None),
+        ("verify_folder", lambda *_: signal.raise_signal(signal.SIGTERM), KeyboardInterrupt, None),
     ]
     for name, spoiler, error, message in spoilers:
         with monkeypatch.context() as patch:
@@ -328,7 +329,7 @@ def test_an_export_that_is_wrong_is_not_kept(tmp_path, monkeypatch):
 
     assert export.main(arguments) == 0
     before = {path.name: path.read_bytes() for path in target.iterdir()}
-    monkeypatch.setattr(verify_hf, "check_greedy", interrupt)
+    monkeypatch.setattr(write_hf, "check_greedy", interrupt)
     with pytest.raises(KeyboardInterrupt):
         export.main(arguments)
     assert {path.name: path.read_bytes() for path in target.iterdir()} == before
@@ -348,12 +349,13 @@ def test_an_export_that_is_wrong_is_not_kept(tmp_path, monkeypatch):
 def test_greedy_check_sees_other_tokens(exported):
     gpt, folder, model, _ = exported
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    assert verify_hf.check_greedy(gpt, model, tokenizer, 1e-4) > 64
-    assert 0 < verify_hf.float32_noise(gpt) < 1e-4
+    references = verify.make_references(gpt, TOKENIZER)
+    assert len(references) == 5
+    write_hf.check_greedy(gpt, model, tokenizer, references, 1e-4)
     model.generation_config.repetition_penalty = 1.5
     try:
         with pytest.raises(UserError, match="greedy tokens are others"):
-            verify_hf.check_greedy(gpt, model, tokenizer, 1e-4)
+            write_hf.check_greedy(gpt, model, tokenizer, references, 1e-4)
     finally:
         model.generation_config.repetition_penalty = None
 
@@ -377,11 +379,12 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch):
         "--model=mine": "mine is a folder without config.json: give the path of a .pt",
         "--model=m.pt": "m.pt was trained with another tokenizer",
         "--model=small.pt": "small.pt has vocab_size 96 and the tokenizer 32768",
-        "--output=mine": "mine holds notes.txt, which is not of an earlier export: give another",
-        "--output=project": "project is no earlier export (it has no chat_template.jinja): give",
-        "--output=file": "file is a file: give the path of a folder to write",
-        "--output=.": "holds file, which is not of an earlier export",
-        "--output=good.pt": "--output=good.pt is the model itself: choose another",
+        "--output_dir=mine": "mine holds notes.txt, which is not of an earlier export: give",
+        "--output_dir=project": "project is no earlier export (it has no chat_template.jinja)",
+        "--output_dir=file": "file is a file: give the path of a folder to write",
+        "--output_dir=.": "holds file, which is not of an earlier export",
+        "--output_dir=good.pt": "--output_dir=good.pt is the model itself: choose another",
+        "--output=x": "--output is now called --output_dir: write --output_dir=value",
         "--typo=1": "unknown setting --typo",
     }
     for argument, message in cases.items():
@@ -389,13 +392,12 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch):
         with pytest.raises(UserError) as caught:
             export.main([*arguments, argument])
         assert message in str(caught.value) and "\n" not in str(caught.value)
-    monkeypatch.setattr(export, "load_checkpoint", lambda path: 1 / 0)  # refused before any work
+    monkeypatch.setattr(export, "resolve_model", lambda name: 1 / 0)  # refused before any work
     for format, dtypes in {
-        "onnx": write_onnx.TOLERANCES,
-        "gguf": write_gguf.TOLERANCES,
-        "hf": write_hf.DTYPES,
+        "onnx": ["fp32", "fp16", "int8"],
+        "gguf": ["f32", "f16", "q8_0"],
+        "hf": ["float32", "float16", "bfloat16"],
     }.items():
-        assert list(export.DTYPES_OF[format]) == list(dtypes)
         with pytest.raises(UserError, match=f"int4: expected {', '.join(dtypes)} for .*={format}"):
             export.main(["--model=good.pt", f"--format={format}", "--dtype=int4"])
     assert (tmp_path / "mine" / "notes.txt").read_text() == "keep"
@@ -434,9 +436,14 @@ def test_full_disk_is_one_line(format, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["m.pt"]
 
 
-def test_default_places(tmp_path):
+def test_export_target(tmp_path):
     (tmp_path / "best_model.pt").touch()
-    assert export.output_path(f"{tmp_path}/best_model.pt", "hf") == tmp_path / "best_model-hf"
-    assert export.output_path(f"{tmp_path}/best_model.pt", "gguf") == tmp_path / "best_model.gguf"
-    assert export.output_path(str(tmp_path), "onnx") == tmp_path.with_name(f"{tmp_path.name}-onnx")
-    assert export.output_path("Nikity/lille-130m-base", "hf") == Path("lille-130m-base-hf")
+    model, target = f"{tmp_path}/best_model.pt", export.export_target
+    assert target(model, "", "hf") == tmp_path / "best_model-hf"
+    assert target(model, "", "gguf") == tmp_path / "best_model.gguf"
+    assert target(str(tmp_path), "", "onnx") == tmp_path.with_name(f"{tmp_path.name}-onnx")
+    assert target("Nikity/lille-130m-base", "", "hf") == Path("lille-130m-base-hf")
+    assert target("Nikity/lille-130m-base", "", "gguf") == Path("lille-130m-base.gguf")
+    assert target(model, "out", "hf") == Path("out")
+    assert target(model, "out", "gguf") == Path("out/best_model.gguf")
+    assert target(model, "out/my.gguf", "gguf") == Path("out/my.gguf")

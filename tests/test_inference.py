@@ -84,7 +84,7 @@ def models(checkpoint, llama_folder, tmp_path_factory) -> dict[str, Lille]:
     except ImportError:
         return by_backend  # pip install -r requirements/export.txt
     folder = tmp_path_factory.mktemp("onnx") / "model"
-    export_onnx(small_gpt(), TOKENIZER, folder, "")
+    export_onnx(small_gpt(), TOKENIZER, folder)
     return by_backend | {"onnx": lille("onnx", folder, "cpu")}
 
 
@@ -290,7 +290,7 @@ def test_dtype_and_device_are_those_asked_for(checkpoint, llama_folder):
 
 
 def test_the_lines_from_the_wild(llama_folder, monkeypatch):
-    monkeypatch.setattr(backends, "model_folder", {"130m-instruct": Path(llama_folder)}.get)
+    monkeypatch.setattr(backends, "resolve_model", {"130m-instruct": Path(llama_folder)}.get)
     namespace = {}
     lines = """
 from inference import lille

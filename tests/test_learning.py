@@ -119,7 +119,7 @@ def test_muon_has_the_hidden_matrices_and_adamw_the_rest():
 
 def test_two_rates_of_adamw():
     """With a hidden rate of 1 it is plain AdamW; halved, hidden matrices alone move half as far."""
-    moved = {}
+    updates = {}
     for kind in ("plain", 1.0, 0.5):
         torch.manual_seed(0)
         model = GPT(GPTConfig(**SHAPE))
@@ -133,11 +133,11 @@ def test_two_rates_of_adamw():
         ids = torch.arange(16).view(2, 8)
         model(ids, ids).backward()
         optimizer.step()
-        moved[kind] = {name: p.detach() - before[name] for name, p in model.named_parameters()}
-    for name, plain in moved["plain"].items():
-        assert torch.equal(plain, moved[1.0][name])
+        updates[kind] = {name: p.detach() - before[name] for name, p in model.named_parameters()}
+    for name, plain in updates["plain"].items():
+        assert torch.equal(plain, updates[1.0][name])
         factor = 0.5 if name.endswith("_proj.weight") else 1.0
-        torch.testing.assert_close(moved[0.5][name], factor * plain, rtol=1e-3, atol=1e-7)
+        torch.testing.assert_close(updates[0.5][name], factor * plain, rtol=1e-3, atol=1e-7)
 
 
 def test_the_tokenizer_cut_short_spells_the_same_text():
@@ -150,10 +150,10 @@ def test_the_tokenizer_cut_short_spells_the_same_text():
 
 
 def test_tuning_leaves_the_edge_of_the_grid_and_runs_nothing_twice(tmp_path, monkeypatch):
-    trained = []
+    rates = []
 
     def pretend(config, settings):
-        trained.append(settings["learning_rate"])
+        rates.append(settings["learning_rate"])
         return {"settings": settings, "loss": abs(settings["learning_rate"] - 0.0011)}
 
     monkeypatch.setattr(learning, "train_once", pretend)
@@ -161,13 +161,13 @@ def test_tuning_leaves_the_edge_of_the_grid_and_runs_nothing_twice(tmp_path, mon
     study = learning.Study(config)
     grid = learning.FIRST_RATES
     assert study.tune("ours, AdamW", "learning_rate", grid) == 1e-3
-    assert trained == [2e-3, 4e-3, 8e-3, 1e-3, 5e-4]
+    assert rates == [2e-3, 4e-3, 8e-3, 1e-3, 5e-4]
     assert learning.Study(config).tune("ours, AdamW", "learning_rate", grid) == 1e-3
-    assert len(trained) == 5
+    assert len(rates) == 5
     learning.Study(config).run("ours, AdamW", seed=1, learning_rate=1e-3)
     longer = dataclasses.replace(config, steps=config.steps + 1)
     learning.Study(longer).run("ours, AdamW", learning_rate=1e-3)
-    assert len(trained) == 7
+    assert len(rates) == 7
 
 
 def test_the_whole_study_and_its_picture(text_data, tmp_path, monkeypatch, capsys):
@@ -207,11 +207,11 @@ def test_the_whole_study_and_its_picture(text_data, tmp_path, monkeypatch, capsy
     assert learning.main(arguments) == 0
     picture.unlink()
     capsys.readouterr()
-    assert learning.main([*arguments, "--plot=True"]) == 0
+    assert learning.main([*arguments, "--plot"]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG") and results.read_text() == after
     printed = capsys.readouterr().out.splitlines()
     (row,) = (line.split() for line in printed if line.startswith("ours, Muon"))
     losses = [x["loss"] for x in lines if x.get("settings", {}).get("name") == "ours, Muon"]
     assert 0 < float(row[4]) and float(row[4]) <= max(losses) + 1e-4
     with pytest.raises(UserError, match="no finished run"):
-        learning.main(["--plot=True", f"--results={tmp_path / 'none.jsonl'}"])
+        learning.main(["--plot", f"--results={tmp_path / 'none.jsonl'}"])

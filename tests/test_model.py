@@ -2,7 +2,9 @@
 
 import copy
 import dataclasses
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,7 +13,8 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
 from benchmarks.peers import llama_of
-from model import GPT, GPTConfig, apply_rope, document_mask, rope_tables
+from model import GPT, GPTConfig, apply_rope, rope_tables
+from ops.attention import attend_by_segment, document_mask, flash_varlen, uses_segments
 from ops.cross_entropy import IGNORE_INDEX, linear_cross_entropy
 from ops.kv_cache import KVCache
 from ops.sampling import sample
@@ -41,27 +44,27 @@ def llama_twin(model: GPT):
     config = model.config
     theirs = llama_of(config).eval()
     kv_dim = config.n_kv_heads * config.head_dim
-    pieces = {"model.embed_tokens.weight": ("tok_embeddings.weight", slice(None))}
-    pieces["model.norm.weight"] = ("norm.weight", slice(None))
+    sources = {"model.embed_tokens.weight": ("tok_embeddings.weight", slice(None))}
+    sources["model.norm.weight"] = ("norm.weight", slice(None))
     for i in range(config.n_layers):
         a, b = f"model.layers.{i}", f"layers.{i}"
         queries, keys = slice(0, config.n_embd), slice(config.n_embd, config.n_embd + kv_dim)
         values = slice(config.n_embd + kv_dim, None)
         for name, rows in (("q", queries), ("k", keys), ("v", values)):
-            pieces[f"{a}.self_attn.{name}_proj.weight"] = (f"{b}.attention.qkv_proj.weight", rows)
-        pieces |= {
+            sources[f"{a}.self_attn.{name}_proj.weight"] = (f"{b}.attention.qkv_proj.weight", rows)
+        sources |= {
             f"{a}.self_attn.o_proj.weight": (f"{b}.attention.out_proj.weight", slice(None)),
             f"{a}.input_layernorm.weight": (f"{b}.attention.norm.weight", slice(None)),
             f"{a}.post_attention_layernorm.weight": (f"{b}.feed_forward.norm.weight", slice(None)),
         }
         for name in ("gate_proj", "up_proj", "down_proj"):
-            pieces[f"{a}.mlp.{name}.weight"] = (f"{b}.feed_forward.{name}.weight", slice(None))
+            sources[f"{a}.mlp.{name}.weight"] = (f"{b}.feed_forward.{name}.weight", slice(None))
     ours = dict(model.named_parameters())
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
-            source, rows = pieces[name]
+            source, rows = sources[name]
             parameter.copy_(ours[source][rows])
-    return theirs, pieces
+    return theirs, sources
 
 
 def test_full_configuration_has_127171200_parameters():
@@ -93,7 +96,7 @@ def test_initialisation_scales_residual_projections():
 @pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
 def test_logits_and_gradients_equal_llama(n_kv_heads):
     model = tiny_model(n_kv_heads=n_kv_heads)
-    theirs, pieces = llama_twin(model)
+    theirs, sources = llama_twin(model)
     ids = random_ids(3, 48)
     targets = F.pad(ids[:, 1:], (0, 1), value=IGNORE_INDEX)
     targets[0, 5:9] = IGNORE_INDEX
@@ -104,7 +107,7 @@ def test_logits_and_gradients_equal_llama(n_kv_heads):
     F.cross_entropy(their_logits.flatten(0, 1), targets.flatten(), reduction="sum").backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     for name, parameter in theirs.named_parameters():
-        source, rows = pieces[name]
+        source, rows = sources[name]
         error = (gradients[source][rows] - parameter.grad).norm() / parameter.grad.norm()
         assert error < 1e-5, name
 
@@ -119,7 +122,7 @@ def test_causality_is_bit_exact():
 
 
 @pytest.mark.parametrize("rope_style", ["llama", "lille"])
-def test_packed_row_equals_its_pieces_alone(rope_style):
+def test_packed_row_equals_its_segments_alone(rope_style):
     model, ids = tiny_model(rope_style=rope_style), random_ids(2, 48)
     borders = [[0, 13, 14, 40, 48], [0, 48]]
     positions = torch.zeros_like(ids)
@@ -249,8 +252,8 @@ def test_sample_follows_the_distribution_and_its_filters():
         drawn = sample(logits, generator=generator, **settings)
         return torch.bincount(drawn, minlength=4) / len(drawn)
 
-    def close(found, expected):  # four standard errors of a share of 40,000 draws are 0.01
-        torch.testing.assert_close(found, torch.tensor(expected), atol=0.01, rtol=0)
+    def close(result, expected):  # four standard errors of a share of 40,000 draws are 0.01
+        torch.testing.assert_close(result, torch.tensor(expected), atol=0.01, rtol=0)
 
     close(shares(), [0.5, 0.3, 0.15, 0.05])
     close(shares(top_k=2), [0.625, 0.375, 0.0, 0.0])
@@ -260,15 +263,18 @@ def test_sample_follows_the_distribution_and_its_filters():
     assert sample(logits[:2], temperature=0).tolist() == [0, 0]
 
 
-def test_attention_by_piece_equals_the_document_mask():
-    """On a CPU: logits, loss and gradients of packed rows with cu_seqlens and with positions only.
-
-    Two full rows, which are taken together, pieces of several lengths, and padding.
-    """
-    ids, targets = random_ids(4, 64), random_ids(4, 64, seed=2)
+def packed_rows() -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions (4, 64) and cu_seqlens of two full rows, several segments, and padding."""
     lengths = [64, 64, 1, 40, 23, 30, 30, 4]
     positions = torch.cat([torch.arange(length) for length in lengths]).view(4, 64)
     cu_seqlens = torch.tensor([0, *lengths, 0, 0], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    return positions, cu_seqlens
+
+
+def test_attention_by_segment_equals_the_document_mask():
+    """On a CPU: logits, loss and gradients with cu_seqlens and with positions only."""
+    ids, targets = random_ids(4, 64), random_ids(4, 64, seed=2)
+    positions, cu_seqlens = packed_rows()
     results = []
     for cu in (None, cu_seqlens):
         model = tiny_model()
@@ -276,10 +282,48 @@ def test_attention_by_piece_equals_the_document_mask():
         loss.backward()
         gradients = [p.grad for p in model.parameters()]
         results.append([loss, model(ids, None, positions, cu), *gradients])
-    for masked, by_piece in zip(*results, strict=True):  # the same sums in another order
-        assert (masked - by_piece).norm() <= 1e-5 * masked.norm()
+    for masked, by_segment in zip(*results, strict=True):  # the same sums in another order
+        assert (masked - by_segment).norm() <= 1e-5 * masked.norm()
     causal = tiny_model()(ids)
-    assert (causal - results[1][1]).abs().max() > 0.1  # that there are pieces matters
+    assert (causal - results[1][1]).abs().max() > 0.1  # segments matter
+
+
+def test_a_compiled_cpu_model_takes_the_mask_and_compiles_once(monkeypatch):
+    """Segment lengths would decide a loop; the eager model takes that loop."""
+    model, ids, frames = tiny_model(), random_ids(4, 64), []
+
+    def backend(graph, inputs):
+        frames.append({str(node.target) for node in graph.graph.nodes})
+        return graph.forward
+
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    positions, cu_seqlens = packed_rows()
+    whole_rows = torch.arange(64).expand(4, 64).contiguous()
+    no_packing = torch.tensor([0, 64, 128, 192] + [256] * 7, dtype=torch.int32)
+    loop = mock.Mock(wraps=attend_by_segment)
+    monkeypatch.setattr("model.attend_by_segment", loop)
+    with torch.no_grad():
+        for packing in ((positions, cu_seqlens), (whole_rows, no_packing)):
+            expected = model(ids, None, *packing)
+            assert loop.call_count == model.config.n_layers
+            torch.testing.assert_close(compiled(ids, None, *packing), expected, atol=2e-5, rtol=0)
+            assert loop.call_count == model.config.n_layers
+            loop.reset_mock()
+    assert len(frames) == 1 and any("scaled_dot_product" in target for target in frames[0])
+
+
+def test_choice_of_the_attention_kernel(monkeypatch):
+    def choice(device: str, dtype: torch.dtype, head_dim: int = 64) -> bool:
+        return uses_segments(torch.device(device), dtype, head_dim)
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert choice("cpu", torch.float32) and choice("cpu", torch.bfloat16, 60)
+    assert choice("cuda", torch.bfloat16) and choice("cuda", torch.float16, 256)
+    assert not choice("cuda", torch.float32)
+    assert not choice("cuda", torch.bfloat16, 60) and not choice("cuda", torch.bfloat16, 264)
+    assert not choice("mps", torch.float16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert not choice("cuda", torch.float16)
 
 
 @pytest.mark.parametrize("compiling", [False, True])
@@ -399,7 +443,7 @@ def test_residual_stream_follows_the_matrix_products():
 
 
 @pytest.mark.parametrize("sample_targets", [False, True])
-def test_compiled_step_of_a_gpu_is_one_graph(sample_targets):
+def test_compiled_step_of_a_gpu_is_one_graph(sample_targets, monkeypatch):
     """Flash attention over packed rows, 16 bits: traced without its device, on fake tensors."""
     graphs = []
 
@@ -407,6 +451,12 @@ def test_compiled_step_of_a_gpu_is_one_graph(sample_targets):
         graphs.append([str(node.target) for node in graph.graph.nodes])
         return graph.forward
 
+    def on_cuda(device, dtype, head_dim):
+        return uses_segments(torch.device("cuda", 0), dtype, head_dim)
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("model.uses_segments", on_cuda)
+    monkeypatch.setattr("model.attend_by_segment", partial(flash_varlen, max_length=64))
     mode = FakeTensorMode()
     with FakeCopyMode(mode):
         model = copy.deepcopy(tiny_model())

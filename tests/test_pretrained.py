@@ -165,10 +165,10 @@ def test_reference_folder_and_checkpoint():
 
 
 def test_dtype_of_the_weights_is_kept(broken):
-    def narrow(tensors):
+    def to_bfloat16(tensors):
         tensors |= {name: tensor.bfloat16() for name, tensor in tensors.items()}
 
-    change_tensors(broken, narrow)
+    change_tensors(broken, to_bfloat16)
     assert {p.dtype for p in load_model(broken).parameters()} == {torch.bfloat16}
     wide = load_model(broken, dtype=torch.float32)
     assert {p.dtype for p in wide.parameters()} == {torch.float32}
@@ -254,12 +254,7 @@ def test_a_repeated_embedding_is_fine(broken):
         ({"intermediate_size": 128}, "intermediate_size is 128: Lille of this shape has 256"),
         ({"head_dim": 16}, "head_dim is 16"),
         ({"tie_word_embeddings": False}, "lm_head.weight is missing, and tie_word_embeddings"),
-        ({"rope_parameters": "x"}, "rope_parameters 'x', not an object"),
         ({"rope_parameters": {"type": "linear", "rope_theta": 1e4}}, "rope_type 'linear'"),
-        ({"rope_parameters": {"rope_theta": 0}}, "has rope_theta 0: it must be above 0"),
-        ({"rms_norm_eps": float("nan")}, "has rms_norm_eps nan: it must be above 0"),
-        ({"max_position_embeddings": 10**13}, "cannot be made: .*memory"),
-        ({"num_hidden_layers": 10**9}, "1000000000 layers, and only 29 tensors"),
     ],
 )
 def test_configurations_that_are_no_lille(broken, changes, message):
@@ -276,8 +271,8 @@ def split_in_two(folder: Path) -> dict:
     names = sorted(tensors)
     place = {}
     for i, part in enumerate((names[:5], names[5:])):
-        save_file({name: tensors[name] for name in part}, folder / f"part-{i}.safetensors")
-        place |= dict.fromkeys(part, f"part-{i}.safetensors")
+        save_file({name: tensors[name] for name in part}, folder / f"model-{i}.safetensors")
+        place |= dict.fromkeys(part, f"model-{i}.safetensors")
     return place
 
 
@@ -285,12 +280,9 @@ def split_in_two(folder: Path) -> dict:
     ("change", "message"),
     [
         (lambda place: place, None),
-        (lambda place: place | {"x": "part-0.safetensors"}, "part-0.safetensors lacks x"),
-        (lambda place: dict(list(place.items())[1:]), "part-0.safetensors also has model"),
-        (lambda place: place | {"x": "part-9.safetensors"}, "part-9.safetensors is missing"),
+        (lambda place: place | {"x": "model-9.safetensors"}, "model-9.safetensors is missing"),
         (lambda place: place | {"x": "../model.safetensors"}, "names '../model.safetensors'"),
-        (lambda place: place | {"x": "part-0.bin"}, "names 'part-0.bin'"),
-        (lambda place: {}, "has no weight_map"),
+        (lambda place: {}, r"embed_tokens.weight is missing, .* \(and 26 more\)"),
     ],
 )
 def test_index_of_several_files(broken, change, message):
@@ -371,20 +363,24 @@ def test_hub(llama, tmp_path):
         hub.add("models", "some-one/in_parts", files(parts))
         hub.add("models", "some-one/pickled", {"config.json": b"{}", "pytorch_model.bin": b"x"})
         hub.add("models", "some-one/bent", published)
+        hub.add("models", "some-one/empty", {"README.md": b"x"})
         last = len(published["model.safetensors"]) - 5
         # The download goes on where it was cut off; that of the third model is damaged.
         hub.faults["model.safetensors"] = [("drop", 1000), ("slow", 0), ("corrupt", last)]
         names = ["130m-instruct", "Nikity/lille-130m-instruct", "some-one/in_parts"]
-        others = ["some-one/bent", "some-one/bent", "some-one/none", "some-one/pickled"]
-        found = load_in_a_process([*names, *others], home, hub.url)
-        assert found[0] == found[1] == expected and isinstance(found[2], list)
-        assert "some-one/bent (model.safetensors) arrived damaged" in found[3]
-        assert found[4] == expected
-        assert found[5].startswith("the hub has no model some-one/none, or not for you: check")
-        assert "some-one/pickled has no model.safetensors.index.json" in found[6]
+        others = ["some-one/bent", "some-one/bent", "some-one/none"]
+        others += ["some-one/pickled", "some-one/empty"]
+        outputs = load_in_a_process([*names, *others], home, hub.url)
+        assert outputs[0] == outputs[1] == expected and isinstance(outputs[2], list)
+        assert "some-one/bent (model.safetensors) arrived damaged" in outputs[3]
+        assert outputs[4] == expected
+        assert outputs[5].startswith("the hub has no model some-one/none, or not for you: check")
+        assert "no model.safetensors (pickled weights are not read" in outputs[6]
+        assert "some-one/empty has no config.json: not a model" in outputs[7]
         fetched = [line.split()[1] for line in hub.requests if line.startswith("GET")]
         assert not any(path.endswith(".pkl") for path in fetched)
-        assert sum("130m-instruct" in path for path in fetched) == 3  # one of them twice, its end
+        files_fetched = [path for path in fetched if "130m-instruct/resolve" in path]
+        assert len(files_fetched) == 3  # one of the two files twice, its end
         assert all(f"/{COMMIT}/" in path for path in fetched if path.endswith(".safetensors"))
 
     with socket.socket() as closed:  # nobody listens at a port that was just given back
@@ -392,9 +388,9 @@ def test_hub(llama, tmp_path):
         endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
     assert load_in_a_process(["130m-instruct"], home, endpoint) == [expected]
     offline = [*names, "130m-base"]
-    found = load_in_a_process(offline, home, "https://huggingface.co", HF_HUB_OFFLINE="1")
-    assert found[0] == found[1] == expected and isinstance(found[2], list)
-    assert found[3] == (
-        "Nikity/lille-130m-base (config.json) is not in the local cache and HF_HUB_OFFLINE is set: "
+    outputs = load_in_a_process(offline, home, "https://huggingface.co", HF_HUB_OFFLINE="1")
+    assert outputs[0] == outputs[1] == expected and isinstance(outputs[2], list)
+    assert outputs[3] == (
+        "Nikity/lille-130m-base is not in the local cache and HF_HUB_OFFLINE is set: "
         "unset it for one run, or give the path of a .pt or a folder"
     )

@@ -207,6 +207,7 @@ def test_a_nonfinite_scale_changes_nothing(backend, scale, state_dtype):
     optimizer.param_groups[0]["params"][0].grad.view(-1)[-1] = NAN
     before, rate = snapshot(optimizer), optimizer.win_rate.clone()
     optimizer.update_hessian(grad_scale=scale)
+    optimizer.update_hessian(grad_scale=scale, squared=True)
     optimizer.step(grad_scale=scale)
     assert_identical(before, snapshot(optimizer))
     assert torch.equal(rate, optimizer.win_rate)
@@ -312,7 +313,7 @@ def test_cpp_equals_pytorch_bit_for_bit(param_dtype, state_dtype):
                 p.grad[: len(special)] = special[: p.numel()]
             optimizer.update_hessian(0.3)
             optimizer.step(grad_scale=torch.tensor(-0.9))
-            optimizer.update_hessian()
+            optimizer.update_hessian(squared=True)
         finally:
             torch.set_num_threads(before)
         runs.append([t.float() for t in [*snapshot(optimizer), optimizer.win_rate]])
@@ -357,6 +358,26 @@ def test_odd_layouts(backend):
         if p.numel():
             state = [optimizer.state[x] for optimizer, x in zip(optimizers, (p, q), strict=True)]
             torch.testing.assert_close(state[0]["hessian"], state[1]["hessian"])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_squared_gradients_enter_the_hessian_as_they_are(backend):
+    """h = beta2 h + (1 - beta2) scale g / bs with the group's bs, also for negative g."""
+    params = parameters(SHAPES)
+    groups = [dict(params=params[:2], bs=512), dict(params=params[2:])]
+    optimizer = SophiaG(groups, **SETTINGS, backend=backend)
+    rng, beta2 = np.random.default_rng(3), SETTINGS["betas"][1]
+    hessians = [np.zeros(p.shape) for p in params]
+    for scale in (None, 0.25, torch.tensor(3.0)):
+        for i, p in enumerate(params):
+            g = gradient(rng, p.shape)
+            p.grad = torch.from_numpy(g)
+            factor = 1.0 if scale is None else float(scale)
+            bs = 512 if i < 2 else SETTINGS["bs"]
+            hessians[i] = beta2 * hessians[i] + (1 - beta2) * factor * g.astype(np.float64) / bs
+        optimizer.update_hessian(grad_scale=scale, squared=True)
+    for p, h in zip(params, hessians, strict=True):
+        np.testing.assert_allclose(optimizer.state[p]["hessian"].numpy(), h, rtol=1e-5, atol=1e-12)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -506,8 +527,7 @@ def test_bs_of_a_step_is_for_that_step():
 
 
 @pytest.mark.skipif(not INTERPRET, reason="runs in the child process")
-def test_the_table_follows_the_gradients():
-    """Sent again when a gradient has moved, kept when it has not; the block map is kept."""
+def test_the_table_is_rebuilt_only_when_a_gradient_has_moved():
     (p,) = parameters(SHAPES[:1])
     optimizer = SophiaG([p], backend="triton", weight_decay=0.0, lr=0.1)
     first = p.grad = torch.ones_like(p)
@@ -516,14 +536,13 @@ def test_the_table_follows_the_gradients():
         p.grad = grad
         optimizer.step()
         ((_, bucket),) = optimizer._buckets()
-        tables.append((bucket, bucket.table, bucket.block_rows))
-    assert all(a is b for a, b in zip(tables[0], tables[1], strict=True))
-    assert tables[1][1] is not tables[2][1] and tables[1][2] is tables[2][2]
+        tables.append(bucket.table)
+    assert tables[0] is tables[1] and tables[1] is not tables[2]
     assert (optimizer.state[p]["exp_avg"] < 0).all() and first.eq(1).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_moves_is_found_again(backend):
+def test_moved_tensors_and_missing_states(backend):
     """Parameters, moments and gradients in new memory, states lost and gradients gone."""
 
     def new_data(optimizer, params):
@@ -546,7 +565,7 @@ def test_what_moves_is_found_again(backend):
     def no_state(optimizer, params):
         del optimizer.state[params[2]]
 
-    found = []
+    snapshots = []
     for name in (backend, "eager"):
         params = parameters([(12, 16), (64, 32), (48,)])
         optimizer = SophiaG(params, **SETTINGS, backend=name)
@@ -556,11 +575,11 @@ def test_what_moves_is_found_again(backend):
                 p.grad = torch.linspace(-1, 1, p.numel()).view(p.shape)
             move(optimizer, params)
             optimizer.step()
-            aligned = {id(p): b.aligned for _, b in optimizer._buckets() for p in b.params}
+            aligned = {id(p): b.is_aligned for _, b in optimizer._buckets() for p in b.params}
             assert aligned[id(params[0])] == (move is not odd_address)
             optimizer.update_hessian()
-        found.append(snapshot(optimizer))
-    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+        snapshots.append(snapshot(optimizer))
+    torch.testing.assert_close(*snapshots, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -612,8 +631,8 @@ def test_triton_kernels_in_the_interpreter():
 
 
 @here_only
-@pytest.mark.parametrize("moment", ["float32", "bfloat16"])
-def test_kernels_compile_for_an_h100(moment):
+@pytest.mark.parametrize(("moment", "squared"), [("float32", True), ("bfloat16", False)])
+def test_kernels_compile_for_an_h100(moment, squared):
     """Without a device. Each thread moves 8 elements of a tensor, 128 bits at a time."""
     pytest.importorskip("triton", reason="Triton is not installed")
     from triton import language as tl
@@ -621,7 +640,7 @@ def test_kernels_compile_for_an_h100(moment):
     from triton.compiler import ASTSource, compile
 
     constants = dict(PARAM=tl.float32, GRAD=tl.float32, MOMENT=getattr(tl, moment), ALIGNED=True)
-    constants |= dict(BLOCK_SIZE=BLOCK_SIZE, COUNTERS=sophia_triton.COUNTERS)
+    constants |= dict(squared=squared, BLOCK_SIZE=BLOCK_SIZE, COUNTERS=sophia_triton.COUNTERS)
     kinds = dict(table_ptr="*i64", block_rows_ptr="*i32", counters_ptr="*i32", n_rows="i32")
     n_moment = 2 if moment == "float32" else 1
     accesses = dict(

@@ -376,7 +376,7 @@ def test_a_finished_run_goes_on_with_more_epochs_from_the_right_row(text_data, t
 def test_changed_optimizer_settings_count_after_a_resume(tiny_run):
     run, batches = tiny_run()
     run.step(batches, lr=1e-3)
-    state = run.state(1, 8, 9.0, "", "", None)
+    state = TrainingState.of({"config": {}} | run.state_dict(), "")
     other, _ = tiny_run(rho=0.5, weight_decay=0.7, batch_size=8)
     other.restore(state)
     matrices = other.optimizer.param_groups[0]

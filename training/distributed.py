@@ -28,7 +28,6 @@ from common.errors import UserError
 from common.settings import report_error
 
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-INTEGER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
 # Parts of gloo's and NCCL's messages about a lost rank; their errors have no type of their own.
 LOST_RANK_SIGNS = ("gloo", "NCCL", "pair closure", "Connection closed", "Connection reset")
 LOST_RANK_SIGNS += ("Broken pipe",)
@@ -125,22 +124,19 @@ SINGLE_PROCESS = Ranks()
 
 def ranks_of_environment() -> Ranks:
     """The rank that torchrun assigned to this process; UserError for incomplete variables."""
-    values = {name: os.environ.get(name, "") for name in TORCHRUN_VARIABLES}
-    if values["RANK"] in ("", "0") and values["WORLD_SIZE"] in ("", "1"):
+    if os.environ.get("WORLD_SIZE", "1") == "1" and os.environ.get("RANK", "0") == "0":
         return SINGLE_PROCESS
-    how = "start with torchrun --nproc_per_node=N train.py, or unset RANK and WORLD_SIZE"
-    missing = ", ".join(name for name, value in values.items() if not value)
-    if missing:
-        raise UserError(f"{missing} must be set when RANK or WORLD_SIZE is: {how}")
+    values = {name: os.environ.get(name, "") for name in TORCHRUN_VARIABLES}
     try:
-        rank, world_size, local_rank, _ = (int(values[name]) for name in INTEGER_VARIABLES)
-        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE") or local_rank + 1)
-        if not (0 <= local_rank <= rank < world_size and local_rank < local_world_size):
+        rank, world_size, local_rank = (int(values[name]) for name in TORCHRUN_VARIABLES[:3])
+        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
+        if not (0 <= rank < world_size and values["MASTER_ADDR"] and values["MASTER_PORT"]):
             raise ValueError
     except ValueError:
-        values_text = ", ".join(f"{name}={values[name]}" for name in INTEGER_VARIABLES)
+        settings = ", ".join(f"{name}={value}" for name, value in values.items())
         raise UserError(
-            f"{values_text}: these are numbers, and ranks count from 0 to WORLD_SIZE - 1: {how}"
+            f"{settings} do not describe a rank: start with torchrun --nproc_per_node=N train.py, "
+            "or unset RANK and WORLD_SIZE"
         ) from None
     return Ranks(rank, world_size, local_rank, local_world_size)
 
@@ -160,8 +156,6 @@ def init_distributed(timeout_minutes: float) -> Iterator[Ranks]:
     if ranks.world_size == 1:
         yield ranks
         return
-    if not dist.is_available() or not dist.is_gloo_available():
-        raise UserError("this PyTorch has no torch.distributed with gloo: run python train.py once")
     nccl = torch.cuda.is_available() and dist.is_nccl_available()
     timeout = timedelta(minutes=max(0.01, timeout_minutes))
     try:

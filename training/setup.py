@@ -75,8 +75,16 @@ class TrainingRun:
         self.step, self.row = self.step + 1, min(self.row + self.rows_per_step, self.end_row)
 
     def state(self) -> TrainingState:
-        position = (self.step, self.row, self.best)
-        return self.trainer.state(*position, self.tokenizer.sha256, self.data, self.base)
+        return TrainingState(
+            **self.trainer.state_dict(),
+            iter_num=self.step,
+            best_val_loss=self.best,
+            config=dataclasses.asdict(self.config),
+            tokenizer_sha256=self.tokenizer.sha256,
+            data_cursor=self.row,
+            data=self.data,
+            base=self.base,
+        )
 
     def resume(self) -> None:
         """Continues the checkpoint, if there is one; UserError if it is not one of this run."""
@@ -204,14 +212,13 @@ def settings_in_force(config: Any) -> Any:
 
 def choose_device(config: Any, ranks: Ranks = SINGLE_PROCESS) -> tuple[torch.device, torch.dtype]:
     """Device and compute dtype, with "auto" resolved; every rank of a machine gets a GPU."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     name = config.device
     if name == "auto":
-        mps = torch.backends.mps.is_available()
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("device='cuda', but PyTorch sees no GPU: set device='auto'")
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise UserError("device='mps', but PyTorch sees no Apple GPU: set device='auto'")
+        name = next((name for name, present in available.items() if present), "cpu")
+    if not available.get(name, True):
+        kind = "GPU" if name == "cuda" else "Apple GPU"
+        raise UserError(f"device={name!r}, but PyTorch sees no {kind}: set device='auto'")
     if ranks.world_size > 1 and name == "mps":
         raise UserError("several ranks cannot share an Apple GPU: run python train.py once")
     if ranks.world_size > 1 and name == "cuda":

@@ -1,6 +1,5 @@
 """Training, Hessian and evaluation steps of a run; train.py is the loop over them."""
 
-import dataclasses
 import math
 from contextlib import nullcontext
 from typing import Any
@@ -82,8 +81,7 @@ class Trainer:
             torch.default_generator.manual_seed(batch.seed)
             if self.device.type != "cpu":  # only sets two numbers on the host: no synchronisation
                 torch.get_device_module(self.device).manual_seed(batch.seed)
-        wanted = batch.tensors() if self.forward is self.model else batch.tensors()[:-1]
-        tensors = [tensor.to(self.device, non_blocking=True) for tensor in wanted]
+        tensors = [tensor.to(self.device, non_blocking=True) for tensor in batch.tensors()]
         with self.autocast():
             forward = self.forward if forward is None else forward
             return forward(*tensors, sample_targets=sample_targets)
@@ -142,9 +140,9 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
         self.ranks.all_reduce_([flat])
         for p, estimate in zip(parameters, estimates, strict=True):
-            p.grad = (estimate / self.optimizer.defaults["bs"]).sqrt()
+            p.grad = estimate
         _, scale = gradient_scale(parameters, flat.new_zeros(()), grad_clip=0.0)
-        self.optimizer.update_hessian(grad_scale=scale)
+        self.optimizer.update_hessian(grad_scale=scale, squared=True)
         self.optimizer.zero_grad(set_to_none=True)
 
     def step(
@@ -230,33 +228,18 @@ class Trainer:
             )
         return f"{prompt} | {tokenizer.decode(new_ids).strip()}"
 
-    def state(
-        self,
-        step: int,
-        row: int,
-        best_val_loss: float,
-        tokenizer_sha256: str,
-        data: str,
-        base: str | None,
-    ) -> TrainingState:
-        """The state after `step` steps, the next of which begins at `row`."""
+    def state_dict(self) -> dict[str, Any]:
+        """This trainer's part of a TrainingState."""
         rng_state = {"cpu": torch.get_rng_state()}
         if self.device.type != "cpu":
             rng_state[self.device.type] = torch.get_device_module(self.device).get_rng_state()
-        return TrainingState(
-            model_state_dict=self.model.state_dict(),
-            optimizer_state_dict=self.optimizer.state_dict(),
-            scaler_state_dict=self.scaler.state_dict(),
-            model_args=self.model.config.to_dict(),
-            iter_num=step,
-            best_val_loss=best_val_loss,
-            config=dataclasses.asdict(self.config),
-            tokenizer_sha256=tokenizer_sha256,
-            data_cursor=row,
-            rng_state=rng_state,
-            data=data,
-            base=base,
-        )
+        return {
+            "model_state_dict": self.model.state_dict(),
+            "optimizer_state_dict": self.optimizer.state_dict(),
+            "scaler_state_dict": self.scaler.state_dict(),
+            "model_args": self.model.config.to_dict(),
+            "rng_state": rng_state,
+        }
 
     def restore(self, state: TrainingState) -> None:
         """Loads weights, moments, loss scaling and random states."""
