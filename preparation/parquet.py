@@ -86,7 +86,12 @@ class ParquetFile:
             batch_rows = BATCH_BYTES * metadata.num_rows // max(1, metadata.total_byte_size)
             batch_rows = max(1, min(BATCH_ROWS, batch_rows))
             try:
-                for batch in self.file.iter_batches(batch_rows, [group], self.columns):
+                # A thread of Arrow that reads `file` through Python while the interpreter exits
+                # would hang, hence use_threads=False.
+                batches = self.file.iter_batches(
+                    batch_rows, [group], self.columns, use_threads=False
+                )
+                for batch in batches:
                     batch.validate(full=True)  # that strings are UTF-8
                     yield group, row, self.plain(batch)
                     row += len(batch)
