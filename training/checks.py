@@ -1,12 +1,12 @@
 """Pre-training checks: settings, ranks, schedule, sample prompt, disk space."""
 
 import importlib.util
-import shutil
 from pathlib import Path
 from typing import Any
 
 from checkpoint import checkpoints_in
 from common.errors import UserError
+from common.files import check_free_space
 from model import GPT
 
 # A fine-tune uses finetune_NAME in place of NAME.
@@ -109,10 +109,5 @@ def check_disk(directory: Path, model: GPT, keep: int, state_bytes: int) -> None
     replaced = sum(path.stat().st_size for path in checkpoints_in(directory))
     checkpoint = (4 + 2 * state_bytes) * model.n_parameters()
     needed = checkpoint * (keep + 2)  # the last ones, the best, and one being written
-    free = shutil.disk_usage(directory).free
-    if free + replaced < needed:
-        raise UserError(
-            f"{directory} has {free / 1e9:.1f} GB free and the checkpoints need "
-            f"{(needed - replaced) / 1e9:.1f} GB: free some space, lower keep_checkpoints (now "
-            f"{keep}) or change the folder"
-        )
+    advice = f"free some space, lower keep_checkpoints (now {keep}) or change the folder"
+    check_free_space(directory, needed - replaced, "the checkpoints need", advice)
