@@ -120,7 +120,10 @@ def test_sections_are_measured_printed_and_recorded(tmp_path, capsys, monkeypatc
     first, second = report.read_records(results)
     assert list(first["seconds"]) == ["data", "decode"]
     assert [*second["seconds"]] == ["decode"] and "--section=decode --results" in second["command"]
-    assert first["versions"]["torch"] == torch.__version__ and first["hardware"]["threads"] >= 1
+    assert (
+        torch.__version__.startswith(first["versions"]["torch"])
+        and first["hardware"]["threads"] >= 1
+    )
     assert first["limits"]["copy_bandwidth"] > 0
     assert first["commit"] == report.git("rev-parse", "HEAD")
     assert all(table["title"] in printed for table in first["tables"])
