@@ -31,26 +31,26 @@ from common.files import atomic_file
 from common.settings import config_from_constants, run_script
 from training.setup import choose_device, make_folder
 
-section = "all"  # or some of train, optimizer, data, decode, with commas between
+section = "all"  # "all", or some of train, optimizer, data, decode, with commas between
 rounds = 4  # timed samples of each implementation, after one that is not counted
 device = "auto"  # "cuda" or "cpu"
 dtype = "auto"  # "bfloat16" or "float32" on CUDA; float32 on a CPU
 compile = False  # also torch.compile on a CPU, which takes minutes; always so on CUDA
 
 # The model; the defaults are Lille 130M
-n_layers = 24
-n_embd = 640
-n_heads = 10
-n_kv_heads = 2
-block_size = 512
+n_layers = 24  # transformer blocks
+n_embd = 640  # width
+n_heads = 10  # query heads
+n_kv_heads = 2  # key and value heads
+block_size = 512  # context length, tokens
 
 # train
 batch_size = 0  # rows of a micro-batch; 0: 2 on a CPU, 16 on CUDA
 gradient_accumulation_steps = 0  # micro-batches of a step; 0: 1 on a CPU, 16 on CUDA
 
 # decode
-prompt_tokens = 16
-new_tokens = 64  # of each answer
+prompt_tokens = 16  # tokens of each prompt
+new_tokens = 64  # tokens of each answer
 exports = False  # also onnxruntime and llama.cpp; writing their files takes a minute or two
 
 # results
@@ -67,7 +67,7 @@ SECTIONS = {
 
 
 def check_settings(config: Any) -> list[str]:
-    """The sections to run; UserError for settings that cannot be."""
+    """The sections to run; UserError for invalid settings."""
     names = config.section.replace(" ", "").split(",")
     names = list(SECTIONS) if names == ["all"] else names
     for name in names:

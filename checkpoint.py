@@ -136,7 +136,7 @@ class TrainingState:
         if "config" not in checkpoint:
             raise UserError(
                 f"{name} has no training state to continue from: fine-tune from it with "
-                f"--finetune=True --model={name}"
+                f"--finetune --model={name}"
             )
         return cls(**{field.name: checkpoint.get(field.name) for field in fields(cls)})
 
@@ -149,12 +149,12 @@ class TrainingState:
         """
         check_tokenizer(self.tokenizer_sha256, name, new.tokenizer_sha256)
         old_config, new_config = self.config, new.config
-        fixed = {key: (old_config.get(key), new_config[key]) for key in FIXED_SETTINGS}
-        fixed |= {key: (self.model_args.get(key), arg) for key, arg in new.model_args.items()}
+        required = {key: (old_config.get(key), new_config[key]) for key in FIXED_SETTINGS}
+        required |= {key: (self.model_args.get(key), arg) for key, arg in new.model_args.items()}
         for key in ("data", "base"):
             if getattr(self, key) and getattr(new, key):
-                fixed[key] = (getattr(self, key), getattr(new, key))
-        for key, (old, value) in fixed.items():
+                required[key] = (getattr(self, key), getattr(new, key))
+        for key, (old, value) in required.items():
             if old != value and key != "dropout":
                 raise UserError(
                     f"{name} was trained with {key}={old} and this run has {value}: change it back "
@@ -260,12 +260,12 @@ class CheckpointWriter:
                     torch.save(self.unsaved_best, file)
             with atomic_file(path) as file:
                 torch.save(state, file)
-                if best:  # before the rename: after a kill in between, "auto" makes it again
+                if best:  # before the rename: after a kill in between, a resumed run makes it again
                     file.flush()
                     os.fsync(file.fileno())
                     link_or_copy(Path(file.name), self.directory / BEST)
             written = [p for p in checkpoints_in(self.directory) if p.name <= path.name]
-            for old in written[self.keep :]:  # not by damaged newer ones
+            for old in written[self.keep :]:  # newer, damaged ones do not count
                 old.unlink()
             self.error = self.unsaved_best = None
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError

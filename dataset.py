@@ -266,8 +266,13 @@ def open_split(
     """
     data_dir = Path(data_dir)
     prepare = f"run python prepare_dataset.py --input_file_path=... --output_dir={data_dir}"
-    if data_dir.name.startswith("fineweb_edu"):  # train.py's default, and other configurations
-        prepare = f"run python prepare_dataset_fineweb.py --output_dir={data_dir}"
+    if data_dir == Path("data/fineweb_edu_sample_10BT"):  # the default of train.py
+        prepare = "run python prepare_dataset_fineweb.py"
+    if data_dir.is_file():
+        raise UserError(
+            f"{data_dir} is a file, not a dataset directory: prepare it with python "
+            f"prepare_dataset.py --input_file_path={data_dir} --output_dir=data/NAME"
+        )
     if not data_dir.is_dir():
         raise UserError(f"there is no dataset directory {data_dir}: {prepare}")
     manifest = read_manifest(data_dir)

@@ -80,7 +80,7 @@ def stages(data: str, out: str) -> list[tuple[str, list[str]]]:
 
 
 def run_stage(title: str, command: list[str], out: str) -> float:
-    """Runs one script, its output on the screen; returns its seconds, or exits as it did."""
+    """Runs one script, its output on the screen; returns its seconds, or exits with its code."""
     print(f"\n=== {title}\n$ python {shlex.join(command)}", flush=True)
     started = time.perf_counter()
     with subprocess.Popen([sys.executable, *command]) as stage:

@@ -45,13 +45,13 @@ trust_control_tokens = False  # True: the .txt is in the chat layout, with real 
 # a dataset of the Hugging Face Hub in place of input_file_path
 hf_dataset = ""  # such as "Nikity/Kyoto-Corpus", or a folder
 hf_config = ""  # one of its configurations; "": the default one
-hf_split = "train"
+hf_split = "train"  # its split that is prepared
 hf_revision = ""  # a commit, tag or branch; "": the newest
 
 # split
 val_split = 0.01  # fraction of the examples kept for validation
 val_file_path = ""  # validation examples, any file as above; val_split is then not used
-seed = 1337  # of the shuffle, which also draws the validation examples
+seed = 1337  # seed of the shuffle, which also draws the validation examples
 
 BATCH_CHARACTERS, BATCH_EXAMPLES = 4 << 20, 8192  # encoded at a time, at most
 
@@ -117,9 +117,11 @@ def split(order: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
     """Splits `order` into (training, validation); UserError if one of them would be empty."""
     n_val = round(len(order) * fraction)
     if not 0 < n_val < len(order):
+        example = f", such as {max(0.05, 1.5 / len(order)):.2f}," if len(order) > 2 else ""
         raise UserError(
             f"val_split={fraction} of {len(order)} examples leaves {n_val} for validation and "
-            f"{len(order) - n_val} for training: choose another val_split, or give val_file_path"
+            f"{len(order) - n_val} for training: choose another val_split{example} or give "
+            "val_file_path"
         )
     return order[n_val:], order[:n_val]
 

@@ -57,16 +57,18 @@ from tokenizer import load_tokenizer
 
 # where the text comes from
 source = "HuggingFaceFW/fineweb-edu"  # a dataset of the hub, or local files: "my/folder/*.parquet"
-config_name = "sample-10BT"  # of a hub dataset: 14 files, 26.56 GiB, 9,672,101 documents
-revision = "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"  # of a hub dataset: a commit never changes
+config_name = (
+    "sample-10BT"  # its configuration on the hub: 14 files, 26.56 GiB, 9,672,101 documents
+)
+revision = "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"  # its commit on the hub
 download_dir = ""  # keeps the downloaded files; "": each one is deleted after use
-output_dir = "data/fineweb_edu_sample_10BT"
+output_dir = "data/fineweb_edu_sample_10BT"  # folder of the shards; train.py's default data_dir
 
 # which documents are kept; "" or 0 turns a filter off
-language_filter = "en"
-language_score_threshold = 0.95
+language_filter = "en"  # value of the column `language`
+language_score_threshold = 0.95  # lowest `language_score`
 min_int_score = 3  # 4 or 5: the highest quality only; the published set has nothing below 3
-remove_duplicates = False  # of texts that are exactly equal, keep the first
+remove_duplicates = False  # keep the first of exactly equal texts
 
 # how they are stored
 val_split = 0.0005  # fraction of the documents kept for validation
@@ -74,8 +76,8 @@ shard_size = 500_000_000  # tokens in a shard, about
 
 # who does the work
 workers = 0  # threads of the tokenizer; 0: one for each core
-rank = -1  # of this process among `world_size`; -1: as torchrun says, or the only one
-world_size = 0
+rank = -1  # number of this process among `world_size`; -1: as torchrun says, or the only one
+world_size = 0  # number of processes; 0: as torchrun says, or 1
 
 SCRIPT = "prepare_dataset_fineweb.py"
 SETTINGS = (  # which decide the bytes of the shards

@@ -42,16 +42,16 @@ n_heads = 10  # query heads
 n_kv_heads = 2  # key and value heads; divides n_heads
 block_size = 512  # context length, tokens
 dropout = 0.0  # on the embeddings and the residual branches
-layer_norm_eps = 1e-5  # of RMSNorm
+layer_norm_eps = 1e-5  # added to the mean square in RMSNorm
 
 # Batches (batch_size * gradient_accumulation_steps * block_size = 131,072 tokens a step)
 batch_size = 16  # rows of block_size tokens per micro-batch
-gradient_accumulation_steps = 16  # micro-batches per step, dealt to the GPUs
+gradient_accumulation_steps = 16  # micro-batches per step, distributed over the GPUs
 num_epochs = 1  # passes over the data
-max_steps = 0  # at most so many steps; 0: num_epochs alone decides
+max_steps = 0  # limit of steps; 0: none, num_epochs alone decides
 
 # Optimizer
-optimizer = "sophiag"  # or "adamw", PyTorch's fused one
+optimizer = "sophiag"  # "sophiag" or "adamw", PyTorch's fused one
 learning_rate = 1e-3  # peak of the schedule
 min_lr_ratio = 0.1  # the cosine schedule ends at this share of the peak
 warmup_iters = 2000  # steps of linear warm-up
@@ -61,14 +61,14 @@ beta2 = 0.99  # SophiaG: Hessian average
 rho = 0.05  # SophiaG: clipping threshold; watch the win rate, healthy at 0.1 to 0.5
 hess_interval = 10  # SophiaG: steps between Hessian estimates
 hess_batches = 1  # SophiaG: micro-batches of an estimate; with 8, each of 8 GPUs makes one
-optimizer_state_dtype = "float32"  # SophiaG: of the moments; "bfloat16" halves their 1 GB
+optimizer_state_dtype = "float32"  # SophiaG: moments' dtype; "bfloat16" halves their 1 GB
 adamw_beta1 = 0.9  # AdamW: gradient average
 adamw_beta2 = 0.95  # AdamW: squared gradient average
 grad_clip = 1.0  # largest norm of the gradient; 0: no clipping
 
 # Fine-tuning
 finetune = False  # use the finetune_* values in place of their namesakes above
-model = "checkpoints/best_model.pt"  # weights that a fine-tune starts from
+model = "checkpoints/best_model.pt"  # the .pt checkpoint that a fine-tune starts from
 finetune_data_dir = "data/finetune"  # shards of conversations
 finetune_out_dir = "checkpoints_ft"  # another folder than out_dir
 finetune_learning_rate = 1e-4  # peak of the schedule
@@ -90,10 +90,10 @@ wandb_project = "lille"  # its project there
 device = "auto"  # "auto", "cuda", "mps" or "cpu"
 dtype = "auto"  # "auto", "bfloat16" or "float16" (both CUDA), "float32"
 compile = True  # torch.compile, where it works
-seed = 1337  # of weights, order, dropout and sampled labels
+seed = 1337  # seed of weights, order, dropout and sampled labels
 
 # Several GPUs or machines (torchrun)
-gradient_dtype = "float32"  # of the gradients sent; "bfloat16" halves the bytes and rounds
+gradient_dtype = "float32"  # dtype of the gradients sent; "bfloat16" halves the bytes
 distributed_timeout_minutes = 10.0  # a process that does not answer for this long is lost
 
 RENAMED = {"finetune_checkpoint": "model"}
@@ -148,7 +148,7 @@ def loop(run: TrainingRun) -> None:
         GracefulStop(exit_on_second=ranks.world_size == 1, verbose=ranks.is_main) as stop,
     ):
         for micro_batches in batches:
-            # The only message of a step between the hosts.
+            # The step's only host-side all-reduce.
             n_labels = sum(batch.n_labels for batch in micro_batches)
             n_labels, *signals = map(int, ranks.all_reduce_scalars(n_labels, *stop.counts))
             if any(signals):
@@ -181,10 +181,10 @@ def loop(run: TrainingRun) -> None:
                     results = trainer.evaluate_all(run.validation, run.tokenizer)
                     is_best = results["val_loss"] < run.best
                     run.best = min(run.best, results["val_loss"])
+                    path, saved_step = writer.save(run.state(), is_best), run.step
                     metrics.log(run.step, **results)
                     metrics.plot()
                     progress.write(evaluation_line(run.step, results, is_best))
-                    path, saved_step = writer.save(run.state(), is_best), run.step
             if run.step == run.total_steps:
                 break
         writer.wait()

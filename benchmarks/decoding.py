@@ -48,7 +48,7 @@ def peer_answers(gpt: GPT, prompt: torch.Tensor, n: int) -> Answers:
 
 
 def decoders(gpt: GPT) -> dict[str, tuple[Decoder, float]]:
-    """Our decoders by name, each with the bytes of its weights; a line for each impossible one."""
+    """Our decoders by name, each with the bytes of its weights; prints why one is unavailable."""
     weight = gpt.lm_head.weight
     variants: dict[str, dict[str, Any]] = {"ours, plain PyTorch": {"mode": "eager"}}
     if weight.is_cuda:

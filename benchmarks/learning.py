@@ -35,22 +35,22 @@ from training.trainer import Trainer
 
 data_dir = "data/learning"  # shards with a train and a val split
 results = "benchmarks/learning.jsonl"  # a line for each finished run
-picture = "benchmarks/learning.png"
+picture = "benchmarks/learning.png"  # the learning curves
 plot = False  # True: train nothing
 
-n_layers = 4
-n_embd = 64
-n_heads = 2
-n_kv_heads = 1
-block_size = 512
-vocab_size = 4096  # of the tokenizer cut short; at most Hastings' own 32,768
+n_layers = 4  # transformer blocks
+n_embd = 64  # width
+n_heads = 2  # query heads
+n_kv_heads = 1  # key and value heads
+block_size = 512  # context length, tokens
+vocab_size = 4096  # size of the tokenizer cut short; at most Hastings' own 32,768
 batch_size = 4  # rows of a micro-batch
 gradient_accumulation_steps = 2  # as the original; 4,096 positions a step
-steps = 256
-warmup_iters = 26
-eval_points = 8  # of each run, the last one at its end
+steps = 256  # steps of every run
+warmup_iters = 26  # steps of linear warm-up
+eval_points = 8  # evaluations of each run, the last one at its end
 eval_rows = 64  # packed rows of held-out documents
-seeds = 3
+seeds = 3  # runs of each tuned recipe
 
 FIRST_RATES = (2e-3, 4e-3, 8e-3)  # everyone's grid; grows by a factor of 2 while its edge is best
 FIRST_RHOS = (0.05, 0.2)  # SophiaG's, by factors of 4

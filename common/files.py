@@ -86,7 +86,7 @@ def locked(
     try:
         yield
     finally:
-        with suppress(OSError):  # before the release: whoever waits sees that this file is gone
+        with suppress(OSError):  # before the release: waiting processes then detect the removal
             lock_file.unlink()
         lock.release()
 

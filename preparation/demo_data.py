@@ -148,7 +148,7 @@ COMMENT_BLOCK = re.compile(r"(?:^[ \t]*#.*\n){2,}", re.MULTILINE)
 
 
 def clean(text: str) -> str:
-    """The text without what UTF-8 cannot encode, control tokens spelled `<| endoftext |>`."""
+    """Drops lone surrogates; control tokens become `<| endoftext |>`."""
     # A text that mentions <|endoftext|> would otherwise be split there.
     text = text.encode("utf-8", "replace").decode().replace("\0", "")
     return re.sub(r"<\|(\w+)\|>", r"<| \1 |>", text).strip()

@@ -140,8 +140,8 @@ class HubDataset:
 def read_in_batches(builder: Any) -> None:
     """Makes a Parquet builder of `datasets` read small batches.
 
-    By itself it decodes a whole row group, with any `batch_size` and `fragment_scan_options`: 250
-    MB for a row group of 118 MB with pyarrow 26.
+    By default `datasets` decodes a whole row group, with any `batch_size` and
+    `fragment_scan_options`: 250 MB for a row group of 118 MB with pyarrow 26.
     """
     from datasets.builder import Key
 

@@ -16,18 +16,15 @@ set -eu
 cd "$(dirname "$0")/.."
 PATH="$PWD/.venv/bin:$PATH" # made by `make`; otherwise the python of your environment
 
-python prepare_dataset_fineweb.py
 case ${1:-12} in
-12)
+12 | 8) ;;
+*) echo "usage: sh runs/consumer_card.sh [12|8]" >&2 && exit 2 ;;
+esac
+python prepare_dataset_fineweb.py
+if [ "${1:-12}" = 12 ]; then
     python train.py --batch_size=8 --gradient_accumulation_steps=32 --hess_batches=2 \
         --max_steps=20000
-    ;;
-8)
+else
     python train.py --batch_size=4 --gradient_accumulation_steps=64 --hess_batches=4 \
         --max_steps=20000 --optimizer_state_dtype=bfloat16
-    ;;
-*)
-    echo "usage: sh runs/consumer_card.sh [12|8]" >&2
-    exit 2
-    ;;
-esac
+fi

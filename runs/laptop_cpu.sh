@@ -14,6 +14,8 @@
 # Not measured: memory (a machine that runs PyTorch has enough) and your own texts. Another text
 # takes the same time; more conversations take longer in proportion.
 set -eu
+[ $# -eq 0 ] || [ $# -eq 2 ] || { echo "usage: sh runs/laptop_cpu.sh [texts chats]" >&2; exit 2; }
+[ $# -eq 0 ] || set -- "$(realpath "$1")" "$(realpath "$2")"
 cd "$(dirname "$0")/.."
 PATH="$PWD/.venv/bin:$PATH" # made by `make`; otherwise the python of your environment
 out=${OUT:-checkpoints_laptop} data=${DATA:-data/laptop}

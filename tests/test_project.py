@@ -1,6 +1,7 @@
 """The project as a whole: layout, imports, README links, pinned requirements."""
 
 import ast
+import importlib
 import os
 import re
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from common.settings import read_comments, settings_of
 from common.threads import limit_spinning
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -193,6 +195,17 @@ def test_gpu_tests_are_collected_without_optional_packages():
     pages = {path.as_posix(): (ROOT / path).read_text("utf-8") for path in tracked("*test_*.py")}
     marked = {path for path, page in pages.items() if re.search("^@pytest.mark.gpu", page, re.M)}
     assert files == marked and len(marked) >= 4, printed
+
+
+def test_every_setting_is_explained():
+    """--help shows the comment behind a constant: each has one, which reads by itself."""
+    scripts = "train prepare_dataset prepare_dataset_fineweb inference export benchmark demo"
+    for name in scripts.split():
+        module = importlib.import_module(name)
+        _, descriptions = read_comments(ROOT / f"{name}.py")
+        for setting in settings_of(vars(module)):
+            text = descriptions.get(setting, "")
+            assert text and not text.startswith(("or ", "of ")), f"{name}.{setting}: {text!r}"
 
 
 def test_links_lead_somewhere():

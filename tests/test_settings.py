@@ -74,7 +74,7 @@ def test_switches_and_values_that_begin_with_a_dash(argv, name, value):
     [
         ("--batch_sise=4", "did you mean --batch_size"),
         ("--batch=4", "unknown setting --batch: did you mean"),  # no abbreviations
-        ("--zzz=4", "known: batch_size, learning_rate"),
+        ("--zzz=4", "unknown setting --zzz: --help lists all of them"),
         ("--LIMIT=4", "unknown setting --LIMIT"),
         ("--batch_size=4.5", "expected a whole number"),
         ("--learning_rate=fast", "expected a number"),

@@ -267,7 +267,8 @@ def test_resume_names_harmless_changes(finished, text_data, tmp_path, capsys):
         ({"n_kv_heads": 3}, "multiple of n_kv_heads=3"),
         ({"dropout": 1.0}, "dropout=1.0 must be"),
         ({"data_dir": "nowhere"}, "no dataset directory nowhere: run python prepare_dataset.py"),
-        ({"data_dir": "fineweb_edu_x"}, "run python prepare_dataset_fineweb.py --output_dir="),
+        ({"data_dir": train.data_dir}, "fineweb_edu_sample_10BT: run python .*_fineweb.py$"),
+        ({"data_dir": "train.py"}, "train.py is a file, not a dataset directory"),
         ({"finetune": True, "finetune_out_dir": "same", "out_dir": "same"}, "the same folder"),
         ({"finetune": True, "model": "none.pt"}, "none.pt is not there"),
         ({"resume_checkpoint": "none.pt"}, "none.pt is not there"),
@@ -325,6 +326,14 @@ def test_out_of_gpu_memory_says_what_to_lower(compile, text_data, tmp_path, monk
     monkeypatch.setattr(Trainer, "loss_sum", too_much)
     with pytest.raises(UserError, match=r"lower batch_size \(now 4\) and raise"):
         train.train(config_of(text_data, tmp_path, compile=compile))
+
+
+def test_training_goes_on_without_matplotlib(text_data, tmp_path, monkeypatch, capsys):
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    train.train(config_of(text_data, tmp_path, max_steps=8, sample_tokens=0))
+    assert capsys.readouterr().err.count("no loss_curve.png: pip install matplotlib") == 1
+    assert (tmp_path / "best_model.pt").exists() and not (tmp_path / "loss_curve.png").exists()
 
 
 def test_full_disk_keeps_the_earlier_checkpoint(text_data, tmp_path, monkeypatch, capfd):

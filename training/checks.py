@@ -37,7 +37,7 @@ CHOICES = {
 
 
 def flag_name(config: Any, name: str) -> str:
-    """The constant that sets `name` in this run: in a fine-tune some have a namesake."""
+    """The constant that sets `name` in this run; some are finetune_`name` in a fine-tune."""
     return f"finetune_{name}" if config.finetune and name in FINETUNE_NAMES else name
 
 
@@ -92,12 +92,13 @@ def check_sample_prompt(config: Any, n_tokens: int, block_size: int) -> None:
 
 
 def check_schedule(config: Any, total_steps: int) -> None:
-    """Refuses a warm-up that never ends: the learning rate would only rise."""
+    """UserError if the warm-up takes the whole run, so that the learning rate would only rise."""
     if 0 < total_steps <= config.warmup_iters:
-        name = flag_name(config, "warmup_iters")
+        name, epochs = flag_name(config, "warmup_iters"), flag_name(config, "num_epochs")
         raise UserError(
             f"{name}={config.warmup_iters} takes up all of the run's {total_steps} steps: lower it "
-            f"with --{name}={total_steps // 10}, or train for longer"
+            f"with --{name}={total_steps // 10}, or train for longer (more {epochs}, or smaller "
+            f"batch_size and {flag_name(config, 'gradient_accumulation_steps')})"
         )
 
 

@@ -61,7 +61,7 @@ class Ranks:
         return self.rank == 0
 
     def local_count(self, n: int) -> int:
-        """This rank's number of the first `n` micro-batches of a step, which are dealt in turn."""
+        """How many of the first `n` micro-batches of a step this rank gets (round robin)."""
         return len(range(self.rank, n, self.world_size))
 
     def parallel(self, model: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -86,8 +86,13 @@ class Metrics:
         """Draws training and validation loss against steps as `loss_curve.png`."""
         if not self.active:
             return
-        from matplotlib.figure import Figure
-
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            if not self.failed:
+                print("no loss_curve.png: pip install matplotlib", file=sys.stderr)
+            self.failed = True
+            return
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         draw_losses(figure.subplots(), read_metrics(self.path), str(self.path.parent))
         with self.unless_disk_is_full(), atomic_file(self.curve) as file:

@@ -94,7 +94,8 @@ def pack(
     """Best-fit decreasing: (order, borders); row r holds segments order[borders[r]:borders[r + 1]].
 
     Segments of one length are interchangeable, so all of them are placed at once: into the fullest
-    rows with space first, into new rows last. `rng` decides which of them meet and the rows' order.
+    rows with space first, into new rows last. `rng` decides which segments share
+    a row and the order of the rows.
     """
     shuffled = rng.permutation(len(lengths))
     segments = shuffled[np.argsort(-lengths[shuffled], kind="stable")]  # longest first
@@ -205,7 +206,7 @@ class PackedRows:
         return arrays
 
     def batch(self, rows: Iterable[int | None]) -> Batch:
-        """The batch of these rows; None stands for a row of padding, without labels."""
+        """The batch of these rows; None is a row of padding, without labels."""
         rows = list(rows)
         shape = (len(rows), self.block_size)
         ids = np.full(shape, self.pad_id, dtype=np.int64)

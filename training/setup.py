@@ -107,7 +107,7 @@ class TrainingRun:
         """The checks that need the number of steps, the summary, and compilation."""
         config = self.config
         if not (self.out_dir / BEST).exists():
-            self.best = math.inf  # the best model stayed in another folder
+            self.best = math.inf  # best_model.pt is not here: any model is better
         check_schedule(config, self.total_steps)
         if self.ranks.is_main:
             state_bytes = getattr(torch, config.optimizer_state_dtype).itemsize
@@ -161,7 +161,7 @@ def open_run(config: Any) -> Iterator[TrainingRun]:
     Raises UserError for settings, data or checkpoints that do not fit.
     """
     with init_distributed(config.distributed_timeout_minutes) as ranks, ExitStack() as stack:
-        ranks.check_same(dataclasses.asdict(config))  # others would send other messages
+        ranks.check_same(dataclasses.asdict(config))  # otherwise the collectives deadlock
         pretrain_data_dir, config = config.data_dir, settings_in_force(config)
         check_settings(config, ranks.world_size)
         if ranks.is_main:
@@ -335,7 +335,7 @@ def dataset_id(rows: PackedRows) -> str:
 
 
 def base_checkpoint_hash(config: Any) -> str | None:
-    """sha256 of the checkpoint that a fine-tune starts from; None if there is none any more."""
+    """sha256 of the checkpoint that a fine-tune starts from; None if it no longer exists."""
     base = Path(config.model)
     return file_sha256(base) if config.finetune and base.is_file() else None
 

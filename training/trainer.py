@@ -79,7 +79,7 @@ class Trainer:
         """Cross-entropy of a micro-batch in nats, summed over its labels."""
         if batch.seed is not None:
             torch.default_generator.manual_seed(batch.seed)
-            if self.device.type != "cpu":  # only sets two numbers on the host: no synchronisation
+            if self.device.type != "cpu":  # seeds the device generator without a sync
                 torch.get_device_module(self.device).manual_seed(batch.seed)
         tensors = [tensor.to(self.device, non_blocking=True) for tensor in batch.tensors()]
         with self.autocast():
@@ -90,7 +90,7 @@ class Trainer:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def try_compile(self, batch: Batch) -> None:
-        """Compiles the forward pass, or says why it cannot be compiled and continues without.
+        """Compiles the forward pass, or prints why not and stays eager.
 
         Each of its uses runs once on `batch`, so that any failure happens here.
         """
