@@ -33,12 +33,12 @@ dtype = ""  # hf: float32, float16, bfloat16; onnx: fp32, fp16, int8; gguf: f32,
 DTYPES = {"hf": write_hf.DTYPES, "onnx": write_onnx.DTYPES, "gguf": write_gguf.DTYPES}
 RENAMED = {"output": "output_dir", "output_path": "output_dir", "checkpoint": "model"}
 # Settings of a training run for the model card: no paths and no names.
-SOPHIAG_SETTINGS = ("beta", "rho", "hess_")
 CARD_SETTINGS = (
     "optimizer learning_rate min_lr_ratio warmup_iters weight_decay beta1 beta2 rho hess_interval "
     "adamw_beta1 adamw_beta2 grad_clip batch_size gradient_accumulation_steps num_epochs max_steps "
     "dropout finetune dtype seed"
 ).split()
+OTHER_OPTIMIZER = {"sophiag": ("adamw_",), "adamw": ("beta", "rho", "hess_")}  # not in a card
 
 
 def export_target(model: str, output_dir: str, format: str) -> Path:
@@ -65,7 +65,7 @@ def training_facts(state: dict[str, Any]) -> dict[str, str]:
     if isinstance(state.get("best_val_loss"), float):
         facts["Best validation loss (nats per token)"] = f"{state['best_val_loss']:.4f}"
     settings = state.get("config", {})
-    other = ("adamw_",) if settings.get("optimizer") == "sophiag" else SOPHIAG_SETTINGS
+    other = OTHER_OPTIMIZER.get(settings.get("optimizer"), ())
     names = [name for name in CARD_SETTINGS if name in settings and not name.startswith(other)]
     return facts | {f"Training: {name}": str(settings[name]) for name in names}
 
