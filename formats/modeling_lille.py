@@ -31,6 +31,7 @@ class LilleAttention(LlamaAttention):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         past_key_values=None,
+        cache=None,  # past_key_values since transformers 5.24
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         B, T = hidden_states.shape[:2]
@@ -41,10 +42,11 @@ class LilleAttention(LlamaAttention):
         )  # (B, heads, T, D)
         cos, sin = (table[:, None] for table in position_embeddings)  # (B, 1, T, D)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        if past_key_values is not None:
+        cache = past_key_values if cache is None else cache
+        if cache is not None:
             # a static cache of transformers 4 needs the positions
             cache_kwargs = {"cache_position": kwargs.get("cache_position")}
-            k, v = past_key_values.update(k, v, self.layer_idx, cache_kwargs)
+            k, v = cache.update(k, v, self.layer_idx, cache_kwargs)
 
         attention_function = eager_attention_forward
         if self.config._attn_implementation != "eager":
