@@ -69,7 +69,7 @@ if triton is not None:
         """Float32 `x` in the moments' dtype: `round_stochastic` when that is bfloat16."""
         if DTYPE == tl.bfloat16:
             step = tl.load(tl.load(row_ptr + 4).to(tl.pointer_type(tl.float32))).to(tl.uint32)
-            step += 1 - moment  # a step is counted after the kernel
+            step += 1 - moment  # finish_kernel counts this step when all blocks have read it
             stream = (tl.load(row_ptr + 7) * 2 + moment).to(tl.uint32)
             seed = hash32_kernel(step ^ hash32_kernel(stream))
             noise = (hash32_kernel(index.to(tl.uint32) ^ seed) & 0xFFFF).to(tl.int32)
@@ -112,6 +112,28 @@ if triton is not None:
         tl.atomic_add(counters_ptr + tl.program_id(0) % COUNTERS, unclipped, sem="relaxed")
 
     @triton.jit
+    def finish_kernel(
+        table_ptr, scale_ptr, counters_ptr, share_ptr,
+        n_rows, total,
+        COUNTERS: tl.constexpr,
+    ):  # fmt: skip
+        """After step_kernel: step += 1 in every row; share = sum of the counters / total.
+
+        A scale that is not finite counts no step and gives the share NaN.
+        """
+        scale = tl.load(scale_ptr)
+        offsets = tl.arange(0, COUNTERS)
+        share = tl.sum(tl.load(counters_ptr + offsets).to(tl.int64)).to(tl.float32) / total
+        n_counted = tl.where(scale - scale == 0, n_rows, 0)
+
+        tl.store(share_ptr, tl.where(scale - scale == 0, share, float("nan")))
+        for first in range(0, n_rows, COUNTERS):
+            mask = first + offsets < n_counted
+            addresses = tl.load(table_ptr + (first + offsets) * 8 + 4, mask=mask, other=0)
+            step_ptrs = addresses.to(tl.pointer_type(tl.float32))
+            tl.store(step_ptrs, tl.load(step_ptrs, mask=mask, other=0.0) + 1, mask=mask)
+
+    @triton.jit
     def hessian_kernel(
         table_ptr, block_rows_ptr, scale_ptr,
         decay, gain, squared: tl.constexpr,
@@ -142,7 +164,7 @@ COUNTERS = 1024  # partial counts of a step: atomic additions to a single one wo
 
 
 def launch(bucket: Bucket, scale: Tensor, update: str, constants: dict) -> Tensor | None:
-    """The update ("step" or "hessian") in one kernel; the number of coordinates not clipped.
+    """The update ("step" or "hessian") in one kernel; counters of the coordinates not clipped.
 
     A `scale` that is not finite changes nothing.
     """
@@ -167,7 +189,30 @@ def launch(bucket: Bucket, scale: Tensor, update: str, constants: dict) -> Tenso
             return None
         counters = torch.zeros(COUNTERS, dtype=torch.int32, device=bucket.device)
         step_kernel[grid](counters_ptr=counters, COUNTERS=COUNTERS, PARAM=param, **arguments)
-        return counters.sum()
+        return counters
+
+
+def finish(bucket: Bucket, scale: Tensor, counters: Tensor, total: int) -> Tensor:
+    """Counts the step; the share of `total` that it did not clip, NaN if it was skipped."""
+    share = torch.empty_like(scale)
+    with torch.cuda.device_of(scale):
+        finish_kernel[(1,)](
+            table_ptr=bucket.table,
+            scale_ptr=scale,
+            counters_ptr=counters,
+            share_ptr=share,
+            n_rows=len(bucket.params),
+            total=float(total),
+            COUNTERS=COUNTERS,
+        )
+    return share
+
+
+def finish_eager(bucket: Bucket, scale: Tensor, count: Tensor, total: int) -> Tensor:
+    """`finish` in plain PyTorch, for the updates that return the `count` itself."""
+    finite = scale.isfinite()
+    torch._foreach_add_([state["step"] for state in bucket.states], finite.float())
+    return torch.where(finite, count / total, torch.nan)
 
 
 def as_scalar(value: float | Tensor | None, device: torch.device) -> Tensor:
@@ -249,8 +294,9 @@ class SophiaG(torch.optim.Optimizer):
         if bs is not None and not bs >= 1:
             raise ValueError(f"bs = {bs}: the number of tokens is at least 1")
 
-        counts, total = [], 0
-        for group, bucket in self._buckets():
+        buckets = self._buckets()
+        total, shares = sum(bucket.numel for _, bucket in buckets), []
+        for group, bucket in buckets:
             constants = dict(
                 lr=float(group["lr"]),
                 weight_decay=float(group["weight_decay"]),
@@ -259,15 +305,11 @@ class SophiaG(torch.optim.Optimizer):
                 eps=float(group["eps"]),
             )
             scale = as_scalar(grad_scale, bucket.device)
-            finite = scale.isfinite()
             scale = -scale if group["maximize"] else scale
-            count = self._update(bucket, scale, "step", constants)
-            torch._foreach_add_([state["step"] for state in bucket.states], finite.float())
+            shares.append(self._update(bucket, scale, "step", constants, total))
             torch.autograd.graph.increment_version(bucket.params)
-            counts.append(torch.where(finite, count, torch.nan))
-            total += bucket.numel
-        if counts:  # NaN where the step was skipped
-            rate = sum(count.to(counts[0].device) for count in counts) / total
+        if shares:  # each NaN where the step was skipped
+            rate = sum((share.to(shares[0].device) for share in shares[1:]), shares[0])
             self.win_rate = torch.where(rate.isnan(), self.win_rate.to(rate.device), rate)
         return loss
 
@@ -336,26 +378,33 @@ class SophiaG(torch.optim.Optimizer):
         """(group, bucket) for all parameters that have a gradient."""
         return self._tables.buckets(self.param_groups, self.state, self._prepare)
 
-    def _update(self, bucket: Bucket, scale: Tensor, update: str, constants: dict) -> Tensor | None:
-        """The update "step" or "hessian" of a bucket; the number of coordinates not clipped."""
+    def _update(
+        self, bucket: Bucket, scale: Tensor, update: str, constants: dict, total: int = 0
+    ) -> Tensor | None:
+        """The update "step" or "hessian" of a bucket; the share of `total` that is not clipped."""
         backend = self.backend if bucket.is_dense else "eager"
         on_cuda = bucket.device.type == "cuda" and triton is not None
         if backend == "triton" or (backend == "auto" and on_cuda):
             try:
-                return launch(bucket, scale, update, constants)
+                counters = launch(bucket, scale, update, constants)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # no C compiler, for example: nothing has been written
                 if backend == "triton":
                     raise
                 self._fall_back("Triton", str(error).strip() or type(error).__name__)
-        if scale.is_cpu and not scale.isfinite():  # costs nothing here; a GPU would have to wait
-            return torch.zeros((), dtype=torch.int64)
+            else:
+                return finish(bucket, scale, counters, total) if update == "step" else None
+        run = run_eager
         if backend in ("auto", "cpp") and suits_cpp(bucket):
-            if cpp_library() is not None:
-                return run_cpp(bucket, scale, update, constants)
-            self._fall_back("C++", "no compiler (g++) works here")
-        return run_eager(bucket, scale, update, constants)
+            run = run_cpp if cpp_library() is not None else run_eager
+            if run is run_eager:
+                self._fall_back("C++", "no compiler (g++) works here")
+        if scale.is_cpu and not scale.isfinite():  # costs nothing here; a GPU would have to wait
+            count = torch.zeros(())
+        else:
+            count = run(bucket, scale, update, constants)
+        return finish_eager(bucket, scale, count, total) if update == "step" else None
 
     def _fall_back(self, missing: str, reason: str) -> None:
         reason = reason.partition("\n")[0]

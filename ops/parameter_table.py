@@ -36,23 +36,34 @@ class Bucket:
         if self.is_dense:
             blocks = [-(-p.numel() // BLOCK_SIZE) for p in self.params]
             first_blocks = np.cumsum([0, *blocks[:-1]])
-            self.table = self.to_device(np.column_stack([rows, first_blocks, self.numbers]))
+            self.rows = np.column_stack([np.array(rows), first_blocks, self.numbers])
+            self.table = self.to_device(self.rows)
             block_rows = np.repeat(np.arange(len(blocks), dtype=np.int32), blocks)
             self.block_rows = self.to_device(block_rows)
 
     def to_device(self, values: np.ndarray) -> Tensor:
-        """A copy of `values` on the device, without waiting for it."""
+        """A new copy of `values` on the device; a kernel may still read the old one."""
         host = torch.from_numpy(values)
         if self.device.type == "cuda":
             host = host.pin_memory()
         return host.to(self.device, non_blocking=True)
 
+    def refresh_grad_pointers(self) -> bool:
+        """Writes the addresses of new gradients to the table; False if they are less aligned."""
+        if self.is_dense:
+            addresses = [p.grad.data_ptr() for p in self.params]
+            if self.is_aligned and any(address % 16 for address in addresses):
+                return False
+            self.rows[:, 1] = addresses
+            self.table = self.to_device(self.rows)
+        return True
+
 
 class ParameterTables:
-    """The buckets of an optimizer's groups, rebuilt when a tensor has moved or changed."""
+    """The buckets of an optimizer's groups, rebuilt when something but a gradient has moved."""
 
     def __init__(self):
-        self.plans: dict[int, tuple[tuple, list[Bucket]]] = {}
+        self.plans: dict[int, tuple[tuple, list[int], list[Bucket]]] = {}
 
     def buckets(
         self, groups: list[dict[str, Any]], state: dict, prepare: Callable[[Tensor, int], dict]
@@ -65,17 +76,23 @@ class ParameterTables:
         for index, group in enumerate(groups):
             params = [p for p in group["params"] if p.grad is not None]
             layout = layout_of(params, state)
-            old_layout, buckets = self.plans.get(index, (None, []))
-            if layout is None or (first, *layout) != old_layout:
+            addresses = [p.grad.data_ptr() for p in params] if layout else []
+            old_layout, old_addresses, buckets = self.plans.get(index, (None, [], []))
+            is_current = layout is not None and (first, *layout) == old_layout
+            if is_current and addresses != old_addresses:
+                is_current = all([bucket.refresh_grad_pointers() for bucket in buckets])
+            if not is_current:
                 buckets = make_buckets(group["params"], first, prepare)
-                self.plans[index] = (first, *layout_of(params, state)), buckets
+                layout = layout_of(params, state)
+                addresses = [p.grad.data_ptr() for p in params]
+            self.plans[index] = (first, *layout), addresses, buckets
             pairs += [(group, bucket) for bucket in buckets]
             first += len(group["params"])
         return pairs
 
 
 def layout_of(params: list[Tensor], state: dict) -> tuple[list, ...] | None:
-    """Cache key of the buckets; None where `prepare` has to check or to create something.
+    """Cache key of the buckets, without addresses of gradients; None if `prepare` has work to do.
 
     Computed in every step: 0.15 ms for 170 parameters.
     """
@@ -87,7 +104,7 @@ def layout_of(params: list[Tensor], state: dict) -> tuple[list, ...] | None:
     except KeyError:
         return None
     return (
-        list(map(Tensor.data_ptr, [*params, *grads, *tensors])),
+        list(map(Tensor.data_ptr, [*params, *tensors])),
         list(map(Tensor.numel, params)),
         list(map(Tensor.stride, [*params, *grads])),
         [tensor.dtype for tensor in [*params, *grads]],
