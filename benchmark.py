@@ -57,6 +57,12 @@ exports = False  # also onnxruntime and llama.cpp; writing their files takes a m
 results = "benchmarks/results.jsonl"  # "": only print
 readme = False  # no measurement: write the README.md beside the results
 
+RENAMED = {
+    "save": "is gone: --results= (empty) only prints",
+    "plot": "is gone: --readme writes all tables",
+    **dict.fromkeys(("source", "repeats", "filters", "data_dir"), "is gone with its measurement"),
+    **dict.fromkeys(("n_documents", "n_planned"), "is gone with its measurement"),
+}
 DEVICES, DTYPES = ("auto", "cuda", "cpu"), ("auto", "bfloat16", "float32")
 SECTIONS = {
     "train": training_step.run,
@@ -100,7 +106,7 @@ def write_readme(path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    config = config_from_constants(globals(), argv)
+    config = config_from_constants(globals(), argv, renamed=RENAMED)
     path = Path(config.results)
     if config.readme:
         write_readme(path)

@@ -1,4 +1,4 @@
-"""Saving, loading and resuming of checkpoints; the only file that knows their keys and old formats.
+"""Saving, loading and resuming of checkpoints; defines their keys and reads the old formats.
 
 A checkpoint is a torch.save file with the keys of `TrainingState`, of which `model_state_dict`,
 `optimizer_state_dict`, `model_args`, `iter_num` and `best_val_loss` are the original's. It is

@@ -25,7 +25,7 @@ from preparation.demo_data import HELD_OUT_QUESTION, is_right
 from training.metrics import draw_losses, read_metrics
 
 data_dir = "data/demo"  # texts and shards
-out_dir = "checkpoints_demo"  # checkpoints, metrics and loss curves
+output_dir = "checkpoints_demo"  # checkpoints, metrics and loss curves
 picture = ""  # also draw both loss curves here; README.md's is docs/demo.png
 
 MODEL_SHAPE = {"n_layers": 4, "n_embd": 128, "n_heads": 4, "n_kv_heads": 2, "block_size": 128}
@@ -123,15 +123,15 @@ def draw_curves(out: Path, picture: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    config = config_from_constants(globals(), argv)
+    config = config_from_constants(globals(), argv, renamed={"out_dir": "output_dir"})
     if not Path("train.py").exists():
         raise UserError("run the demo in the project's folder, where train.py is")
     times = {
-        title: run_stage(title, command, config.out_dir)
-        for title, command in stages(config.data_dir, config.out_dir)
+        title: run_stage(title, command, config.output_dir)
+        for title, command in stages(config.data_dir, config.output_dir)
     }
     print("\n=== Ask what was held out", flush=True)
-    tuned = f"{config.out_dir}/finetune/best_model.pt"
+    tuned = f"{config.output_dir}/finetune/best_model.pt"
     conversations = Path(config.data_dir, "conversations_heldout.jsonl")
     answers = held_out_answers(lille("torch", tuned, device="cpu"), conversations)
     n_right = sum(right for _, right in answers)
@@ -139,10 +139,10 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{HELD_OUT_QUESTION} {answers[0][0]}")
 
     if config.picture:
-        draw_curves(Path(config.out_dir), Path(config.picture))
+        draw_curves(Path(config.output_dir), Path(config.picture))
     print("\nSeconds: " + ", ".join(f"{title} {seconds:.0f}" for title, seconds in times.items()))
     print(
-        f"Loss curves: {config.out_dir}/*/loss_curve.png\n"
+        f"Loss curves: {config.output_dir}/*/loss_curve.png\n"
         f'Ask on: python inference.py --model={tuned} --prompt="Who are you?"\n'
         "Next: your own text, python prepare_dataset.py --input_file_path=... and python train.py"
     )

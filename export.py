@@ -31,7 +31,7 @@ output_dir = ""  # folder to write, gguf: or a .gguf file; "": beside the model,
 dtype = ""  # hf: float32, float16, bfloat16; onnx: fp32, fp16, int8; gguf: f32, f16, q8_0
 
 DTYPES = {"hf": write_hf.DTYPES, "onnx": write_onnx.DTYPES, "gguf": write_gguf.DTYPES}
-RENAMED = {"output": "output_dir", "output_path": "output_dir", "checkpoint": "model"}
+RENAMED = {"output": "output_dir"}
 # Settings of a training run for the model card: no paths and no names.
 CARD_SETTINGS = (
     "optimizer learning_rate min_lr_ratio warmup_iters weight_decay beta1 beta2 rho hess_interval "

@@ -14,15 +14,16 @@ cannot forge a turn. The tokenizer file is hastings/hastings.json, made by hasti
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+import reprlib
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer as HFTokenizer
 
+from common.errors import UserError, one_line
 from common.fast_encoder import FastEncoder
 
 CONTROL_TOKENS = ("<|pad|>", "<|endoftext|>", "<|assistant|>", "<|user|>", "<|startoftext|>")
@@ -52,13 +53,23 @@ def bytes_to_unicode() -> dict[int, str]:
     return table | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
-def load_tokenizer() -> "Tokenizer":
-    """This repository's tokenizer."""
-    return Tokenizer(Path(__file__).with_name("hastings").joinpath("hastings.json").read_bytes())
+def load_tokenizer(path: str | Path | None = None) -> "Tokenizer":
+    """Loads this repository's tokenizer, or another file in the same format.
+
+    Raises UserError when the file is missing or is not a byte-level BPE with our control tokens.
+    """
+    path = Path(__file__).with_name("hastings") / "hastings.json" if path is None else Path(path)
+    try:
+        return Tokenizer(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read the tokenizer {path}: {error.strerror or error}") from None
+    except Exception as error:  # `tokenizers` raises plain Exception for a file it cannot parse
+        reason = one_line(error)
+        raise UserError(f"{path} is not a Hastings tokenizer ({reason}): restore it") from None
 
 
 class Tokenizer:
-    """Encoder and decoder, from the content of a tokenizer file. Safe to share between threads.
+    """Encoder and decoder, made by `load_tokenizer`. Safe to share between threads.
 
     Attributes: `vocab_size`; `pad_id`, `eos_id`, `assistant_id`, `user_id`, `bos_id`; `n_text`, the
     number of ids that are text, which come first; `json_text` and `sha256` of the file; `pieces`,
@@ -74,6 +85,8 @@ class Tokenizer:
         self.pad_id, self.eos_id, self.assistant_id, self.user_id, self.bos_id = (
             control[name] for name in CONTROL_TOKENS
         )
+        if sorted(control.values()) != list(range(self.n_text, self.vocab_size)):
+            raise ValueError("the control tokens are not the last ids")
         self.json_text = content.decode("utf-8")
         self.sha256 = hashlib.sha256(content).hexdigest()
 
@@ -100,7 +113,7 @@ class Tokenizer:
         Use `allow_special` only for text that is trusted, never for that of users or web pages.
         Raises ValueError for a string with lone surrogates, which has no UTF-8 form.
         """
-        text.encode("utf-8")  # `tokenizers` would only say that it is no string
+        to_utf8(text)
         tokenizer = self._with_control if allow_special else self._ordinary
         return tokenizer.encode(text, add_special_tokens=False).ids
 
@@ -109,10 +122,9 @@ class Tokenizer:
 
         Uses `gigatoken` where it is installed and agrees with `tokenizers`.
         """
-        if isinstance(texts, str):  # each of its characters would be encoded as a text
-            raise TypeError("encode_batch takes a list of texts, not one: use encode")
-        ids, ends = self._batch_encoder.encode([text.encode("utf-8") for text in texts])
-        return [ids[start:end] for start, end in pairwise([0, *ends.tolist()])]
+        ids, ends = self._batch_encoder.encode([to_utf8(text) for text in require_list(texts)])
+        ends = ends.tolist()
+        return [ids[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
     def encode_documents(self, texts: Sequence[str | bytes]) -> tuple[np.ndarray, np.ndarray]:
         """Encodes pretraining documents: many texts, `<|endoftext|>` after each.
@@ -120,7 +132,7 @@ class Tokenizer:
         A text may be given as its UTF-8 bytes. Returns the ids of all (N,) uint16, and the end of
         each (n,) int64: document i is `ids[ends[i - 1] : ends[i]]`, the first one `ids[: ends[0]]`.
         """
-        utf8 = [text if isinstance(text, bytes) else text.encode("utf-8") for text in texts]
+        utf8 = [text if isinstance(text, bytes) else to_utf8(text) for text in require_list(texts)]
         text_ids, ends = self._batch_encoder.encode(utf8)
         ends = ends + np.arange(1, len(utf8) + 1)
         ids = np.full(len(text_ids) + len(utf8), self.eos_id, dtype=np.uint16)
@@ -142,19 +154,25 @@ class Tokenizer:
         if add_generation_prompt and messages[-1]["role"] != "user":
             raise ValueError("add_generation_prompt needs a user turn at the end")
         contents = [self.encode(message["content"]) for message in messages]
-        ids = list(chain.from_iterable(self._chat_parts(contents)))
+        ids = [int(token) for part in self._chat_parts(contents) for token in part]
         return [*ids, self.assistant_id] if add_generation_prompt else ids
 
     def encode_chat_batch(
-        self, conversations: Sequence[Sequence[dict[str, Any]]]
+        self, conversations: Iterable[Sequence[dict[str, Any]]]
     ) -> list[np.ndarray]:
         """Encodes many conversations as `encode_chat` does, with `encode_batch`: uint16 arrays."""
+        conversations = list(conversations)
         for messages in conversations:
             check_messages(messages)
-        texts = [message["content"] for messages in conversations for message in messages]
-        contents = iter(self.encode_batch(texts))
-        chats = (self._chat_parts([next(contents) for _ in chat]) for chat in conversations)
-        return [np.concatenate(parts, dtype=np.uint16, casting="unsafe") for parts in chats]
+        contents = iter(
+            self.encode_batch([message["content"] for chat in conversations for message in chat])
+        )
+        return [
+            np.concatenate(
+                self._chat_parts([next(contents) for _ in chat]), dtype=np.uint16, casting="unsafe"
+            )
+            for chat in conversations
+        ]
 
     def _chat_parts(self, contents: Sequence[Sequence[int]]) -> list[Sequence[int]]:
         """The parts of a conversation in order; contents at odd indices are the assistant's."""
@@ -168,7 +186,9 @@ class Tokenizer:
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of `ids` (T,), which may end inside a character; ValueError for unknown ids."""
-        ids = np.fromiter(ids, dtype=np.int64)
+        ids = np.asarray(list(ids) if isinstance(ids, Iterator) else ids)
+        if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
+            raise ValueError(f"ids are a row of integers, not {ids.dtype} {ids.shape}")
         outside = ids[(ids < 0) | (ids >= self.vocab_size)]
         if outside.size:
             raise ValueError(f"id {outside[0]} is not in 0..{self.vocab_size - 1}")
@@ -196,6 +216,26 @@ class Tokenizer:
         return in_assistant & (~is_control | (ids == self.eos_id))
 
 
+def require_list(texts: Sequence[Any]) -> Sequence[Any]:
+    """`texts`; TypeError for one text, whose characters would each be encoded as a text."""
+    if isinstance(texts, (str, bytes)):
+        raise TypeError("this takes a list of texts, not one: use encode")
+    return texts
+
+
+def to_utf8(text: str) -> bytes:
+    """UTF-8 bytes of a text; ValueError for lone surrogates, TypeError for another type."""
+    if not isinstance(text, str):
+        raise TypeError(f"a text is a str, not {type(text).__name__}")
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        raise ValueError(
+            f"not valid Unicode text: a lone surrogate U+{code:04X} at character {error.start}"
+        ) from None
+
+
 def check_messages(messages: Sequence[dict[str, Any]]) -> None:
     """ValueError unless `messages` alternate user and assistant, user first, with str contents."""
     if not isinstance(messages, (list, tuple)) or not messages:
@@ -205,9 +245,10 @@ def check_messages(messages: Sequence[dict[str, Any]]) -> None:
             raise ValueError(f'message {i + 1} is not {{"role": ..., "content": ...}}')
         expected = ("user", "assistant")[i % 2]
         if message["role"] != expected:
+            role = reprlib.repr(message["role"])
             raise ValueError(
-                f"message {i + 1} has role {message['role']!r:.60}, expected {expected!r}: roles "
-                "alternate user and assistant, starting with user"
+                f"message {i + 1} has role {role}, expected {expected!r}: roles alternate user "
+                "and assistant, starting with user"
             )
         if not isinstance(message["content"], str):
             kind = type(message["content"]).__name__

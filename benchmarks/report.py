@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from common.errors import UserError
 from common.files import atomic_file
 
 ROOT = Path(__file__).parents[1]
@@ -131,9 +132,14 @@ def append_record(path: Path, record: dict[str, Any]) -> None:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a file, oldest first; none without the file."""
-    text = path.read_text("utf-8") if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines()]
+    """The records of a file, oldest first; none without the file. UserError for a damaged line."""
+    records = []
+    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            raise UserError(f"{path}, line {number} is no record: delete that line") from None
+    return records
 
 
 def hardware_name(record: dict[str, Any]) -> str:

@@ -173,5 +173,5 @@ def run(config: Any, device: torch.device) -> Iterator[dict[str, Any]]:
         yield compare_steps(title, settings, rows, documents, device, dtype, rounds, compile)
         torch.compiler.reset()
         free_memory(device)
-    title = f"rows of {full.block_size} tokens, {N_DOCUMENTS:,} made-up documents"
+    title = f"rows of {full.block_size} tokens, {N_DOCUMENTS:,} synthetic documents"
     yield {"title": title, "rows": token_use(rows, documents)}

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from tokenizers import Tokenizer as HFTokenizer
 
+from common.errors import one_line
 from common.signals import interrupts_deferred
 
 # gigatoken caches every word it has met, without a limit. It starts afresh after this much text,
@@ -33,32 +34,31 @@ class FastEncoder:
     def __init__(self, tokenizer_json: str, reference: HFTokenizer, samples: Sequence[str]):
         self.tokenizer_json = tokenizer_json
         self.reference = reference
-        self.samples = [text.encode("utf-8") for text in samples]
+        self.samples = samples
         self.gigatoken: BatchEncoder | None = None
-        self.is_usable = True
+        self.is_started = False
         self.text_bytes = 0  # encoded since gigatoken last started
         self.resident = 0  # bytes of the process at that time
 
     def encode(self, texts: list[bytes]) -> EncodedBatch:
         # gigatoken returns awkward arrays, and awkward turns KeyboardInterrupt into other errors.
         with interrupts_deferred():
+            if not self.is_started:
+                self.gigatoken = self.checked_encoder(texts)
+                self.resident = resident_bytes()
+                self.is_started = True
             try:
-                if texts and self.is_usable:
-                    if self.cache_is_full():
-                        self.gigatoken = None  # frees its memory before the next one allocates
-                    encode = self.gigatoken or self.started_encoder(texts)
+                if self.gigatoken is not None and self.cache_is_full():
+                    self.gigatoken = None  # frees its memory before the next one allocates
+                    self.gigatoken = gigatoken_encoder(self.tokenizer_json)
+                    self.text_bytes, self.resident = 0, resident_bytes()
+                encode = self.gigatoken
+                if encode is not None:
                     self.text_bytes += sum(map(len, texts))
                     return encode(texts)
-            except (KeyboardInterrupt, SystemExit, MemoryError):
-                raise
             except BaseException as error:  # a Rust panic is not an Exception
-                self.gigatoken, self.is_usable = None, False
-                reason = f"{type(error).__name__}: {error}".splitlines()[0]
-                warnings.warn(
-                    f"gigatoken cannot be used ({reason}); using tokenizers, slower with the same "
-                    "result",
-                    stacklevel=3,
-                )
+                warn_slow(f"gigatoken failed ({describe_error(error)})")
+                self.gigatoken = None
         return self.encode_reference(texts)
 
     def encode_reference(self, texts: list[bytes]) -> EncodedBatch:
@@ -73,23 +73,30 @@ class FastEncoder:
         growth = resident_bytes() - self.resident
         return self.text_bytes > CACHE_TEXT_BYTES or growth > CACHE_GROWTH_BYTES
 
-    def started_encoder(self, texts: list[bytes]) -> BatchEncoder:
-        """gigatoken with an empty cache; RuntimeError where its ids differ from `reference`'s."""
-        encode = gigatoken_encoder(self.tokenizer_json)
-        starts = [text[:8000].decode("utf-8", "ignore").encode() for text in texts[:32]]
-        batch = [*self.samples, *starts]
-        if not all(map(np.array_equal, encode(batch), self.encode_reference(batch))):
-            raise RuntimeError("its ids and those of tokenizers disagree on a sample")
-        self.gigatoken, self.text_bytes, self.resident = encode, 0, resident_bytes()
-        return encode
+    def checked_encoder(self, texts: list[bytes]) -> BatchEncoder | None:
+        """gigatoken's encoder, or None with a warning if it is missing or disagrees."""
+        batch = [text.encode("utf-8") for text in self.samples]
+        batch += [text[:8000].decode("utf-8", "ignore").encode() for text in texts[:32]]
+        try:
+            encode = gigatoken_encoder(self.tokenizer_json)
+            agrees = all(map(np.array_equal, encode(batch), self.encode_reference(batch)))
+        except BaseException as error:
+            warn_slow(f"gigatoken cannot be used ({describe_error(error)})")
+            return None
+        if not agrees:
+            warn_slow("gigatoken and tokenizers disagree on a sample")
+        return encode if agrees else None
 
 
 def gigatoken_encoder(tokenizer_json: str) -> BatchEncoder:
+    """A batch encoder that runs gigatoken; raises whatever makes gigatoken unusable."""
     from gigatoken import Tokenizer as GigaTokenizer
 
     tokenizer = GigaTokenizer.from_json(tokenizer_json)
 
     def encode(texts: list[bytes]) -> EncodedBatch:
+        if not texts:
+            return np.empty(0, np.uint16), np.empty(0, np.int64)
         layout = tokenizer.encode_batch(texts).layout
         ends = np.asarray(layout.offsets.data)[1:]
         return np.asarray(layout.content.data).astype(np.uint16), ends.astype(np.int64)
@@ -104,3 +111,14 @@ def resident_bytes() -> int:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         return 0
+
+
+def describe_error(error: BaseException) -> str:
+    """One line about an error of gigatoken; an interrupt or a lack of memory is raised again."""
+    if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
+        raise error
+    return one_line(error)
+
+
+def warn_slow(reason: str) -> None:
+    warnings.warn(f"{reason}; using tokenizers, slower with the same result", stacklevel=4)

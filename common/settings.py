@@ -119,8 +119,10 @@ def unknown_argument(argument: str, defaults: dict[str, Any], renamed: dict[str,
     if not argument.startswith("--") or not name:
         return UserError(f"cannot read '{argument}': settings are given as --name=value")
     if name in renamed:
-        new = renamed[name]
-        return UserError(f"--{name} is now called --{new}: write --{new}=value")
+        new, value = renamed[name], argument.partition("=")[2] or "value"
+        if " " in new:
+            return UserError(f"--{name} {new}")
+        return UserError(f"--{name} is now called --{new}: write --{new}={value}")
     similar = difflib.get_close_matches(name, defaults, n=1)
     hint = f"did you mean --{similar[0]}?" if similar else "--help lists all of them"
     return UserError(f"unknown setting --{name}: {hint}")
@@ -134,7 +136,7 @@ def config_from_constants(
     """Builds the frozen config of a script from its `globals()` and its arguments.
 
     `argv` defaults to `sys.argv[1:]`. `renamed` maps former names of settings to the present ones,
-    for an error that names the present one. `--help` prints the script's docstring and every
+    for an error that names the present one, or to a sentence about it. `--help` prints the script's docstring and every
     setting with its description and default, then exits. Raises UserError for unknown names and
     wrong types.
     """

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from common.errors import UserError
 from common.files import file_sha256
-from tokenizer import END_OF_TEXT, START_OF_TEXT, check_messages, parse_chat
+from tokenizer import END_OF_TEXT, START_OF_TEXT, check_messages, parse_chat, to_utf8
 
 CHUNK_BYTES = 1 << 20  # read at a time
 PARQUET = ".parquet"
@@ -103,11 +103,15 @@ def read_jsonl(path: Path, advance: Callable[[int], Any]) -> Iterator[Example]:
             kind, content = parse_example(json.loads(line))
             texts = [content] if kind == "text" else [turn["content"] for turn in content]
             for text in texts if "\\u" in line else ():  # an escape can spell half a character
-                text.encode("utf-8")
-        except ValueError as error:
+                to_utf8(text)
+        except (ValueError, RecursionError) as error:
             reason = str(error)
-            if isinstance(error, json.JSONDecodeError):
+            if isinstance(error, RecursionError):
+                reason = "JSON nested too deep"
+            elif isinstance(error, json.JSONDecodeError):
                 reason = f"not JSON ({error.msg} at column {error.colno})"
+            elif "int_max_str_digits" in reason:  # Python reads integers of at most 4,300 digits
+                reason = "a number is too long"
             is_array = line.lstrip().startswith("[")
             hint = "write one object a line, not one array" if is_array else "correct it"
             raise UserError(f"{path}, line {number}: {reason}: {hint}") from None

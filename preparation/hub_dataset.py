@@ -35,6 +35,8 @@ class HubDataset:
 
     def __init__(self, name: str, config_name: str, split: str, revision: str):
         self.name, self.split, self.is_local = name, split, os.path.isdir(name)
+        if not split.strip():
+            raise UserError("hf_split is empty: name a split, such as --hf_split=train")
         if not self.is_local and "/" not in name:  # `datasets` takes "csv" for a file format
             raise UserError(f"hf_dataset={name} is neither a folder nor owner/name, as on the hub")
         if self.is_local and revision:

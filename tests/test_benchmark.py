@@ -251,3 +251,10 @@ def test_the_committed_readme_is_what_the_command_writes(tmp_path):
     hint = "run python benchmark.py --readme"
     assert (tmp_path / "README.md").read_text("utf-8") == committed, hint
     assert len(study_table(report.read_records(tmp_path / "learning.jsonl"))) > 5
+
+
+def test_a_damaged_record_is_named_in_one_line(tmp_path):
+    path = tmp_path / "r.jsonl"
+    path.write_bytes(b'{"date": "2026"}\n{"date": "20\xff')
+    with pytest.raises(UserError, match="r.jsonl, line 2 is no record: delete that line$"):
+        report.read_records(path)

@@ -384,7 +384,7 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch):
         "--output_dir=file": "file is a file: give the path of a folder to write",
         "--output_dir=.": "holds file, which is not of an earlier export",
         "--output_dir=good.pt": "--output_dir=good.pt is the model itself: choose another",
-        "--output=x": "--output is now called --output_dir: write --output_dir=value",
+        "--output=x": "--output is now called --output_dir: write --output_dir=x",
         "--typo=1": "unknown setting --typo",
     }
     for argument, message in cases.items():

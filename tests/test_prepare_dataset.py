@@ -237,6 +237,8 @@ TRUST = {"trust_control_tokens": True}
         ("in", "a,b", {}, "only .txt, .jsonl and .parquet are read"),
         ("in.jsonl", OK.encode() + b'{"text": "\xff"}', {}, "not UTF-8 at byte 38"),
         ("in.jsonl", OK + '\n{"text": "c"\n', {}, "in.jsonl, line 4: not JSON"),
+        ("in.jsonl", OK + "[" * 100_000, {}, "line 3: JSON nested too deep"),
+        ("in.jsonl", OK + "1" * 5000, {}, "line 3: a number is too long: correct it"),
         (
             "in.jsonl",
             '\n[\n{"text": "a"}\n]',
@@ -253,7 +255,7 @@ TRUST = {"trust_control_tokens": True}
         ("in.jsonl", OK + '{"answer": "x"}', {}, "line 3: expected exactly one of"),
         ("in.jsonl", OK + '{"text": "a", "messages": []}', {}, "found text and messages"),
         ("in.jsonl", OK + '{"text": 5}', {}, 'line 3: "text" is not a string but int: correct it'),
-        ("in.jsonl", OK + '{"text": "\\ud800"}', {}, "surrogates not allowed: correct it"),
+        ("in.jsonl", OK + '{"text": "\\ud800"}', {}, "line 3: not valid Unicode"),
         ("in.jsonl", '{"question": "x"}', {}, 'line 1: "answer" is not a string but missing'),
         ("in.jsonl", '{"question": 1, "answer": ""}', {}, 'line 1: "question" is not a string'),
         ("in.jsonl", '{"messages": {}}', {}, "line 1: a conversation is a non-empty list"),

@@ -216,6 +216,12 @@ def test_links_lead_somewhere():
         assert missing == [], page
 
 
+def test_readme_names_every_script_and_folder():
+    text = (ROOT / "README.md").read_text("utf-8")
+    names = sorted({path.parts[0] for path in FILES})
+    assert [name for name in names if f"]({name})" not in text] == []
+
+
 def test_requirements_are_pinned():
     paths = [ROOT / "requirements.txt", *(ROOT / "requirements").glob("*.txt")]
     assert len(paths) == 5

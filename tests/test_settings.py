@@ -83,7 +83,7 @@ def test_switches_and_values_that_begin_with_a_dash(argv, name, value):
         ("--finetune=maybe", "expected True or False"),
         ("--finetune=", "expected True or False"),
         ("--batch_size", "--batch_size needs a value: write --batch_size=16"),
-        ("--input=a", "--input is now called --out_dir: write --out_dir=value"),
+        ("--input=a", "--input is now called --out_dir: write --out_dir=a"),
         ("--input", "--input is now called --out_dir"),
         ("batch_size=4", "given as --name=value"),
         ("-batch_size=4", "given as --name=value"),

@@ -94,8 +94,8 @@ def pack(
     """Best-fit decreasing: (order, borders); row r holds segments order[borders[r]:borders[r + 1]].
 
     Segments of one length are interchangeable, so all of them are placed at once: into the fullest
-    rows with space first, into new rows last. `rng` decides which segments share
-    a row and the order of the rows.
+    rows with space first, into new rows last. `rng` decides
+    which segments share a row, and the order of the rows.
     """
     shuffled = rng.permutation(len(lengths))
     segments = shuffled[np.argsort(-lengths[shuffled], kind="stable")]  # longest first

@@ -11,7 +11,6 @@ from common.errors import UserError
 from common.prefetch import Prefetcher
 from model import GPT
 from ops.cross_entropy import IGNORE_INDEX
-from sophia_triton import SophiaG
 from tokenizer import Tokenizer
 from training.distributed import SINGLE_PROCESS, Ranks
 from training.optimizers import gradient_scale, make_optimizer
@@ -71,7 +70,7 @@ class Trainer:
 
     @property
     def uses_hessian(self) -> bool:
-        return isinstance(self.optimizer, SophiaG)
+        return hasattr(self.optimizer, "update_hessian")
 
     def loss_sum(
         self, batch: Batch, sample_targets: bool = False, forward: Any = None
