@@ -135,10 +135,9 @@ def config_from_constants(
 ) -> Any:
     """Builds the frozen config of a script from its `globals()` and its arguments.
 
-    `argv` defaults to `sys.argv[1:]`. `renamed` maps former names of settings to the present ones,
-    for an error that names the present one, or to a sentence about it. `--help` prints the script's docstring and every
-    setting with its description and default, then exits. Raises UserError for unknown names and
-    wrong types.
+    `argv` defaults to `sys.argv[1:]`. `renamed` maps a former name to the present one, or to a
+    sentence about it, for the error. `--help` prints the script's docstring and every setting with
+    its description and default, then exits. Raises UserError for unknown names and wrong types.
     """
     defaults = settings_of(namespace)
     try:

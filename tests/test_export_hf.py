@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_model import enlarge_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import export
@@ -49,13 +50,7 @@ def write_checkpoint(path: Path, rope_style: str, **facts) -> None:
     torch.manual_seed(0)
     shape = {"n_embd": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "block_size": 128}
     shape |= {"rope_theta": 5000.0, "layer_norm_eps": 1e-3}
-    gpt = GPT(GPTConfig(**shape, rope_style=rope_style))
-    with torch.no_grad():
-        for parameter in gpt.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(8)
-            else:
-                parameter.uniform_(0.5, 1.5)
+    gpt = enlarge_weights(GPT(GPTConfig(**shape, rope_style=rope_style)))
     state = {"model_state_dict": gpt.state_dict(), "model_args": gpt.config.to_dict()}
     with atomic_file(path) as file:
         torch.save(state | facts, file)

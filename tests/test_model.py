@@ -25,6 +25,17 @@ TINY = GPTConfig(
 )
 
 
+def enlarge_weights(model: torch.nn.Module) -> torch.nn.Module:
+    """`model` with random weights so large that every part of it matters."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(8)
+            else:
+                parameter.uniform_(0.5, 1.5)
+    return model
+
+
 def tiny_model(seed: int = 0, **changes) -> GPT:
     torch.manual_seed(seed)
     model = GPT(dataclasses.replace(TINY, **changes))

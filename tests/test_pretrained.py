@@ -13,6 +13,7 @@ import pytest
 import torch
 from fake_hub import COMMIT, FakeHub
 from safetensors.torch import load_file, save_file
+from test_model import enlarge_weights
 
 from checkpoint import load_model
 from common.errors import UserError
@@ -29,13 +30,7 @@ def large_gpt(rope_style: str = "llama") -> GPT:
     """A model whose random weights are large enough that every part of it matters."""
     torch.manual_seed(3)
     gpt = GPT(GPTConfig(**CONFIG.to_dict() | {"rope_style": rope_style})).eval()
-    with torch.no_grad():
-        for parameter in gpt.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(8)
-            else:
-                parameter.uniform_(0.5, 1.5)
-    return gpt
+    return enlarge_weights(gpt)
 
 
 @pytest.fixture(scope="module")
@@ -56,13 +51,8 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]
         rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
         tie_word_embeddings=True,
     )
-    model = LlamaForCausalLM(config).eval()
+    model = enlarge_weights(LlamaForCausalLM(config).eval())
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(8)
-            else:
-                parameter.uniform_(0.5, 1.5)
         logits = model(IDS).logits
     folder = tmp_path_factory.mktemp("llama")
     model.save_pretrained(folder)
