@@ -55,7 +55,7 @@ from training.metrics import read_metrics
 runs = {}
 for dtype in ("float32", "bfloat16"):
     path = Path(sys.argv[1], dtype, "metrics.jsonl")
-    runs[dtype] = {row["step"]: row for row in read_metrics(path)} if path.exists() else {}
+    runs[dtype] = {row["step"]: row for row in read_metrics(path) if "loss" in row} if path.exists() else {}
 for step in sorted(runs["float32"].keys() | runs["bfloat16"].keys()):
     rows = [run.get(step, {}) for run in runs.values()]
     losses = [row.get("loss") for row in rows]
