@@ -35,6 +35,7 @@ from common.manifest import make_manifest, publish
 from common.settings import config_from_constants, run_script, settings_of
 from dataset import ShardWriter
 from preparation.example_readers import Input, open_input
+from preparation.output_folder import STAGING_FOLDERS, refuse_other_dataset
 from tokenizer import load_tokenizer
 
 # input and output
@@ -53,6 +54,7 @@ val_split = 0.01  # fraction of the examples kept for validation
 val_file_path = ""  # validation examples, any file as above; val_split is then not used
 seed = 1337  # seed of the shuffle, which also draws the validation examples
 
+SCRIPT = "prepare_dataset.py"
 BATCH_CHARACTERS, BATCH_EXAMPLES = 4 << 20, 8192  # encoded at a time, at most
 
 
@@ -127,22 +129,38 @@ def split(order: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 @contextmanager
-def staging_directory(output: Path) -> Iterator[Path]:
-    """A temporary directory in `output`, locked for this run; UserError if it cannot be made."""
-    staging = output / ".preparing"
+def locked_output(output: Path) -> Iterator[None]:
+    """Makes `output` and locks it for this run; UserError if it is not ours to write to."""
     new_folders = [folder for folder in (output, *output.parents) if not os.path.exists(folder)]
     with ExitStack() as stack:
         stack.callback(remove_empty, new_folders)
-        try:
+        with write_errors(output):
             output.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(locked(output, "prepare_dataset.py"))
-            stack.callback(shutil.rmtree, staging, ignore_errors=True)
-            shutil.rmtree(staging, ignore_errors=True)  # left by a run that was killed
+            stack.enter_context(locked(output, "preparation"))
+        refuse_other_dataset(output, SCRIPT)
+        yield
+
+
+@contextmanager
+def staging_directory(output: Path) -> Iterator[Path]:
+    """A temporary directory in the locked `output`."""
+    staging = output / STAGING_FOLDERS[SCRIPT]
+    try:
+        shutil.rmtree(staging, ignore_errors=True)  # left by a run that was killed
+        with write_errors(output):
             staging.mkdir()
-        except OSError as error:
-            reason = error.strerror or error
-            raise UserError(f"cannot write to {output} ({reason}): set --output_dir=...") from None
         yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def write_errors(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"cannot write to {output} ({reason}): set --output_dir=...") from None
 
 
 def remove_empty(folders: list[Path]) -> None:
@@ -240,14 +258,15 @@ def main(argv: list[str] | None = None) -> int:
     check_settings(config)
     tokenizer = load_tokenizer()
     output = Path(config.output_dir)
-    with staging_directory(output) as staging:
+    with locked_output(output):
         inputs = open_inputs(config)
         # The shards have about half the bytes of the text, and are twice on the disk for a while.
         text_bytes = sum(source.bytes for source in inputs)
         what, advice = "the dataset may need up to", "make room if the disk fills up"
         check_free_space(output, text_bytes, what, advice, is_error=False)
-        manifest = prepare(config, inputs, tokenizer, staging)
-        publish(staging, output, manifest)
+        with staging_directory(output) as staging:
+            manifest = prepare(config, inputs, tokenizer, staging)
+            publish(staging, output, manifest)
     print_summary(manifest, output)
     return 0
 

@@ -35,22 +35,25 @@ from preparation import hub_download
 from preparation.filters import Documents
 from preparation.input_files import (
     InputFile,
-    LocalFile,
     check_disk,
     files_identity,
     input_files,
     is_local,
-    local_files,
     refuse_if_changed,
 )
+from preparation.local_files import LocalFile, local_files
+from preparation.output_folder import refuse_other_dataset
 from preparation.resumable_parts import (
     DOWNLOAD,
+    SCRIPT,
     STAGING,
     Part,
     check_sizes,
+    claim,
     finish,
     part_folder,
     read_record,
+    read_records,
     refuse_if_different,
 )
 from tokenizer import load_tokenizer
@@ -79,7 +82,6 @@ workers = 0  # threads of the tokenizer; 0: one for each core
 rank = -1  # number of this process among `world_size`; -1: as torchrun says, or the only one
 world_size = 0  # number of processes; 0: as torchrun says, or 1
 
-SCRIPT = "prepare_dataset_fineweb.py"
 SETTINGS = (  # which decide the bytes of the shards
     "language_filter",
     "language_score_threshold",
@@ -123,7 +125,12 @@ class Progress:
 
 
 def open_parts(
-    output: Path, config: Any, files: list[InputFile], indices: list[int], stack: ExitStack
+    output: Path,
+    config: Any,
+    files: list[InputFile],
+    indices: list[int],
+    identity: dict[str, Any],
+    stack: ExitStack,
 ) -> Iterator[tuple[Path, Part]]:
     """Locks the part of each input file and downloads the file: yields (path, part).
 
@@ -138,6 +145,7 @@ def open_parts(
         if read_record(folder / "part.json") or (output / "manifest.json").exists():
             resources.close()
             continue
+        claim(output, identity)  # the folder may have been removed, and be another run's by now
         if isinstance(file, LocalFile):
             path, sha256 = file.path, file_sha256(file.path)
         else:
@@ -171,7 +179,7 @@ def prepare_parts(
             (folder / DOWNLOAD).unlink(missing_ok=True)
     progress = Progress([files[i] for i in indices], [files[i] for i in todo])
     stack = ExitStack()
-    parts = Prefetcher(open_parts(output, config, files, todo, stack), depth=1)
+    parts = Prefetcher(open_parts(output, config, files, todo, identity, stack), depth=1)
     storing: Future | None = None
     try:
         with stack, ThreadPoolExecutor(1) as pool:
@@ -208,14 +216,11 @@ def read_finished(output: Path, config: Any, tokenizer: Any) -> dict[str, Any] |
                 "move it away"
             )
         return None
-    old = manifest["settings"]
-    if "files" not in old:
-        raise UserError(f"{output} holds a dataset of another script: choose another --output_dir")
-    files = []
+    old, files = manifest["settings"], []
     if is_local(config.source):
         with suppress(UserError):  # the input may be gone
             files = local_files(config.source)
-    names = files_identity(files) if files else old["files"]
+    names = files_identity(files) if files else old.get("files")
     refuse_if_different(output, "a finished", output, old, identity_of(config, tokenizer, names))
     if files:
         refuse_if_changed(manifest["sources"], files)
@@ -290,6 +295,7 @@ def main(argv: list[str] | None = None) -> int:
     # gigatoken and tokenizers read this when they start.
     os.environ["RAYON_NUM_THREADS"] = str(config.workers or max(1, cores))
     tokenizer, output = load_tokenizer(), Path(config.output_dir)
+    refuse_other_dataset(output, SCRIPT)
     if manifest := read_finished(output, config, tokenizer):
         shutil.rmtree(output / STAGING, ignore_errors=True)
         print(f"{output} is finished already, there is nothing to do")
@@ -298,35 +304,30 @@ def main(argv: list[str] | None = None) -> int:
 
     files = input_files(config)
     identity = identity_of(config, tokenizer, files_identity(files))
-    part_files = [part_folder(output, i) / "part.json" for i in range(len(files))]
-    records = [read_record(path) for path in part_files]
-    for record in filter(None, records):
-        staging = output / STAGING
-        refuse_if_different(output, "an unfinished", staging, record["identity"], identity)
-    refuse_if_changed([record and record["source"] for record in records], files)
+    records = read_records(output, files, identity)
     todo = [file for file, record in zip(files, records, strict=True) if not record]
     check_disk(output, config, todo)
     if any(records):
         n_done = len(files) - len(todo)
         print(f"going on: {n_done} of {len(files)} files are prepared already")
-    output.mkdir(parents=True, exist_ok=True)
+    claim(output, identity)
     own_indices = range(rank, len(files), world_size)
     try:
         prepare_parts(output, config, tokenizer, files, own_indices, identity)
     except KeyboardInterrupt:
-        n_done = sum(path.exists() for path in part_files)
+        n_done = sum((part_folder(output, i) / "part.json").exists() for i in range(len(files)))
         print(
             f"\n{n_done} of {len(files)} files are prepared: run the same command to go on",
             file=sys.stderr,
         )
         raise
 
-    with locked(output, SCRIPT, wait=True):
+    with locked(output, "preparation", wait=True):
         manifest = read_finished(output, config, tokenizer)
         if manifest:  # by another process in between
             shutil.rmtree(output / STAGING, ignore_errors=True)
         else:
-            records = [read_record(path) for path in part_files]
+            records = read_records(output, files, identity)
             if n_missing := records.count(None):
                 print(
                     f"this process is done; the others have {n_missing} of {len(files)} files "

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from common.errors import UserError
-from common.files import file_sha256
+from preparation.local_files import LocalFile, local_files
 from tokenizer import END_OF_TEXT, START_OF_TEXT, check_messages, parse_chat, to_utf8
 
 CHUNK_BYTES = 1 << 20  # read at a time
@@ -125,7 +125,8 @@ class TextFile:
 
     def __init__(self, path: Path, trusted: bool):
         self.path, self.name = path, path.name
-        self.size = self.bytes = path.stat().st_size
+        self.file = LocalFile.at(path, path.name)
+        self.size = self.bytes = self.file.bytes
         self.read = read_chat_txt if trusted else read_txt
         if path.suffix.lower() == ".jsonl":
             self.read = read_jsonl
@@ -137,7 +138,7 @@ class TextFile:
         return self.read(self.path, advance)
 
     def sources(self) -> list[dict[str, Any]]:
-        return [{"name": self.name, "bytes": self.size, "sha256": file_sha256(self.path)}]
+        return [self.file.source()]
 
 
 def parse_example(row: Any) -> tuple[str, Any]:
@@ -195,14 +196,14 @@ def table_example(row: dict[str, Any], position: str) -> Example:
 
 
 class ParquetFiles:
-    """Parquet files (`input_files.LocalFile`s), of which only the example columns are read.
+    """Parquet files, of which only the example columns are read.
 
     Raises UserError, before any row is read, if a file is damaged or lacks those columns.
     """
 
     unit = " rows"
 
-    def __init__(self, files: list[Any]):
+    def __init__(self, files: list[LocalFile]):
         self.files = files
         self.name = files[0].name if len(files) == 1 else f"{len(files)} files"
         self.size = self.bytes = 0
@@ -232,10 +233,7 @@ class ParquetFiles:
             file.close()
 
     def sources(self) -> list[dict[str, Any]]:
-        return [
-            {"name": local.name, "bytes": local.bytes, "sha256": file_sha256(local.path)}
-            for local in self.files
-        ]
+        return [file.source() for file in self.files]
 
 
 def open_input(text: str, name: str, trusted: bool) -> TextFile | ParquetFiles:
@@ -273,6 +271,4 @@ def open_input(text: str, name: str, trusted: bool) -> TextFile | ParquetFiles:
             )
         if suffix != PARQUET:
             return TextFile(path, trusted)
-    from preparation.input_files import local_files
-
     return ParquetFiles(local_files(text, name))

@@ -18,6 +18,7 @@ import pyarrow as pa
 from common.errors import UserError
 from common.files import file_sha256
 from preparation.example_readers import Example, example_columns, table_example
+from preparation.local_files import LocalFile
 from preparation.parquet import ParquetFile
 
 BATCH_ROWS = 512
@@ -57,6 +58,8 @@ class HubDataset:
             )
             self.config_name, self.commit = builder.config.name, builder.hash
             self.data_files = builder.config.data_files or {}
+            paths = (path for paths in self.data_files.values() for path in paths)
+            self.files = {path: self.local_file(path) for path in paths} if self.is_local else {}
             if isinstance(builder, Cache):
                 self.check_cached(revision)
             elif not self.is_local and not os.path.isdir(builder.cache_dir):
@@ -70,6 +73,11 @@ class HubDataset:
 
     def __str__(self) -> str:
         return f"{self.name}, split {self.split}"
+
+    def local_file(self, path: str) -> LocalFile:
+        root, path = Path(self.name).resolve(), Path(path)
+        name = path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
+        return LocalFile.at(path, name)
 
     def check_cached(self, revision: str) -> None:
         """UserError if `revision` is not the newest commit in the cache, the only one readable."""
@@ -131,12 +139,8 @@ class HubDataset:
         # ["train", "test"] for "train[:10]+test"
         names = [term.partition("[")[0].strip() for term in self.split.split("+")]
         names = self.data_files if "all" in names else set(names)
-        root, sources = Path(self.name).resolve(), []
-        for path in sorted(Path(file) for name in names for file in self.data_files[name]):
-            name = path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
-            content = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-            sources.append({"name": name, **split, **content})
-        return sources
+        paths = sorted(path for name in names for path in self.data_files[name])
+        return [{"name": "", **split, **self.files[path].source()} for path in paths]
 
 
 def read_in_batches(builder: Any) -> None:

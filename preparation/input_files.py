@@ -1,26 +1,15 @@
 """The input files of a preparation: local Parquet files, or those of a dataset on the Hub."""
 
-import glob
 import hashlib
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
 from common.files import check_free_space, file_sha256
 from preparation import hub_download
-
-
-@dataclass(frozen=True)
-class LocalFile:
-    """A local input file; `name` is its path relative to the common parent of the input files."""
-
-    path: Path
-    name: str
-    bytes: int
-
+from preparation.local_files import LocalFile, local_files
 
 InputFile = LocalFile | hub_download.HubFile
 
@@ -30,25 +19,6 @@ def is_local(source: str) -> bool:
     is_repo_id = source.count("/") == 1 and not any(mark in source for mark in "*?[\\~:")
     is_path = source.endswith(".parquet") or os.path.exists(source) or source[0] in "./"
     return not is_repo_id or is_path
-
-
-def local_files(pattern: str, setting: str = "source") -> list[LocalFile]:
-    """The files that match a path, a folder or a pattern, sorted; UserError if there are none.
-
-    `setting` is the name of the setting with the pattern, for the error message.
-    """
-    path = Path(pattern).expanduser()
-    if path.is_dir():
-        matches = path.glob("*.parquet")
-    elif path.exists():  # though its name may look like a pattern
-        matches = [path]
-    else:
-        matches = map(Path, glob.glob(str(path), recursive=True))
-    paths = sorted({path for path in matches if path.is_file()})
-    if not paths:
-        raise UserError(f"no files match --{setting}={pattern}: give a folder or a pattern")
-    parent = Path(os.path.commonpath([path.parent for path in paths]))
-    return [LocalFile(p, p.relative_to(parent).as_posix(), p.stat().st_size) for p in paths]
 
 
 def input_files(config: Any) -> list[InputFile]:
@@ -76,14 +46,9 @@ def refuse_if_changed(sources: list[dict[str, Any] | None], files: list[InputFil
 
 
 def is_rewritten(source: dict[str, Any], file: InputFile) -> bool:
-    if "modified" not in source or source["modified"] == modification_time(file):
+    if "modified" not in source or source["modified"] == getattr(file, "modified", None):
         return False
     return file_sha256(file.path) != source["sha256"]
-
-
-def modification_time(file: InputFile) -> int | None:
-    """A local file's time of modification in nanoseconds."""
-    return file.path.stat().st_mtime_ns if isinstance(file, LocalFile) else None
 
 
 def check_disk(output: Path, config: Any, files: list[InputFile]) -> None:

@@ -19,14 +19,17 @@ import numpy as np
 from tqdm import tqdm
 
 from common.errors import UserError
-from common.files import atomic_file
+from common.files import atomic_file, locked
 from common.manifest import make_manifest, write_manifest
 from common.prefetch import Prefetcher
 from dataset import NpzDataset, ShardWriter
 from preparation.filters import EMPTY, Counts, read_documents
-from preparation.input_files import InputFile, modification_time
+from preparation.input_files import InputFile, refuse_if_changed
+from preparation.local_files import LocalFile
+from preparation.output_folder import STAGING_FOLDERS, refuse_other_dataset
 
-STAGING = ".preparing"
+SCRIPT = "prepare_dataset_fineweb.py"
+STAGING = STAGING_FOLDERS[SCRIPT]
 DOWNLOAD = "input.parquet"  # in a part's folder
 DUPLICATE = "duplicate text"
 SOURCE = ("name", "bytes", "sha256")
@@ -63,6 +66,8 @@ class Part:
                 on_batch(batch, len(ids), self.file.bytes)
         finally:
             batches.close()
+        if isinstance(self.file, LocalFile):
+            self.file.refuse_if_rewritten()
 
     def store(self, config: Any, identity: dict[str, Any]) -> dict[str, Any]:
         """Writes the shards in the order of the keys, then part.json; returns its content."""
@@ -88,7 +93,7 @@ class Part:
                     "name": self.file.name,
                     "bytes": self.file.bytes,
                     "sha256": self.sha256,
-                    "modified": modification_time(self.file),
+                    "modified": getattr(self.file, "modified", None),
                 },
                 "documents": self.counts.documents,
                 "text_bytes": self.text_bytes,
@@ -134,6 +139,37 @@ def read_record(path: Path) -> dict[str, Any] | None:
 def write_record(path: Path, record: dict[str, Any]) -> None:
     with atomic_file(path) as file:
         file.write(json.dumps(record, indent=1).encode("ascii"))
+
+
+def claim(output: Path, identity: dict[str, Any]) -> None:
+    """Makes the staging folder that of a run with this identity; UserError if it is another's."""
+    staging = output / STAGING
+    claimed = read_record(staging / "run.json")
+    if claimed is None:
+        output.mkdir(parents=True, exist_ok=True)
+        with locked(output, "preparation", wait=True):
+            refuse_other_dataset(output, SCRIPT)
+            claimed = read_record(staging / "run.json")
+            if claimed is None:
+                staging.mkdir(exist_ok=True)
+                write_record(staging / "run.json", identity)
+                return
+    refuse_if_different(output, "an unfinished", staging, claimed, identity)
+
+
+def read_records(
+    output: Path, files: list[InputFile], identity: dict[str, Any]
+) -> list[dict[str, Any] | None]:
+    """The record of each input file's part, None if it is not complete.
+
+    UserError if a part was prepared with another identity or from another file.
+    """
+    staging = output / STAGING
+    records = [read_record(part_folder(output, i) / "part.json") for i in range(len(files))]
+    for record in filter(None, records):
+        refuse_if_different(output, "an unfinished", staging, record["identity"], identity)
+    refuse_if_changed([record and record["source"] for record in records], files)
+    return records
 
 
 def refuse_if_different(

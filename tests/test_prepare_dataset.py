@@ -510,14 +510,14 @@ def test_too_little_disk_space_is_said_before_the_work(monkeypatch, capsys):
 
 def test_two_runs_do_not_share_an_output_directory(tokenizer):
     out = prepare("old 1<|endoftext|>old 2")
-    (out / ".preparing").mkdir()
-    (out / ".preparing" / "train.npz").write_text("of the other run")
+    (out / ".prepare_dataset").mkdir()
+    (out / ".prepare_dataset" / "train.npz").write_text("of the other run")
     with locked(out, "run"), pytest.raises(UserError) as caught:
         prepare("new 1<|endoftext|>new 2")
     assert str(caught.value) == (
-        "another prepare_dataset.py is writing to out: wait for it or choose another place"
+        "another preparation is writing to out: wait for it or choose another place"
     )
-    assert (out / ".preparing" / "train.npz").read_text() == "of the other run"
+    assert (out / ".prepare_dataset" / "train.npz").read_text() == "of the other run"
     prepare("new 1<|endoftext|>new 2")
     assert texts_of(out, tokenizer) == ["new 1<|endoftext|>", "new 2<|endoftext|>"]
 
@@ -581,7 +581,7 @@ def test_file_size_limit():
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)),
     )
     assert result.returncode == 1
-    assert "`ulimit -f` allows while writing out/.preparing" in result.stderr
+    assert "`ulimit -f` allows while writing out/.prepare_dataset" in result.stderr
     assert result.stderr.count("\n") == 1
     assert os.listdir() == ["in.txt"]
 
@@ -614,13 +614,13 @@ def test_a_killed_run_leaves_the_old_output(tokenizer, signal_number):
     while not Path("working").exists():
         assert child.poll() is None, child.stderr.read()
         time.sleep(0.01)
-    assert {"train.npz", "val.npz"} <= set(os.listdir("out/.preparing"))
+    assert {"train.npz", "val.npz"} <= set(os.listdir("out/.prepare_dataset"))
     child.send_signal(signal_number)
     _, stderr = child.communicate(timeout=30)
     assert texts_of(Path("out"), tokenizer) == ["old 1<|endoftext|>", "old 2<|endoftext|>"]
     if signal_number == signal.SIGINT:
         assert (child.returncode, stderr) == (130, "interrupted\n")
-        assert not Path("out/.preparing").exists()
+        assert not Path("out/.prepare_dataset").exists()
     else:
         assert child.returncode == -signal.SIGKILL
     prepare("new 1<|endoftext|>new 2")  # the next run is not disturbed by what was left

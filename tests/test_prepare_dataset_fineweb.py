@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,12 +22,13 @@ from fake_hub import COMMIT, FakeHub
 from huggingface_hub import constants
 from kill_and_prepare import SETTINGS, contents, kill_and_prepare, make_source, write_parquet
 
+import prepare_dataset
 import prepare_dataset_fineweb as script
 from common import files
 from common.errors import UserError
 from common.manifest import read_manifest
 from dataset import open_split
-from preparation import hub_download, resumable_parts
+from preparation import hub_download, local_files, resumable_parts
 from tokenizer import load_tokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -275,11 +277,102 @@ def test_an_unfinished_output_refuses_other_settings(source):
 
 def test_other_data_in_the_output_is_left_alone(source):
     Path("out").mkdir()
-    Path("out/train.npz").write_bytes(b"mine")
-    refused("train.npz is there without a manifest.json", source)
+    Path("out/mine.npz").write_bytes(b"mine")
+    refused("mine.npz is there without a manifest.json", source)
     Path("out/manifest.json").write_text("{}")
     refused("damaged", source)
-    assert Path("out/train.npz").read_bytes() == b"mine"
+    assert Path("out/mine.npz").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("state", ["an unfinished dataset", "a dataset"])
+def test_neither_script_touches_a_dataset_of_the_other(source, state):
+    Path("in.txt").write_text("one<|endoftext|>two")
+    text = ["--val_split=0.5", "--output_dir=out"]
+    prepare(source, **({"rank": 0, "world_size": 2} if state == "an unfinished dataset" else {}))
+    before = contents(Path("out"))
+    for name in ("in.txt", "typo.txt"):
+        with pytest.raises(UserError, match=f"out holds {state} of prepare_dataset_fineweb.py"):
+            prepare_dataset.main([f"--input_file_path={name}", *text])
+    assert contents(Path("out")) == before
+
+    text[1] = "--output_dir=texts"
+    assert prepare_dataset.main(["--input_file_path=in.txt", *text]) == 0
+    if state == "an unfinished dataset":  # as a killed run leaves it
+        Path("texts/train.npz").rename(made(Path("texts/.prepare_dataset")) / "train.npz")
+    before = contents(Path("texts"))
+    refused(f"texts holds {state} of prepare_dataset.py", source, "texts")
+    assert contents(Path("texts")) == before
+
+
+def test_a_mistake_in_the_input_removes_nothing(tokenizer):
+    made(Path("out/.prepare_dataset/kept"))
+    with pytest.raises(UserError, match="typo.txt does not exist"):
+        prepare_dataset.main(["--input_file_path=typo.txt", "--output_dir=out"])
+    assert Path("out/.prepare_dataset/kept").exists()
+
+
+def test_processes_with_different_settings_do_not_mix(source, monkeypatch):
+    """From the first moment on, when no part is complete yet, and until the dataset is finished."""
+    started = []
+
+    def other_settings(*args):
+        if not started:
+            started.append(args)
+            refused("min_int_score was 3, is 4", source, min_int_score=4, rank=1, world_size=2)
+        return real(*args)
+
+    real = script.prepare_parts
+    monkeypatch.setattr(script, "prepare_parts", other_settings)
+    prepare(source, rank=0, world_size=2)
+    assert started
+
+    def removed_in_between(*args):  # and another one started there
+        record = json.loads((part / "part.json").read_text())
+        record["identity"]["min_int_score"] = 4
+        real(*args)
+        (part / "part.json").write_text(json.dumps(record))
+
+    part = resumable_parts.part_folder(Path("out"), 0)
+    monkeypatch.setattr(script, "prepare_parts", removed_in_between)
+    refused("min_int_score was 4, is 3", source)
+    assert not Path("out/manifest.json").exists()
+
+
+def test_a_file_that_changes_while_it_is_read(source, monkeypatch):
+    write("in/a.parquet")
+    Path("in.txt").write_text("one<|endoftext|>two")
+
+    def changed(path):
+        digest = real(path)
+        path.write_bytes(path.read_bytes())
+        os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))  # however coarse the clock is
+        return digest
+
+    real = files.file_sha256
+    for module in (script, local_files):
+        monkeypatch.setattr(module, "file_sha256", changed)
+    refused("in/a.parquet was changed while it was read: run again", "in", val_split=0.5)
+    for path in ("in.txt", "in/a.parquet"):
+        with pytest.raises(UserError, match=f"{path} was changed while it was read: run again"):
+            prepare_dataset.main([f"--input_file_path={path}", "--output_dir=texts"])
+    assert not Path("texts").exists()
+
+
+def test_a_file_reached_twice_is_read_once(source, capsys):
+    folder = made(Path("in/deep"))
+    shutil.copy(source / "000.parquet", folder / "a.parquet")
+    (folder / "loop").symlink_to("..")
+    (folder / "also").symlink_to("..")  # two loops: 2^40 paths
+    (folder / ".hidden").mkdir()
+    expected = contents(prepare("in/**/*.parquet", "once"))
+    assert "note" not in capsys.readouterr().out
+    assert read_manifest("once")["documents_read"] == 600
+    Path("in/deep/b.parquet").symlink_to("a.parquet")
+    assert contents(prepare("in/deep/*", "twice")) == expected
+    printed = capsys.readouterr().out
+    assert (
+        "note: the same file is read only once: in/deep/b.parquet is in/deep/a.parquet" in printed
+    )
 
 
 def test_two_processes_that_finish_together(source, monkeypatch):
