@@ -20,6 +20,7 @@ import torch
 
 from common.errors import UserError
 from common.files import atomic_file
+from formats.llama import check_bounds
 from formats.pretrained import gpt_from_folder, resolve_model
 from model import GPT, GPTConfig
 
@@ -60,6 +61,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path} is not there: give the path of a .pt checkpoint")
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not notice flipped bits
+            if any(member.compress_type for member in archive.infolist()):
+                raise UserError(f"{path} is compressed, which torch.save never does")
             damaged_member = archive.testzip()
         if damaged_member is not None:
             raise UserError(f"{path} is damaged (its {damaged_member} does not match its checksum)")
@@ -82,12 +85,16 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 def model_from_checkpoint(state: dict[str, Any], name: str | Path, **changes: Any) -> GPT:
     """The model of a loaded checkpoint, its `model_args` with `changes`, in training mode."""
     try:
-        model = GPT(model_config(state["model_args"] | changes))
+        config = model_config(state["model_args"] | changes)
         weights = clean_state_dict(state["model_state_dict"])
+        check_bounds(config, weights)
+        with torch.device("meta"):  # names and shapes, before memory is taken
+            GPT(config).load_state_dict(weights, assign=True)
         head, embedding = weights.get("lm_head.weight"), weights.get("tok_embeddings.weight")
         both = head is not None and embedding is not None
         if both and not torch.equal(head, embedding):
             raise ValueError("lm_head.weight is not tok_embeddings.weight")
+        model = GPT(config)
         model.load_state_dict(weights)
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]

@@ -11,8 +11,8 @@ import os
 import re
 import struct
 import tempfile
+import tokenize
 import zipfile
-import zlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -25,6 +25,7 @@ from common.files import atomic_file, file_sha256, named_errors
 from common.manifest import check_manifest, read_manifest
 
 CHUNK = 1 << 20  # values checked or bytes copied at a time
+MAX_EXPANSION = 100  # of a compressed array: opening takes memory in proportion to the file's size
 
 
 class NpzDataset:
@@ -41,12 +42,12 @@ class NpzDataset:
             with zipfile.ZipFile(self.path) as archive:
                 self.tokens = self._read_array(archive, "tokens")
                 self.offsets = self._read_array(archive, "offsets")
-        except UserError:
+        except (UserError, MemoryError):
             raise
-        except (zipfile.BadZipFile, zlib.error, EOFError, struct.error, RuntimeError, ValueError):
+        except Exception as error:  # of zipfile, a decompressor or NumPy's parser
+            if isinstance(error, OSError) and error.errno:
+                raise UserError(f"cannot read {self.path}: {error.strerror}") from None
             raise self._error("is truncated or is not a .npz file") from None
-        except OSError as error:
-            raise UserError(f"cannot read {self.path}: {error.strerror or error}") from None
         self._check_offsets()
         self.tokens = self._as_uint16(self.tokens)
         self._plain_tokens = np.asarray(self.tokens)  # slicing a memmap object costs ten times more
@@ -82,11 +83,13 @@ class NpzDataset:
                     raise self._error(f"has '{name}' as {dtype} {shape}, not a row of integers")
                 if info.file_size != header_bytes + shape[0] * dtype.itemsize:
                     raise self._error(f"has an array '{name}' of the wrong length")
+                if info.file_size > max(MAX_EXPANSION * info.compress_size, CHUNK):
+                    raise self._error(f"has '{name}' compressed more than any text can be")
                 if info.compress_type != zipfile.ZIP_STORED or shape[0] == 0:
                     return np.frombuffer(member.read(), dtype, count=shape[0])
         except UserError:
             raise
-        except ValueError:
+        except (ValueError, SyntaxError, RecursionError, tokenize.TokenError):
             raise self._error(f"has an array '{name}' that is not in .npy format") from None
 
         with open(self.path, "rb") as file:  # the local header's extra field may differ from info's
@@ -297,17 +300,24 @@ def open_split(
 
 def split_files(data_dir: Path, split: str, names: Iterable[str]) -> list[str]:
     """The file names of a split, in order; UserError unless they are one complete set."""
-    pattern = re.compile(rf"{re.escape(split)}(?:-(\d+)-of-(\d+))?\.npz")
+    pattern = re.compile(rf"{re.escape(split)}(?:-([0-9]{{1,9}})-of-([0-9]{{1,9}}))?\.npz")
     shards = sorted(name for name in names if pattern.fullmatch(name))
     if not shards or shards == [f"{split}.npz"]:
         return shards
     total = pattern.fullmatch(shards[0])[2]
-    complete = [f"{split}-{i:0{len(total)}d}-of-{total}.npz" for i in range(int(total))]
-    if extra := sorted(set(shards) - set(complete)):
-        raise UserError(f"{data_dir} has both {shards[0]} and {extra[-1]}: remove one of the sets")
-    if missing := sorted(set(complete) - set(shards)):
+    numbers = {name: int(pattern.fullmatch(name)[1] or 0) for name in shards}
+    expected = {name: f"{split}-{i:0{len(total)}d}-of-{total}.npz" for name, i in numbers.items()}
+    extra = [name for name in shards if name != expected[name] or numbers[name] >= int(total)]
+    if extra:
         raise UserError(
-            f"{data_dir / missing[0]} is missing ({len(missing)} of {int(total)} are): copy it "
-            "there, or let the preparation finish"
+            f"{data_dir} has {extra[-1]}, not one of the {int(total)} shards that {shards[0]} "
+            "belongs to: remove one of the sets"
         )
-    return complete
+    if n_missing := int(total) - len(shards):
+        present = set(numbers.values())
+        missing = next(i for i in range(int(total)) if i not in present)
+        raise UserError(
+            f"{data_dir}/{split}-{missing:0{len(total)}d}-of-{total}.npz is missing ({n_missing} "
+            f"of {int(total)} are): copy it there, or let the preparation finish"
+        )
+    return shards

@@ -14,6 +14,7 @@ References: RoPE 2104.09864, GQA 2305.13245, SwiGLU 2002.05202, RMSNorm 1910.074
 """
 
 import math
+import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
@@ -31,6 +32,8 @@ from ops.attention import (
 from ops.cross_entropy import linear_cross_entropy
 from ops.kv_cache import KVCache
 from ops.sampling import sample
+
+LARGEST_SIZE = 1 << 20  # of a width, a number of layers, the vocabulary and the context
 
 
 @dataclass(frozen=True)
@@ -50,10 +53,14 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         for name in ("n_embd", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "block_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.layer_norm_eps <= 0:
-            raise ValueError(f"layer_norm_eps={self.layer_norm_eps} must be above 0")
+            value = getattr(self, name)
+            if type(value) is not int:
+                raise ValueError(f"{name} must be a whole number, not {reprlib.repr(value)}")
+            if not 1 <= value <= LARGEST_SIZE:
+                raise ValueError(f"{name} must be at least 1 and at most {LARGEST_SIZE}")
+        for name in ("layer_norm_eps", "rope_theta"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0 and finite")
         if self.n_embd % self.n_heads or self.head_dim % 2:
             raise ValueError(
                 f"n_embd={self.n_embd} must be n_heads={self.n_heads} times an even head width"

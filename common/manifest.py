@@ -62,7 +62,7 @@ def read_manifest(data_dir: str | Path) -> dict[str, Any] | None:
         return None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         manifest = None
     if not (
         has_fields(manifest, FIELDS)

@@ -117,31 +117,55 @@ def gpt_from_llama(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> 
     embedding = "transformer.tok_embeddings.weight" if original else "model.embed_tokens.weight"
     tensors = {name: tensor for name, tensor in tensors.items() if "rotary_emb." not in name}
     heads = {name: tensors.pop(name) for name in HEADS if name in tensors}
-    gpt = GPT(gpt_config_from(config))
-    dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
-    gpt.to(dtypes.pop() if len(dtypes) == 1 else torch.float32)
-    if original:
-        state = gpt.state_dict()
-        del state["lm_head.weight"]
-        views = {f"transformer.{name}": tensor for name, tensor in state.items()}
-    else:
-        views = llama_state_dict(gpt)
+    gpt_config = gpt_config_from(config)
+    check_bounds(gpt_config, tensors)
+    with torch.device("meta"):  # takes no memory
+        check_names_and_shapes(tensors, folder_views(GPT(gpt_config), original))
     if config.get("tie_word_embeddings") is False and not heads:
         raise UserError(
             "config.json and the tensors disagree: lm_head.weight is missing, and "
             "tie_word_embeddings is false"
         )
-    copy_tensors(tensors, views)
     for name, head in heads.items():
         if not torch.equal(head, tensors[embedding]):
             raise UserError(f"{name} is not {embedding}: Lille has one matrix for both")
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    gpt = GPT(gpt_config).to(dtypes.pop() if len(dtypes) == 1 else torch.float32)
+    for name, view in folder_views(gpt, original).items():
+        view.copy_(tensors[name])
     return gpt
 
 
-def copy_tensors(tensors: dict[str, torch.Tensor], views: dict[str, torch.Tensor]) -> None:
-    """Copies `tensors` into `views`; UserError unless they have the same names and shapes.
+def check_bounds(config: GPTConfig, weights: dict[str, torch.Tensor]) -> None:
+    """ValueError for a configuration and weights of which no model can or should be made.
 
-    As `load_state_dict(strict=True)`, but with the names in the folder.
+    So that a small file cannot take much time or memory: more than 1,000 layers without weights, a
+    tensor with a stride of 0. And weights that are not finite, with which nothing is computed.
+    """
+    if config.n_layers > max(1000, len(weights)):
+        raise ValueError(f"{config.n_layers} layers cannot be made of {len(weights)} tensors")
+    for name, tensor in weights.items():
+        if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+            raise ValueError(f"{name} holds fewer values than its shape says")
+        if not tensor.sum(dtype=torch.float32).isfinite():  # ten times faster than of each
+            raise ValueError(f"{name} holds NaN or infinity: take an earlier checkpoint")
+
+
+def folder_views(gpt: GPT, original: bool) -> dict[str, torch.Tensor]:
+    """The parameters of a GPT under the names of a folder, the original's or transformers'."""
+    if not original:
+        return llama_state_dict(gpt)
+    state = gpt.state_dict()
+    del state["lm_head.weight"]
+    return {f"transformer.{name}": tensor for name, tensor in state.items()}
+
+
+def check_names_and_shapes(
+    tensors: dict[str, torch.Tensor], views: dict[str, torch.Tensor]
+) -> None:
+    """UserError unless `tensors` have the names and shapes of `views`.
+
+    As `load_state_dict(strict=True)` does, but with the names in the folder.
     """
     problems = [f"{name} is missing" for name in views if name not in tensors]
     for name, tensor in tensors.items():
@@ -156,8 +180,6 @@ def copy_tensors(tensors: dict[str, torch.Tensor], views: dict[str, torch.Tensor
     if problems:
         rest = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise UserError(f"config.json and the tensors disagree: {', '.join(problems[:3])}{rest}")
-    for name, view in views.items():
-        view.copy_(tensors[name])
 
 
 def gpt_config_from(config: dict[str, Any]) -> GPTConfig:

@@ -39,7 +39,10 @@ class OnnxBackend:
                     f"{path} is not there: export a checkpoint with --format=onnx first"
                 )
         config = read_json(file.with_name(CONFIG))
-        self.block_size, self.vocab_size = config["block_size"], config["vocab_size"]
+        sizes = [config.get(name) for name in ("block_size", "vocab_size")]
+        if not all(isinstance(size, int) and size > 0 for size in sizes):
+            raise UserError(f"{file.with_name(CONFIG)} is not one that export.py wrote")
+        self.block_size, self.vocab_size = sizes
         self.session = open_session(file, device)
         self.device = "cuda" if "CUDAExecutionProvider" in self.session.get_providers() else "cpu"
         inputs = self.session.get_inputs()

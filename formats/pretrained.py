@@ -53,15 +53,18 @@ def gpt_from_folder(folder: Path) -> GPT:
     """The model in a folder, in training mode; UserError if its files contradict each other."""
     try:
         return gpt_from_llama(read_json(folder / CONFIG), read_tensors(folder))
-    except UserError as error:
-        raise UserError(f"{folder}: {error}") from None
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:  # UserError too
+        raise UserError(f"{folder}: {' '.join(str(error).split())[:300]}") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text("utf-8"))
-    except ValueError as error:
+        content = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path.name} cannot be read as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path.name} is not a JSON object")
+    return content
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -79,6 +82,16 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
             raise UserError(f"{INDEX} names {file_name!r}, not a safetensors file beside it")
         tensors |= read_safetensors(folder / file_name)
     return tensors
+
+
+def count_tensors(folder: Path) -> int:
+    """The number of tensors in a folder, by their names alone."""
+    from safetensors import safe_open
+
+    if not (folder / WEIGHTS).is_file():
+        return len(read_json(folder / INDEX)["weight_map"])
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        return len(file.keys())
 
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:

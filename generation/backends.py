@@ -17,7 +17,13 @@ import torch
 from checkpoint import load_model
 from common.errors import UserError
 from formats.onnx_runtime import OnnxBackend
-from formats.pretrained import CONFIG, quiet_transformers, read_json, resolve_model
+from formats.pretrained import (
+    CONFIG,
+    count_tensors,
+    quiet_transformers,
+    read_json,
+    resolve_model,
+)
 from generation.fast_decode import Decoder
 from model import GPT
 from ops.kv_cache import KVCache, common_prefix
@@ -149,7 +155,7 @@ def has_transformers_class(path: Path) -> bool:
             f"{path} is a file: use the torch backend, or export it with "
             f"python export.py --model={path} --format=hf"
         )
-    return read_json(path / CONFIG).get("model_type") in CONFIG_MAPPING
+    return str(read_json(path / CONFIG).get("model_type")) in CONFIG_MAPPING
 
 
 def open_transformers(
@@ -158,12 +164,17 @@ def open_transformers(
     """Loads a folder with transformers, from safetensors only."""
     from transformers import AutoModelForCausalLM
 
+    n_layers = read_json(folder / CONFIG).get("num_hidden_layers")
     try:
+        if isinstance(n_layers, int) and n_layers > max(1000, n_tensors := count_tensors(folder)):
+            raise ValueError(f"{n_layers} layers cannot be made of {n_tensors} tensors")
         with quiet_transformers():
             model, report = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
             )
-    except (KeyError, OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # config.json may hold anything
+        if isinstance(error, MemoryError):
+            raise
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{folder} cannot be loaded by transformers: {reason}") from None
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):

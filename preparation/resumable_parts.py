@@ -132,7 +132,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"{path} is damaged: delete it and run again") from None
 
 

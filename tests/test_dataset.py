@@ -276,6 +276,23 @@ def test_what_is_no_file_is_refused(tmp_path):
     refused("not in .npy format", NpzDataset, tmp_path / "swapped.npz")
 
 
+def test_hostile_files_are_refused_in_bounded_memory(tmp_path):
+    path, zeros = tmp_path / "bomb.npz", np.zeros(10_000_000, np.uint16)
+    np.savez_compressed(path, tokens=zeros, offsets=[0, len(zeros)])
+    refused("'tokens' compressed more than any text can be", NpzDataset, path)
+    for member, compression, message in (
+        (b"\x93NUMPY\x01\0\x04\0((((", zipfile.ZIP_STORED, "not in .npy format"),
+        (b"\x93NUMPY\x01\0\x04\0[[[[", zipfile.ZIP_STORED, "not in .npy format"),
+        (bytes(range(256)) * 9, zipfile.ZIP_LZMA, "is not a .npz file"),
+        (bytes(range(256)) * 9, zipfile.ZIP_BZIP2, "is not a .npz file"),
+    ):
+        with zipfile.ZipFile(path, "w", compression) as archive:
+            archive.writestr("tokens.npy", member)
+        if compression != zipfile.ZIP_STORED:
+            path.write_bytes(path.read_bytes().replace(b"\0", b"\1", 60))  # damaged
+        refused(message, NpzDataset, path)
+
+
 def test_open_split(tmp_path):
     manifest = write_dataset(tmp_path)
     assert read_manifest(tmp_path) == manifest
@@ -313,6 +330,8 @@ def test_files_that_differ_from_their_manifest_are_refused(tmp_path, monkeypatch
         (b"{}", "damaged"),
         (b"[]", "damaged"),
         (b"\xff", "damaged"),
+        (b"[" * 100_000, "damaged"),
+        (b'{"format_version": %s}' % (b"9" * 5000), "damaged"),
         (b'{"format_version": 1, "complete": true}', "damaged"),
         ({"files": {"train.npz": {}}}, "damaged"),
         ({"files": None}, "damaged"),
@@ -377,7 +396,20 @@ def test_numbered_shards(tmp_path, with_manifest):
     if with_manifest:  # which lists the files that count
         assert len(open_split(tmp_path, "train")) == 11
     else:
-        refused("has both .*train-.* and train.npz", open_split, tmp_path, "train")
+        refused("has train.npz, not one of the 11 shards that", open_split, tmp_path, "train")
+
+
+def test_names_that_promise_any_number_of_shards(tmp_path):
+    for name, message in (
+        ("train-0-of-999999999.npz", "has train-0-of-999999999.npz, not one of the 999999999"),
+        ("train-000000000-of-999999999.npz", "train-000000001-of-999999999.npz is missing"),
+        ("train-5-of-3.npz", "has train-5-of-3.npz, not one of the 3 shards"),
+        ("train-0-of-99999999999.npz", "there is no .*train.npz"),
+    ):
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        (folder / name).touch()
+        refused(message, open_split, folder, "train")
 
 
 def test_publish_cut_off_between_two_renames_is_detected(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from test_model import enlarge_weights
 
 from checkpoint import load_model
 from common.errors import UserError
+from generation.backends import open_backend
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -216,6 +218,42 @@ def test_a_checkpoint_with_two_heads_is_refused(tmp_path):
         load_model(path)
 
 
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "weights", "message"),
+    [
+        ({"block_size": 2**70}, {}, "block_size must be at least 1 and at most 1048576"),
+        ({"n_layers": 10**6}, {}, "1000000 layers cannot be made of"),
+        ({"n_embd": 32.0}, {}, "n_embd must be a whole number, not 32.0"),
+        ({"rope_theta": NAN}, {}, "rope_theta=nan must be above 0 and finite"),
+        ({"layer_norm_eps": NAN}, {}, "layer_norm_eps=nan must be above 0 and finite"),
+        ({"n_embd": 2**20}, {}, "size mismatch"),  # found without taking memory for such a model
+        ({}, {"norm.weight": torch.full((32,), NAN)}, "norm.weight holds NaN or infinity"),
+        ({}, {"norm.weight": torch.ones(1).expand(32)}, "norm.weight holds fewer values than"),
+        ({"vocab_size": 2**20}, {}, "size mismatch"),
+    ],
+)
+def test_hostile_checkpoints_are_one_line(tmp_path, arguments, weights, message):
+    state = {
+        "model_state_dict": GPT(CONFIG).state_dict() | weights,
+        "model_args": CONFIG.to_dict() | arguments,
+    }
+    torch.save(state, tmp_path / "m.pt")
+    with pytest.raises(UserError, match=message) as caught:
+        load_model(tmp_path / "m.pt")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_a_compressed_checkpoint_is_refused(tmp_path):
+    """It could be 12 MB on the disk and 12 GB in memory."""
+    with zipfile.ZipFile(tmp_path / "m.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(1000))
+    with pytest.raises(UserError, match="is compressed, which torch.save never does"):
+        load_model(tmp_path / "m.pt")
+
+
 def test_a_repeated_embedding_is_fine(broken):
     def repeat(tensors):
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
@@ -245,12 +283,32 @@ def test_a_repeated_embedding_is_fine(broken):
         ({"head_dim": 16}, "head_dim is 16"),
         ({"tie_word_embeddings": False}, "lm_head.weight is missing, and tie_word_embeddings"),
         ({"rope_parameters": {"type": "linear", "rope_theta": 1e4}}, "rope_type 'linear'"),
+        ({"num_hidden_layers": 10**6}, "1000000 layers cannot be made of 29 tensors"),
+        ({"rope_parameters": 5}, "'int' object"),
+        ({"model_type": []}, r"model_type \[\] is none"),
     ],
 )
 def test_configurations_that_are_no_lille(broken, changes, message):
     change_config(broken, **changes)
     with pytest.raises(UserError, match=message) as caught:
         load_model(broken)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 10**6}, "1000000 layers cannot be made of 29 tensors"),
+        ({"dtype": "evil"}, "evil"),
+        ({"dtype": 5}, "cannot be loaded by transformers"),
+        ({"model_type": []}, r"model_type \[\] is none"),
+        ({"hidden_size": "x"}, "cannot be loaded by transformers"),
+    ],
+)
+def test_configurations_that_transformers_cannot_take(broken, changes, message):
+    change_config(broken, **changes)
+    with pytest.raises(UserError, match=message) as caught:
+        open_backend("huggingface", broken)
     assert "\n" not in str(caught.value)
 
 
