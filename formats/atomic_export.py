@@ -23,9 +23,9 @@ def atomic_export(
     Only a killed process leaves a hidden `.NAME.exporting` behind, which the next export removes.
     """
     target = Path(os.path.realpath(target))
+    check_target(target, names, optional, magic)
     temporary = target.with_name(f".{target.name}.exporting")
     old = target.with_name(f".{target.name}.replaced")
-    check_target(target, names, optional, magic)
     target.parent.mkdir(parents=True, exist_ok=True)
     with locked(target, "export", lock_file=target.with_name(f".{target.name}.lock")):
         remove(temporary)  # left by a killed export

@@ -377,6 +377,7 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch):
         "--output_dir=mine": "mine holds notes.txt, which is not of an earlier export: give",
         "--output_dir=project": "project is no earlier export (it has no chat_template.jinja)",
         "--output_dir=file": "file is a file: give the path of a folder to write",
+        "--output_dir=/": "which is not of an earlier export",
         "--output_dir=.": "holds file, which is not of an earlier export",
         "--output_dir=good.pt": "--output_dir=good.pt is the model itself: choose another",
         "--output=x": "--output is now called --output_dir: write --output_dir=x",
