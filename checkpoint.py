@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from common.errors import UserError
+from common.errors import UserError, printable
 from common.files import atomic_file
 from formats.llama import check_bounds
 from formats.pretrained import gpt_from_folder, resolve_model
@@ -228,7 +228,7 @@ def latest_checkpoint(directory: Path) -> tuple[Path, dict[str, Any]] | None:
         try:
             return path, load_checkpoint(path)
         except UserError as error:
-            print(f"skipped a checkpoint: {error}", file=sys.stderr)
+            print(f"skipped a checkpoint: {printable(error)}", file=sys.stderr)
     return None
 
 

@@ -92,7 +92,10 @@ def piped_text() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     config = config_from_constants(globals(), argv)
-    prompt = config.prompt
+    try:
+        prompt = chat_terminal.typed(config.prompt)
+    except UnicodeError:
+        raise UserError("--prompt is not UTF-8 text: convert it, or pipe it in as UTF-8") from None
     if config.web:
         if prompt or config.completion:
             raise UserError("--web is a chat page: leave out --prompt and --completion")

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from common.errors import UserError
+from common.errors import UserError, printable
 from common.files import check_free_space, locked
 from common.manifest import make_manifest, publish
 from common.settings import config_from_constants, run_script, settings_of
@@ -74,7 +74,11 @@ def encode_input(source: Input, tokenizer: Any, writer: ShardWriter) -> dict[str
     dropped, text_bytes, kind, batch, size = Counter(), 0, None, [], 0
 
     with tqdm(
-        total=source.size, desc=source.name, unit=source.unit, unit_scale=True, disable=None
+        total=source.size,
+        desc=printable(source.name),
+        unit=source.unit,
+        unit_scale=True,
+        disable=None,
     ) as bar:
 
         def encode_batch() -> int:

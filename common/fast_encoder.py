@@ -4,6 +4,7 @@ gigatoken is optional and tens of times faster. It is imported at the first use.
 """
 
 import os
+import re
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -18,6 +19,15 @@ from common.signals import interrupts_deferred
 CACHE_TEXT_BYTES = 256 << 20
 CACHE_GROWTH_BYTES = 144 << 20
 
+# UTF-8 of the letters and digits that are new in Unicode 17, by their first byte, in whole blocks
+# of 64 where these are rare: gigatoken 0.10 knows them, tokenizers 0.23 takes them for symbols.
+NEW_E0 = re.compile(rb"\xe0(?:\xa2\x8f|[\xb1\xb3]\x9c)")
+NEW_EA = re.compile(rb"\xea\x9f[\x8e\x8f\x92\x94\xb1]")
+NEW_F0 = re.compile(
+    rb"\xf0(?:\x90[\xa5\xbb]|\x91[\xb6\xb7]|\x96[\xba\xbb\xbf]|\x98[\x9f\xb4\xb6\xb7]|\x9e\x9b"
+    rb"|\xab\x9c|\xac\xba|\xb2[\x8e-\xbf]|\xb3[\x80-\x91])"
+)
+
 # Token ids of all texts in one row (N,) uint16, and the end of each text in it (n,) int64.
 EncodedBatch = tuple[np.ndarray, np.ndarray]
 BatchEncoder = Callable[[list[bytes]], EncodedBatch]
@@ -28,7 +38,7 @@ class FastEncoder:
 
     `reference` is the `tokenizers` object of `tokenizer_json`. gigatoken is used once it has given
     the same ids on `samples` and on the first texts of the first batch; otherwise a warning says
-    why and every batch is encoded by `reference`.
+    why and every batch is encoded by `reference`. Texts with new letters always are.
     """
 
     def __init__(self, tokenizer_json: str, reference: HFTokenizer, samples: Sequence[str]):
@@ -55,11 +65,26 @@ class FastEncoder:
                 encode = self.gigatoken
                 if encode is not None:
                     self.text_bytes += sum(map(len, texts))
-                    return encode(texts)
+                    return self.encode_fast(encode, texts)
             except BaseException as error:  # a Rust panic is not an Exception
                 warn_slow(f"gigatoken failed ({describe_error(error)})")
                 self.gigatoken = None
         return self.encode_reference(texts)
+
+    def encode_fast(self, encode: BatchEncoder, texts: list[bytes]) -> EncodedBatch:
+        """`encode` by gigatoken, except for the texts with new letters."""
+        new = {
+            i: self.encode_reference([text])[0]
+            for i, text in enumerate(texts)
+            if not text.isascii() and has_new_letters(text)
+        }
+        if not new:
+            return encode(texts)
+        ids, ends = encode([b"" if i in new else text for i, text in enumerate(texts)])
+        rows = np.split(ids, ends[:-1])
+        for i, row in new.items():
+            rows[i] = row
+        return np.concatenate(rows), np.cumsum([len(row) for row in rows], dtype=np.int64)
 
     def encode_reference(self, texts: list[bytes]) -> EncodedBatch:
         """`encode` by `tokenizers`."""
@@ -79,13 +104,24 @@ class FastEncoder:
         batch += [text[:8000].decode("utf-8", "ignore").encode() for text in texts[:32]]
         try:
             encode = gigatoken_encoder(self.tokenizer_json)
-            agrees = all(map(np.array_equal, encode(batch), self.encode_reference(batch)))
+            agrees = all(
+                map(np.array_equal, self.encode_fast(encode, batch), self.encode_reference(batch))
+            )
         except BaseException as error:
             warn_slow(f"gigatoken cannot be used ({describe_error(error)})")
             return None
         if not agrees:
             warn_slow("gigatoken and tokenizers disagree on a sample")
         return encode if agrees else None
+
+
+def has_new_letters(text: bytes) -> bool:
+    """Whether gigatoken and `tokenizers` may disagree; `in` makes it cheap for most texts."""
+    return bool(
+        (b"\xf0" in text and NEW_F0.search(text))
+        or (b"\xe0" in text and NEW_E0.search(text))
+        or (b"\xea" in text and NEW_EA.search(text))
+    )
 
 
 def gigatoken_encoder(tokenizer_json: str) -> BatchEncoder:

@@ -25,7 +25,7 @@ from dataclasses import field, make_dataclass
 from functools import partial
 from typing import Any
 
-from common.errors import UserError
+from common.errors import UserError, printable
 
 BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 METAVARS = {bool: "True|False", int: "INT", float: "FLOAT", str: "TEXT"}  # types of settings
@@ -174,14 +174,32 @@ def report_error(error: BaseException) -> int:
         reason = error.strerror or error.args[0]  # NumPy's, of a full disk, has no number
         line = f"{error.filename}: {reason}: check this path, its permissions and space"
     else:
-        traceback.print_exception(error)
+        report = "".join(traceback.format_exception(error))
+        print(printable(report, keep="\n\t"), end="", file=sys.stderr)
         return 1
-    print(f"error: {line}", file=sys.stderr)
+    print(f"error: {printable(line)}", file=sys.stderr)
     return 2 if isinstance(error, UserError) else 1
+
+
+def open_missing_streams() -> None:
+    """Opens the null device for each of stdin, stdout and stderr that the process was not given.
+
+    A file opened later would otherwise get the number 1 or 2, and be printed into.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
+            os.set_inheritable(number, True)
+        if getattr(sys, name) is None:
+            stream = open(number, "w" if number else "r", encoding="utf-8", closefd=False)
+            setattr(sys, name, stream)
 
 
 def run_script(main: Callable[[], int | None]) -> None:
     """Runs a script's `main` and exits with its exit code; see `report_error` for exceptions."""
+    open_missing_streams()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a path may hold what the terminal cannot show
             stream.reconfigure(errors="backslashreplace")

@@ -136,7 +136,7 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # "meta" has no values
     except (AssertionError, NotImplementedError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"device={name!r} cannot be used ({reason}): try 'cpu'") from None

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from common.errors import one_line, printable
 from common.files import atomic_file
 from generation.conversation import Lille, Message
 
@@ -19,13 +20,15 @@ HELP = """\
 Ctrl-C         stop the answer; at the prompt, leave
 A message may begin with a slash if a space comes first."""
 
-# Control characters, with which a model could move the cursor or change the terminal.
-UNPRINTABLE = {code: "\ufffd" for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
-
 
 def show(text: str) -> None:
     is_terminal = sys.stdout and sys.stdout.isatty()
-    print(text.translate(UNPRINTABLE) if is_terminal else text, end="", flush=True)
+    print(printable(text, keep="\n\t") if is_terminal else text, end="", flush=True)
+
+
+def typed(text: str) -> str:
+    """What was typed, as UTF-8 even where the locale is not (LC_ALL=C); UnicodeError if invalid."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8")
 
 
 def speed_line(model: Lille) -> str:
@@ -65,75 +68,90 @@ def converse(model: Lille, options: dict[str, Any], completion: bool, speed: boo
     print(f"{welcome}; /help lists the commands, Ctrl-D leaves.")
     while True:
         try:
-            line = input("> ")
+            line = typed(input("> "))
         except (EOFError, KeyboardInterrupt):
             print()
             return
-        except UnicodeDecodeError:
+        except UnicodeError:
             print("[that was not UTF-8 text]")
             continue
-        command = re.fullmatch(r"/(\w+)\s*(.*?)\s*", line)
-        match command.groups() if command else ("", ""):
-            case ("", _):
-                if line.strip():
-                    turn = reply(model, line.strip(), options, completion)
-                    transcript += turn
-                    if speed and turn:
-                        print(speed_line(model))
-            case ("quit" | "exit", _):
-                return
-            case ("reset", _):
-                model.reset_chat()
-                transcript.clear()
-                print("[the conversation is forgotten]")
-            case ("save", name):
-                print(f"[{save(transcript, name)}]")
-            case ("speed", _):
-                speed = not speed
-                print(f"[tokens per second: {'on' if speed else 'off'}]")
-            case ("help", _):
-                print(HELP)
-            case (name, _):
-                print(f"[there is no /{name}: /help lists the commands]")
+        command = re.match(r"/(\w+)(.*)", line)
+        try:
+            match command.groups() if command else ("", ""):
+                case ("", _):
+                    if line.strip():
+                        answered = reply(model, line.strip(), options, completion, transcript)
+                        if speed and answered:
+                            print(speed_line(model))
+                case ("quit" | "exit", _):
+                    return
+                case ("reset", _):
+                    model.reset_chat()
+                    transcript.clear()
+                    print("[the conversation is forgotten]")
+                case ("save", name):
+                    print(f"[{printable(save(transcript, name.strip()))}]")
+                case ("speed", _):
+                    speed = not speed
+                    print(f"[tokens per second: {'on' if speed else 'off'}]")
+                case ("help", _):
+                    print(HELP)
+                case (name, _):
+                    print(f"[there is no /{name:.40}: /help lists the commands]")
+        except KeyboardInterrupt:
+            print("\n[stopped]")
 
 
-def reply(model: Lille, line: str, options: dict[str, Any], completion: bool) -> list[Message]:
-    """Prints the answer to a line as it is generated; returns the turn, empty without an answer."""
-    answer, interrupted = "", False
+def reply(
+    model: Lille,
+    line: str,
+    options: dict[str, Any],
+    completion: bool,
+    transcript: list[Message],
+) -> bool:
+    """Prints the answer to a line as it is generated; whether there was one.
+
+    The question and the answer, as far as it got, become part of the transcript.
+    """
+    answer = {"role": "assistant", "content": ""}
+    turn = [{"role": "user", "content": line}, answer]
+    note = ""
     try:
         pieces = model.stream(line, not completion, **options)
         if completion:
             show(line)
         for piece in pieces:
-            answer += piece
+            if not answer["content"]:
+                transcript += turn
+            answer["content"] += piece
             show(piece)
-    except ValueError as error:
-        print(f"[{error}]")
-        return []
+        if not answer["content"]:
+            transcript += turn
+        if model.report.stopped != "end":
+            limit = "the context" if model.report.stopped == "context" else model.report.stopped
+            note = f"cut: {limit} is reached"
     except KeyboardInterrupt:
-        interrupted = True
+        note = "stopped"
+    except Exception as error:  # the model's, such as a lack of memory: the chat goes on
+        note = str(error) if isinstance(error, ValueError) else f"no answer: {one_line(error)}"
     print()
-    if interrupted:
-        print("[stopped]")
-    elif model.report.stopped != "end":
-        limit = "the context" if model.report.stopped == "context" else model.report.stopped
-        print(f"[cut: {limit} is reached]")
-    if interrupted and not answer:
-        return []
-    return [{"role": "user", "content": line}, {"role": "assistant", "content": answer}]
+    if note:
+        print(f"[{printable(note)}]")
+    return bool(transcript) and transcript[-1] is answer
 
 
 def save(transcript: list[Message], name: str) -> str:
     """Writes the conversation to a new file; returns a line about the result."""
     if not transcript:
         return "nothing to save yet"
-    path = Path(name or time.strftime("chat-%Y%m%d-%H%M%S.jsonl")).expanduser()
-    if path.exists():
-        return f"{path} is already there: choose another name"
+    name = name or time.strftime("chat-%Y%m%d-%H%M%S.jsonl")
     try:
+        path = Path(name).expanduser()
+        if path.exists():
+            return f"{path} is already there: choose another name"
         with atomic_file(path) as file:
             line = json.dumps({"messages": transcript}, ensure_ascii=False) + "\n"
             file.write(line.encode("utf-8", "backslashreplace"))
-    except OSError as error:
-        return f"could not write {path}: {error.strerror or error}"
+    except (OSError, RuntimeError, ValueError) as error:  # also: no such user, a NUL in the name
+        return f"could not write {name:.200}: {getattr(error, 'strerror', None) or error}"
     return f"saved {len(transcript) // 2} turns to {path}"

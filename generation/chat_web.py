@@ -4,12 +4,14 @@
     python inference.py --web
 
 Nothing leaves the machine: no analytics, no sharing, no saved runs, and the page may load nothing
-from other hosts, not even an image that an answer names.
+from other hosts, not even an image that an answer names. Pages of other sites, which a browser lets
+send requests to this machine, are refused, and so are uploads.
 """
 
 import inspect
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
@@ -29,6 +31,34 @@ LAUNCH = {
     "quiet": True,
     "prevent_thread_lock": True,
 }
+
+
+def refusal(scope: dict[str, Any]) -> str:
+    """Why the ASGI request is refused; empty if it is not.
+
+    The host name is checked since another site can point its own one to 127.0.0.1 and then read the
+    answers (DNS rebinding), the origin since it can send requests without reading the answers.
+    """
+    headers = {key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]}
+    host, origin = headers.get("host", ""), headers.get("origin")
+    if not re.fullmatch(r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?", host, re.IGNORECASE):
+        return "this page is at 127.0.0.1 and localhost only"
+    if origin is not None and origin != f"http://{host}":
+        return "requests of other pages are refused"
+    if headers.get("content-type", "").lower().startswith("multipart/"):
+        return "there is nothing to upload here"
+    return ""
+
+
+def guarded(app: Callable) -> Callable:
+    """ASGI middleware that answers 403 to the requests with a `refusal`."""
+    from starlette.responses import PlainTextResponse
+
+    async def guard(scope: dict[str, Any], receive: Callable, send: Callable) -> None:
+        reason = scope["type"] != "lifespan" and refusal(scope)
+        await (PlainTextResponse(reason, 403) if reason else app)(scope, receive, send)
+
+    return guard
 
 
 def require_gradio() -> None:
@@ -122,11 +152,19 @@ def complete_turns(shown: list[dict[str, Any]], originals: dict[str, str]) -> li
     return history
 
 
+def launch(page: Any, port: int = 0) -> None:
+    """Serves the page in a thread; `port` 0 takes the first free one from 7860."""
+    from starlette.middleware import Middleware
+
+    guard = {"middleware": [Middleware(guarded)]}
+    page.launch(server_port=port or None, app_kwargs=guard, **LAUNCH)
+
+
 def serve(model: Lille, options: dict[str, Any], port: int) -> None:
-    """Serves the page until Ctrl-C; `port` 0 takes the first free one from 7860."""
+    """Serves the page until Ctrl-C."""
     page = build(model, options)
     try:
-        page.launch(server_port=port or None, **LAUNCH)
+        launch(page, port)
     except (OSError, OverflowError):
         raise UserError(f"the chat page cannot use port {port}: try another --port") from None
     print(f"Chat at {page.local_url} (on this machine only; Ctrl-C ends it)", flush=True)

@@ -23,20 +23,20 @@ def sample(
     top_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
-    """Draws token ids (B,) from logits (B, V); temperature 0 takes the most likely one.
+    """Draws token ids (B,) from logits (B, V); a temperature below 1e-30 takes the most likely one.
 
     `top_k` keeps the k most likely tokens, `top_p` the fewest whose probabilities reach p.
     Raises UserError as `check_sampling` does.
     """
     check_sampling(temperature, top_k, top_p)
-    if temperature == 0:
+    if temperature < 1e-30:  # the division would overflow in float32
         return logits.argmax(dim=-1)
     logits = logits.float()
     logits = logits - logits.amax(dim=-1, keepdim=True)  # so that no division overflows
     probabilities = F.softmax(logits / temperature, dim=-1)
     if top_k is not None and top_k < probabilities.shape[-1]:
-        threshold = probabilities.topk(top_k).values[:, -1:]
-        probabilities = probabilities.masked_fill(probabilities < threshold, 0.0)
+        least = logits.topk(top_k).values[:, -1:]  # probabilities may be rounded to the same value
+        probabilities = probabilities.masked_fill(logits < least, 0.0)
     if top_p is not None and top_p < 1:
         probabilities = nucleus(probabilities, top_p)
     # argmax(p / e) with e ~ Exp(1) draws from p, without the synchronisation of multinomial.
@@ -57,4 +57,5 @@ def nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
     if not partial_sort_suffices:
         values, order = probabilities.sort(dim=-1, descending=True)
     tail = values.cumsum(dim=-1) - values >= mass  # the tokens before it hold enough
+    tail[:, 0] = False  # kept also where float32 rounds the mass to zero
     return torch.zeros_like(probabilities).scatter(-1, order, values.masked_fill(tail, 0.0))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from common.errors import UserError
+from common.errors import UserError, printable
 from preparation.local_files import LocalFile, local_files
 from tokenizer import END_OF_TEXT, START_OF_TEXT, check_messages, parse_chat, to_utf8
 
@@ -266,8 +266,8 @@ def open_input(text: str, name: str, trusted: bool) -> TextFile | ParquetFiles:
             raise UserError(f"{path} is empty: put your text there")
         if not trusted and start.lstrip().startswith(START_OF_TEXT.encode()):
             print(
-                f"note: {path} looks like the chat layout but is encoded as ordinary text; "
-                "add --trust_control_tokens=True if you trust the file"
+                f"note: {printable(path)} looks like the chat layout but is encoded as ordinary "
+                "text; add --trust_control_tokens=True if you trust the file"
             )
         if suffix != PARQUET:
             return TextFile(path, trusted)

@@ -19,7 +19,7 @@ from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers, filter_repo_objects
 from tqdm import tqdm
 
-from common.errors import UserError
+from common.errors import UserError, printable
 from common.files import file_sha256, named_errors
 
 TIMEOUT = 30  # seconds without an answer
@@ -156,5 +156,5 @@ def retry(action: Callable[[], Result], what: str, waits: Sequence[float]) -> Re
                     f"cannot fetch {what} from {constants.ENDPOINT} ({reason}): check the network "
                     "and run again, what has arrived is kept"
                 ) from None
-        tqdm.write(f"{what}: {reason}; trying again in {wait} s", file=sys.stderr)
+        tqdm.write(printable(f"{what}: {reason}; trying again in {wait} s"), file=sys.stderr)
         time.sleep(wait)

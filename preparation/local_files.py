@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError
+from common.errors import UserError, printable
 from common.files import file_sha256
 
 
@@ -98,5 +98,5 @@ def once_each(paths: Iterable[Path]) -> list[Path]:
             repeated.append(f"{path} is {first}")
     if repeated:
         more = f" and {len(repeated) - 1} more like it" if len(repeated) > 1 else ""
-        print(f"note: the same file is read only once: {repeated[0]}{more}")
+        print(printable(f"note: the same file is read only once: {repeated[0]}{more}"))
     return sorted(unique.values())

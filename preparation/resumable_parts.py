@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from common.errors import UserError
+from common.errors import UserError, printable
 from common.files import atomic_file, locked
 from common.manifest import make_manifest, write_manifest
 from common.prefetch import Prefetcher
@@ -108,8 +108,8 @@ class Part:
         empty = self.counts.dropped[EMPTY]["documents"]
         note = f"; {empty:,} without text, from row group {self.counts.first_empty} on"
         tqdm.write(
-            f"{self.file.name}: {documents:,} of {self.counts.documents:,} documents kept, "
-            f"{tokens:,} tokens{note if empty else ''}"
+            f"{printable(self.file.name)}: {documents:,} of {self.counts.documents:,} documents "
+            f"kept, {tokens:,} tokens{note if empty else ''}"
         )
         return record
 

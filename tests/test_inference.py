@@ -21,9 +21,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import inference
 from benchmarks.peers import llama_of
-from common.errors import UserError
+from common.errors import UNPRINTABLE, UserError
 from formats.write_onnx import export_onnx
-from generation import backends
+from generation import backends, chat_terminal
 from generation.backends import HuggingFaceBackend, TorchBackend, open_backend
 from generation.fast_decode import Decoder
 from inference import Lille, lille
@@ -239,6 +239,7 @@ def test_what_cannot_be_opened_is_one_line(checkpoint, llama_folder, tmp_path):
         (("huggingface", checkpoint), "--format=hf"),
         (("huggingface", tmp_path / "no" / "where"), "not there"),
         (("huggingface", tmp_path / "other"), "vocabulary of 99"),
+        (("torch", checkpoint, "meta"), "device='meta' cannot be used"),
         (("torch", checkpoint, "tpu9"), "device='tpu9' cannot be used"),
         (("torch", checkpoint, "cpu", "int3"), "float32, bfloat16, float16"),
         (("torch", tmp_path / "no.pt"), "is not there|not there"),
@@ -563,6 +564,25 @@ def test_seeds():
     assert len({*texts(1, do_sample=False), *texts(2, temperature=0.0)}) == 1
 
 
+def test_extreme_sampling_settings_are_their_limits(models):
+    """On every backend; on the torch one a prompt and a decode step give the logits."""
+    for name, model in models.items():
+        greedy = model.generate("The sky", 4, do_sample=False)
+        for limit in (
+            *({"temperature": value} for value in (1e-300, 1e-46, 1e-31)),
+            *({"temperature": 1e-20, "top_p": value} for value in (1e-300, None)),
+            *({"temperature": 1.5, "top_p": value} for value in (1e-46, 5e-324)),
+            {"temperature": 1e300, "top_k": 1},
+            {"temperature": 1.0, "top_k": 1, "top_p": 1e-300},
+        ):
+            assert model.generate("The sky", 4, seed=3, **limit) == greedy, (name, limit)
+        everything = {"temperature": 1.0, "top_p": None, "seed": 3}
+        text = model.generate("The sky", 4, **everything)
+        assert text == model.generate("The sky", 4, top_k=10**30, **everything) != greedy
+        uniform = [model.generate("The sky", 4, t, 1.0, seed=3) for t in (1e30, 1e300, math.inf)]
+        assert len({*uniform, text, greedy}) == 3
+
+
 # What a user may type
 
 
@@ -574,6 +594,7 @@ def forgeries(n: int) -> list[str]:
         *"<| |> < | > <|user user|> <<|user|> <|USER|> <|end of text|>".split(),
     ]
     parts += ["\u200b", " ", "\n", "é", "🚀", "hello", "<s>", "[INST]", "\x00"]
+    parts += ["\u202e", "\ufeff", "\U000323b0'll", "\U0010ffff", "＜|user|＞", "<|us", "er|>"]
     parts += [f"<|{name}|>" for name in ("im_start", "system", "eot_id")] + ["&lt;|user|&gt;"]
     texts = ["".join(rng.choices(parts, k=rng.randint(1, 8))) for _ in range(n)]
     return [text if text.strip() else text + "<|user|>" for text in texts]
@@ -727,6 +748,110 @@ def test_a_conversation_in_the_terminal(tmp_path):
     assert (
         prepare_dataset([*shards, f"--val_file_path={tmp_path / 'talk.jsonl'}"]) == 0
     )  # it is data to fine-tune with
+
+
+class Typist:
+    """What a user types, line by line; an exception is raised at the prompt."""
+
+    def __init__(self, *lines: str | BaseException):
+        self.lines = iter(lines)
+
+    def __call__(self, prompt: str) -> str:
+        line = next(self.lines, EOFError())
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+
+OPTIONS = {"max_new_tokens": 100, "temperature": 0.0}
+
+
+def chat(model: Lille, monkeypatch, *lines: str | BaseException, completion: bool = False) -> None:
+    monkeypatch.setattr("builtins.input", Typist(*lines))
+    chat_terminal.converse(model, OPTIONS, completion, False)
+
+
+def saved_texts(path: Path) -> list[str]:
+    (row,) = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    return [message["content"] for message in row["messages"]]
+
+
+def test_nothing_typed_ends_the_chat(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "there").write_text("old")
+    names = ["~nosuchuser/x", "a" * 300, "a\0b", "folder", "there", "no/folder/x", "a\udc80\ud800"]
+    names += ["/dev/full/x", "/proc/x", "there/x", "a" * 100_000, "\x1b[2J/x"]
+    odd = [
+        "/",
+        "//",
+        "/nonsense",
+        "/" + "a" * 10**5,
+        "/a b" + " " * 10**5 + "x",
+        "\0",
+        "word " * 500,
+    ]
+    odd += ["a\udc80b", "\ud800", "", " ", UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid")]
+    saves = [f"/save {name}" for name in names]
+    chat(scripted("Yes"), monkeypatch, "Question", *odd, *saves, "/save  done.jsonl ")
+    texts = saved_texts(tmp_path / "done.jsonl")
+    assert texts[:2] == ["Question", "Yes"] and len(texts) % 2 == 0
+    lines = capsys.readouterr().out.split("\n")[:-1]
+    assert max(map(len, lines)) < 300 and not any(map(UNPRINTABLE.search, lines))
+    assert lines[-2].startswith("[saved ")
+    assert sum(line.startswith("[could not write") for line in lines) == len(names) - 3
+    assert sum("is already there" in line for line in lines) == 2  # "a\\x80..." is a name
+    assert (tmp_path / "there").read_text() == "old"
+
+
+@pytest.mark.parametrize("completion", [False, True])
+def test_a_model_that_fails_leaves_the_conversation(completion, tmp_path, monkeypatch, capsys):
+    """Ctrl-C too, in a backend, at any token, and in a command."""
+    model, path = scripted("one two three"), tmp_path / "talk.jsonl"
+    errors = [RuntimeError("out of\x1bmemory"), MemoryError(), ValueError("x"), KeyboardInterrupt()]
+    logits, plan = model.backend.logits, [(error, n) for error in errors for n in (1, 3)]
+
+    def failing(ids, calls=[]):  # noqa: B006
+        calls.append(ids)
+        if plan and len(calls) == plan[0][1]:
+            calls.clear()
+            raise plan.pop(0)[0]
+        return logits(ids)
+
+    monkeypatch.setattr(model.backend, "logits", failing)
+    real, attempts = chat_terminal.atomic_file, []
+
+    def interrupted(path):
+        attempts.append(path)
+        if len(attempts) == 1:
+            raise KeyboardInterrupt
+        return real(path)
+
+    monkeypatch.setattr(chat_terminal, "atomic_file", interrupted)
+    questions = [f"q{i}" for i in range(9)]
+    chat(model, monkeypatch, *questions, f"/save {path}", f"/save {path}", completion=completion)
+    partial = [text for i in range(4) for text in (f"q{2 * i + 1}", "one two")]
+    assert saved_texts(path) == [*partial, "q8", "one two three"]
+    output = capsys.readouterr().out
+    assert output.count(r"[no answer: RuntimeError: out of\x1bmemory]") == 2
+    assert output.count("[no answer: MemoryError") == 2 and output.count("[stopped]") == 3
+
+
+def test_text_of_another_locale(checkpoint, monkeypatch, capsys):
+    """Arguments and lines arrive as surrogates where Python takes the locale for ASCII."""
+    raw = "café".encode().decode("ascii", "surrogateescape")
+    model = scripted("Yes")
+    chat(model, monkeypatch, raw, raw[:-1], "Next")
+    assert [m["content"] for m in model.history] == ["café", "Yes", "Next", "Yes"]
+    assert "[that was not UTF-8 text]" in capsys.readouterr().out
+    arguments = [f"--model={checkpoint}", "--device=cpu", "--temperature=0", "--max_new_tokens=4"]
+    outputs = []
+    for prompt in ("café", raw):
+        inference.main([*arguments, "--completion", f"--prompt={prompt}"])
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] and outputs[0].startswith("café")
+    with pytest.raises(UserError, match="--prompt is not UTF-8 text"):
+        inference.main([*arguments, f"--prompt={raw[:-1]}"])
 
 
 def test_ctrl_c_at_the_prompt_leaves(checkpoint, tmp_path):

@@ -1,10 +1,14 @@
 """common/settings.py: typed overrides, one-line refusals, the help text, exit codes."""
 
 import dataclasses
+import subprocess
+import sys
 import types
+from pathlib import Path
 
 import pytest
 
+from common import settings
 from common.errors import UserError
 from common.settings import config_from_constants, run_script
 
@@ -164,6 +168,31 @@ def test_run_script_turns_mistakes_into_a_line_and_a_code(error, code, line, cap
         run_script(main)
     printed = capsys.readouterr().err
     assert end.value.code == code and printed.startswith(line) and printed.count("\n") == 1
+
+
+STREAMS = """
+import os, sys
+sys.path.insert(0, sys.argv[2])
+from common.settings import run_script
+
+def main():
+    with open(sys.argv[1], "w") as file:
+        print("out"), print("err", file=sys.stderr), os.write(2, b"2"), sys.stderr.isatty()
+        os.system("echo child; echo child >&2")
+        file.write(f"{file.fileno() > 2} {sys.stdin.read()!r}")
+
+run_script(main)
+"""
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_run_script_opens_missing_streams(closed, tmp_path):
+    path, root = tmp_path / "data", Path(settings.__file__).parents[1]
+    command = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-c", STREAMS, path, root]
+    result = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL)
+    assert result.returncode == 0, result.stderr
+    assert path.read_text() == "True ''"  # nothing was printed into it
+    assert (result.stdout == b"") == (">&-" in closed.split()) and b"rror" not in result.stderr
 
 
 def test_run_script_does_not_hide_a_bug(capsys):

@@ -185,6 +185,28 @@ def test_decode_inverts_encode_and_gigatoken_equals_tokenizers(tokenizer):
     assert n_control > 1000  # the strings did spell control tokens
 
 
+def test_new_letters_are_those_of_the_reference():
+    """Code points of all scripts, 64 in a text, where it matters whether they are letters."""
+    tokenizer = load_tokenizer()
+    old = [range(0x3400, 0x9F00), range(0xAC00, 0xF900), range(0x20000, 0x2A600)]  # and private
+    starts = [i for i in range(0, 0x34000, 64) if not any(i in block for block in old)]
+    blocks = [range(start, start + 64) for start in starts]
+    texts = ["".join(f"{chr(code)}'ll" for code in block) for block in blocks]
+    new = next(i for i, block in enumerate(blocks) if 0x323B0 in block)
+    batch = tokenizer.encode_batch([*texts[new : new + 1], "", *texts])  # checked with new letters
+    encoder = tokenizer._batch_encoder
+    assert encoder.gigatoken is not None
+    utf8 = [text.encode() for text in texts]
+    ids, ends = encoder.encode_reference(utf8)
+    expected = np.split(ids, ends[:-1])
+    assert batch[0].tolist() == expected[new].tolist() and not batch[1].size
+    assert all(map(np.array_equal, batch[2:], expected))
+    fast = np.split(*encoder.gigatoken(utf8))
+    differ = [not np.array_equal(row, other) for row, other in zip(fast, expected, strict=False)]
+    routed = [fast_encoder.has_new_letters(text) for text in utf8]
+    assert 80 < sum(differ) <= sum(routed) < 100  # few other texts are slow
+
+
 def test_encode_batch_of_nothing(tokenizer):
     assert tokenizer.encode_batch([]) == []
     assert [ids.tolist() for ids in tokenizer.encode_batch(["", "a", ""])] == [[], [64], []]

@@ -54,6 +54,29 @@ def test_history_is_the_turns_that_have_an_answer():
     assert chat_web.complete_turns([], {}) == []
 
 
+def test_refusal():
+    def refusal(**headers: str) -> str:
+        pairs = [(name.replace("_", "-").encode(), text.encode()) for name, text in headers.items()]
+        return chat_web.refusal({"type": "http", "headers": pairs})
+
+    json_type = {"content_type": "application/json"}
+    for host in ("127.0.0.1:7860", "localhost", "[::1]:1", "LocalHost:80"):
+        assert refusal(host=host, **json_type) == refusal(host=host, origin=f"http://{host}") == ""
+        for origin in ("null", "", "http://evil.example", f"https://{host}", f"http://{host}0"):
+            assert "other pages" in refusal(host=host, origin=origin)
+        assert "upload" in refusal(host=host, content_type="Multipart/form-data; boundary=b")
+    for host in (
+        "evil.example",
+        "127.0.0.1.evil.example",
+        "localhost@evil",
+        "127.0.0.1\n",
+        "",
+        "[",
+    ):
+        assert "localhost only" in refusal(host=host, origin=f"http://{host}")
+    assert "localhost only" in refusal()
+
+
 class Slow(Scripted):
     """Takes its time, so that an answer can be seen to grow."""
 
@@ -80,12 +103,13 @@ def browser():
 
 
 @pytest.fixture(scope="module")
-def served(browser):
+def served():
     """(address, the backend of the page)."""
+    pytest.importorskip("gradio", reason="needs requirements/web.txt")
     backend = Slow(TOKENIZER.encode(ANSWER))
     backend.block_size = 256
     page = chat_web.build(Lille(backend, TOKENIZER, seed=0), OPTIONS)
-    page.launch(**chat_web.LAUNCH)
+    chat_web.launch(page)
     yield page.local_url, backend
     page.close(verbose=False)
 
@@ -249,6 +273,47 @@ def test_a_backend_that_fails_does_not_lock_the_page(visitor, served, monkeypatc
         visitor.page.wait_for_function("() => !document.querySelector('textarea').disabled")
     visitor.ask("Once more")
     assert served[1].prompts[-1] == prompt("Once more")
+
+
+def status(address: str, path: str, data: bytes | None = None, **headers: str) -> tuple[int, str]:
+    """Status of a request and the origin that may read the answer; names in `headers` with _."""
+    headers = {name.replace("_", "-"): value for name, value in headers.items()}
+    request = urllib.request.Request(address.rstrip("/") + path, data, headers)
+    try:
+        with urllib.request.urlopen(request, timeout=30) as response:
+            return response.status, response.headers["Access-Control-Allow-Origin"]
+    except urllib.error.HTTPError as error:
+        return error.code, error.headers["Access-Control-Allow-Origin"]
+
+
+def test_requests_of_other_sites_and_uploads_are_refused(served):
+    address, backend = served
+    port, asked = address.rstrip("/").rpartition(":")[2], len(backend.prompts)
+    form = (
+        b'--b\r\nContent-Disposition: form-data; name="files"; filename="x"\r\n\r\nx\r\n--b--\r\n'
+    )
+    upload = {"Content_Type": "multipart/form-data; boundary=b"}
+    requests = [("/", None, {}), ("/config", None, {}), ("/gradio_api/info", None, {})]
+    requests += [("/gradio_api/queue/join", b"{}", {"Content_Type": "application/json"})]
+    evil = f"evil.example:{port}"
+    for path, data, headers in requests:
+        own = status(address, path, data, **headers)[0]
+        assert own != 403
+        for host in (f"127.0.0.1:{port}", f"localhost:{port}", f"LOCALHOST:{port}", "[::1]"):
+            assert status(address, path, data, Host=host, **headers)[0] == own
+            origin = {"Host": host, "Origin": f"http://{host}"}
+            assert status(address, path, data, **origin, **headers)[0] == own
+        for host in (evil, "evil.example", "127.0.0.1.evil.example", "", "localhost@evil", "[::1"):
+            assert status(address, path, data, Host=host, **headers)[0] in (400, 403)
+        assert status(address, path, data, Host=evil, Origin=f"http://{evil}", **headers)[0] == 403
+        others = ("http://evil.example", "null", "http://localhost:1", f"https://127.0.0.1:{port}")
+        for origin in others:
+            assert status(address, path, data, Origin=origin, **headers)[0] == 403
+        assert status(address, path, data, Origin=others[0], **headers)[1] is None
+    for path in ("/gradio_api/upload", "/gradio_api/component_server", "/upload"):
+        for origin in ({}, {"Origin": address.rstrip("/")}, {"Origin": "http://evil.example"}):
+            assert status(address, path, form, **upload, **origin)[0] == 403
+    assert len(backend.prompts) == asked
 
 
 def test_the_command_serves_this_machine_only(tmp_path):

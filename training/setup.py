@@ -20,7 +20,7 @@ from checkpoint import (
     load_checkpoint,
     model_from_checkpoint,
 )
-from common.errors import UserError
+from common.errors import UserError, printable
 from common.files import file_sha256, locked
 from common.prefetch import Prefetcher
 from dataset import open_split
@@ -97,7 +97,7 @@ class TrainingRun:
             self.step, self.row, self.best = state.iter_num, state.data_cursor, state.best_val_loss
             self.data, self.base = state.data or self.data, state.base
             changes = "".join(f"; {change}" for change in changes)
-            print(f"continuing {self.source} at step {self.step}{changes}")
+            print(printable(f"continuing {self.source} at step {self.step}{changes}"))
         steps_left = math.ceil(max(0, self.end_row - self.row) / self.rows_per_step)
         self.total_steps = self.step + steps_left
         if self.config.max_steps:
@@ -325,7 +325,7 @@ def open_validation(
             rows = open_rows(pretrain_data_dir, "val", tokenizer, block_size, 0, chat=False)
             validation["pretrain_val"] = rows
         except UserError as error:
-            print(f"no pretraining validation loss: {error}")
+            print(f"no pretraining validation loss: {printable(error)}")
     return validation
 
 
