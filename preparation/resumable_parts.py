@@ -144,17 +144,29 @@ def write_record(path: Path, record: dict[str, Any]) -> None:
 def claim(output: Path, identity: dict[str, Any]) -> None:
     """Makes the staging folder that of a run with this identity; UserError if it is another's."""
     staging = output / STAGING
-    claimed = read_record(staging / "run.json")
-    if claimed is None:
-        output.mkdir(parents=True, exist_ok=True)
-        with locked(output, "preparation", wait=True):
-            refuse_other_dataset(output, SCRIPT)
-            claimed = read_record(staging / "run.json")
-            if claimed is None:
-                staging.mkdir(exist_ok=True)
-                write_record(staging / "run.json", identity)
-                return
-    refuse_if_different(output, "an unfinished", staging, claimed, identity)
+    path = staging / "run.json"
+    if read_record(path) == identity:
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    with locked(output, "preparation", wait=True):
+        refuse_other_dataset(output, SCRIPT)
+        if (output / "manifest.json").exists():  # another process has finished
+            return
+        claimed = read_record(path)
+        if claimed and not is_empty(staging):
+            refuse_if_different(output, "an unfinished", staging, claimed, identity)
+        staging.mkdir(exist_ok=True)
+        write_record(path, identity)
+
+
+def is_empty(staging: Path) -> bool:
+    """Whether nothing has been prepared in the staging folder, and no process is at it."""
+    with suppress(UserError):
+        for folder in staging.glob("part-*"):
+            with locked(folder, SCRIPT):  # removes the lock file of a killed process
+                pass
+        return all(path.is_dir() or path.name == "run.json" for path in staging.rglob("*"))
+    return False
 
 
 def read_records(

@@ -318,13 +318,21 @@ def test_processes_with_different_settings_do_not_mix(source, monkeypatch):
     def other_settings(*args):
         if not started:
             started.append(args)
-            refused("min_int_score was 3, is 4", source, min_int_score=4, rank=1, world_size=2)
+            prepare(source, min_int_score=4, rank=1, world_size=2)
         return real(*args)
 
     real = script.prepare_parts
     monkeypatch.setattr(script, "prepare_parts", other_settings)
+    refused("min_int_score was 4, is 3", source, rank=0, world_size=2)
+    refused("min_int_score was 4, is 3", source)
+    shutil.rmtree("out")
+
+    folder = made(resumable_parts.part_folder(Path("out"), 1))
+    resumable_parts.claim(Path("out"), {"min_int_score": 4})
+    with files.locked(folder, "one that is at its first part"):
+        refused("min_int_score was 4, is 3", source)
+    (folder / ".lock").touch()  # as a killed process leaves it
     prepare(source, rank=0, world_size=2)
-    assert started
 
     def removed_in_between(*args):  # and another one started there
         record = json.loads((part / "part.json").read_text())
