@@ -8,6 +8,7 @@ always loaded with `weights_only=True`:
 """
 
 import os
+import re
 import shutil
 import sys
 import threading
@@ -25,15 +26,8 @@ from formats.pretrained import gpt_from_folder, resolve_model
 from model import GPT, GPTConfig
 
 BEST = "best_model.pt"
+CHECKPOINT = re.compile(r"ckpt_([0-9]{7,})\.pt")  # the step, in at least seven digits
 KEY_PREFIXES = ("_orig_mod.", "module.")  # torch.compile, DistributedDataParallel
-FIXED_SETTINGS = ("finetune", "optimizer", "seed")  # a resumed run has the same ones
-PATH_SETTINGS = (
-    "data_dir",
-    "out_dir",
-    "finetune_data_dir",
-    "finetune_out_dir",
-    "resume_checkpoint",
-)
 
 
 def clean_state_dict(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -147,31 +141,11 @@ class TrainingState:
             )
         return cls(**{field.name: checkpoint.get(field.name) for field in fields(cls)})
 
-    def check_resume(self, name: Path, new: "TrainingState") -> list[str]:
-        """Refuses to continue as another run; returns the harmless settings that changed.
-
-        `new` is the state that the run has before its first step. What decides the weights' shape
-        or the order of the data must be the same, and so must the training data and, in a
-        fine-tune, its base. A base of `new` that is None is gone, and not compared.
-        """
-        check_tokenizer(self.tokenizer_sha256, name, new.tokenizer_sha256)
-        old_config, new_config = self.config, new.config
-        required = {key: (old_config.get(key), new_config[key]) for key in FIXED_SETTINGS}
-        required |= {key: (self.model_args.get(key), arg) for key, arg in new.model_args.items()}
-        for key in ("data", "base"):
-            if getattr(self, key) and getattr(new, key):
-                required[key] = (getattr(self, key), getattr(new, key))
-        for key, (old, value) in required.items():
-            if old != value and key != "dropout":
-                raise UserError(
-                    f"{name} was trained with {key}={old} and this run has {value}: change it back "
-                    "to continue, or start anew in another output folder"
-                )
-        return [
-            f"{key} {old_config[key]} -> {value}"
-            for key, value in new_config.items()
-            if key in old_config and old_config[key] != value and key not in PATH_SETTINGS
-        ]
+    def is_finite(self) -> bool:
+        """Whether all weights, moments and step counts are."""
+        moments = (self.optimizer_state_dict or {}).get("state", {})
+        groups = (self.model_state_dict or {}, *moments.values())
+        return all(bool(t.isfinite().all()) for group in groups for t in group.values())
 
 
 def check_tokenizer(sha256: str | None, name: str | Path, expected: str) -> None:
@@ -218,7 +192,12 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 def checkpoints_in(directory: Path) -> list[Path]:
     """The `ckpt_0001000.pt` files of a folder, newest first."""
-    return sorted(directory.glob(f"ckpt_{'[0-9]' * 7}.pt"), reverse=True)
+    found = [path for path in directory.glob("ckpt_*.pt") if CHECKPOINT.fullmatch(path.name)]
+    return sorted(found, key=step_in_name, reverse=True)
+
+
+def step_in_name(path: Path) -> int:
+    return int(CHECKPOINT.fullmatch(path.name)[1])
 
 
 def latest_checkpoint(directory: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -235,14 +214,16 @@ def latest_checkpoint(directory: Path) -> tuple[Path, dict[str, Any]] | None:
 class CheckpointWriter:
     """Writes checkpoints in the background; keeps the last `keep` of them and the best one.
 
-    `save` copies the tensors before it returns, so training continues at once. A failed write (a
-    full disk) is reported and leaves the earlier checkpoints; `wait` raises it. With several ranks
-    only one is `active`; the others write nothing.
+    `save` copies the tensors before it returns, so training continues at once; UserError if they
+    are not finite, which would replace good ones. A failed write (a full disk) is reported and
+    leaves the earlier checkpoints; `wait` raises it. With several ranks only one is `active`; the
+    others write nothing.
     """
 
     def __init__(self, directory: Path, keep: int, active: bool = True):
         self.directory, self.keep, self.active = directory, keep, active
-        self.thread: threading.Thread | None = None
+        self.written = threading.Event()  # not Thread.join: after Ctrl-C in it, it does not wait
+        self.written.set()
         self.error: OSError | None = None
         self.unsaved_best: dict[str, Any] | None = None
         if not active:
@@ -256,8 +237,16 @@ class CheckpointWriter:
         path = self.directory / f"ckpt_{state.iter_num:07d}.pt"
         if not self.active:
             return path
-        self.thread = threading.Thread(target=self.write, args=(path, snapshot(vars(state)), best))
-        self.thread.start()
+        if not state.is_finite():
+            good = next(iter(checkpoints_in(self.directory)), None)
+            raise UserError(
+                f"step {state.iter_num}: weights or moments are not finite any more and are not "
+                "saved: lower learning_rate or raise warmup_iters, and "
+                + (f"continue from {good}, which is good" if good else "start anew")
+            )
+        thread = threading.Thread(target=self.write, args=(path, snapshot(vars(state)), best))
+        self.written.clear()
+        thread.start()
         return path
 
     def write(self, path: Path, state: dict[str, Any], best: bool) -> None:
@@ -271,7 +260,8 @@ class CheckpointWriter:
                     file.flush()
                     os.fsync(file.fileno())
                     link_or_copy(Path(file.name), self.directory / BEST)
-            written = [p for p in checkpoints_in(self.directory) if p.name <= path.name]
+            files = checkpoints_in(self.directory)
+            written = [p for p in files if step_in_name(p) <= step_in_name(path)]
             for old in written[self.keep :]:  # newer, damaged ones do not count
                 old.unlink()
             self.error = self.unsaved_best = None
@@ -279,11 +269,13 @@ class CheckpointWriter:
             self.error = error if isinstance(error, OSError) else OSError(str(error))
             self.unsaved_best = state if best else self.unsaved_best
             print(f"could not save {path}: {error}; the earlier checkpoints are intact", flush=True)
+        finally:
+            self.written.set()
 
     def close(self) -> None:
         """Waits for the write in progress; a failed one has been reported."""
-        if self.thread is not None:
-            self.thread.join()
+        while not self.written.wait(1):  # a time limit lets Windows see Ctrl-C
+            pass
 
     def wait(self) -> None:
         """Returns when everything is on disk; UserError if the last checkpoint is not."""

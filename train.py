@@ -5,10 +5,10 @@
     python train.py --n_layers=6 --batch_size=4      # any constant can be given as --name=value
     torchrun --nproc_per_node=8 train.py             # the same run on 8 GPUs
 
-Run the same command again to continue an interrupted run (resume_checkpoint = "auto"). Ctrl-C and
-SIGTERM finish the step, save and exit with 130 and 143. `out_dir` gets best_model.pt, the last
-ckpt_*.pt, metrics.jsonl and loss_curve.png. From Python: `train(config)` with a config of
-`config_from_constants`.
+Run the same command again to continue an interrupted run (resume_checkpoint = "auto"). Ctrl-C,
+SIGTERM and a closed terminal finish the step, save and exit with 130, 143 and 129. `out_dir` gets
+best_model.pt, the last ckpt_*.pt, metrics.jsonl and loss_curve.png. From Python: `train(config)`
+with a config of `config_from_constants`.
 """
 
 import common.threads  # noqa: F401  before torch, which reads what it sets
@@ -122,7 +122,7 @@ def train(config: Any) -> dict[str, Any]:
         if run.step < run.total_steps:
             run.start()
             loop(run)
-            print(f"done: best validation loss {run.best:.4f}, in {run.out_dir}/best_model.pt")
+            print(run.result())
         else:
             position = f"step {run.step} of {run.total_steps}"
             print(f"{run.source} is already trained to {position}; nothing to do")
@@ -141,23 +141,18 @@ def loop(run: TrainingRun) -> None:
     losses: list[torch.Tensor] = []
     saved_step = None
     with (
+        GracefulStop(exit_on_second=ranks.world_size == 1, verbose=ranks.is_main) as stop,
         closing(run.batches()) as batches,
         closing(progress),
         closing(metrics),
         closing(writer),
-        GracefulStop(exit_on_second=ranks.world_size == 1, verbose=ranks.is_main) as stop,
     ):
         for micro_batches in batches:
             # The step's only host-side all-reduce.
             n_labels = sum(batch.n_labels for batch in micro_batches)
             n_labels, *signals = map(int, ranks.all_reduce_scalars(n_labels, *stop.counts))
             if any(signals):
-                if saved_step != run.step:
-                    path = writer.save(run.state(), best=False)
-                writer.wait()
-                ranks.all_reduce_scalars()  # a barrier: the first rank to exit ends the others
-                signum = SIGNALS[signals.index(max(signals))]
-                raise Interrupted(signum, run.resume_hint(path))
+                break
 
             if trainer.uses_hessian and run.step % config.hess_interval == 0:
                 trainer.update_hessian(*micro_batches[: ranks.local_count(config.hess_batches)])
@@ -187,7 +182,12 @@ def loop(run: TrainingRun) -> None:
                     progress.write(evaluation_line(run.step, results, is_best))
             if run.step == run.total_steps:
                 break
+        if saved_step != run.step:
+            path = writer.save(run.state(), best=False)
         writer.wait()
+        signals = ranks.all_reduce_scalars(*stop.counts)  # a barrier too: the first exit ends all
+        if any(signals):
+            raise Interrupted(SIGNALS[signals.index(max(signals))], run.resume_hint(path))
 
 
 def main(argv: list[str] | None = None) -> int:

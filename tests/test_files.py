@@ -14,7 +14,12 @@ import pytest
 from common import files
 from common.errors import UserError
 from common.files import locked, sync_directory
-from common.signals import interrupts_deferred, terminated_as_interrupted
+from common.signals import (
+    SIGNALS,
+    GracefulStop,
+    interrupts_deferred,
+    terminated_as_interrupted,
+)
 
 HOLDER = """
 import sys, time
@@ -123,9 +128,67 @@ def test_deferred_interrupts_go_to_the_previous_handlers():
         signal.signal(signal.SIGTERM, previous)
 
 
-def test_sigterm_is_an_interrupt_for_the_block():
-    previous = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt), terminated_as_interrupted():
-        os.kill(os.getpid(), signal.SIGTERM)
+@pytest.mark.parametrize("signum", SIGNALS)
+def test_a_signal_is_an_interrupt_for_the_block(signum):
+    previous = signal.getsignal(signum)
+    with pytest.raises(KeyboardInterrupt) as interrupt, terminated_as_interrupted():
+        os.kill(os.getpid(), signum)
         time.sleep(5)
-    assert signal.getsignal(signal.SIGTERM) == previous
+    assert signal.getsignal(signum) == previous and interrupt.value.signum == signum
+
+
+SCRIPT = """
+import sys, time
+from common.signals import GracefulStop, terminated_as_interrupted
+with terminated_as_interrupted(), GracefulStop() as stop:
+    print("ready", flush=True)
+    while not any(stop.counts):
+        time.sleep(0.01)
+    if sys.argv[1] == "hang":
+        time.sleep(60)
+    for stream in (sys.stdout, sys.stderr):
+        print("still here", file=stream, flush=True)
+sys.exit(7)
+"""
+
+
+def test_a_second_signal_ends_a_script_at_once():
+    command, root = [sys.executable, "-c", SCRIPT, "hang"], Path(files.__file__).parents[1]
+    process = subprocess.Popen(
+        command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    process.stderr.readline()
+    assert "once more stops at once" in process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30)[1] == "" and process.returncode == -signal.SIGINT
+
+
+@pytest.mark.skipif(os.name != "posix", reason="terminals of POSIX")
+def test_a_script_outlives_its_terminal():
+    import pty
+
+    pid, terminal = pty.fork()
+    if pid == 0:  # the leader of a new session, which gets SIGHUP
+        os.chdir(Path(files.__file__).parents[1])
+        os.execv(sys.executable, [sys.executable, "-c", SCRIPT, "print"])
+    while b"ready" not in os.read(terminal, 1000):
+        pass
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+
+
+@pytest.mark.parametrize("context", [GracefulStop, terminated_as_interrupted, interrupts_deferred])
+def test_a_signal_that_is_ignored_stays_ignored(context):
+    """SIGHUP under nohup, SIGINT in a background job of a shell script."""
+    previous = {signum: signal.signal(signum, signal.SIG_IGN) for signum in SIGNALS}
+    try:
+        with context() as stop:
+            for signum in SIGNALS:
+                os.kill(os.getpid(), signum)
+            assert stop is None or not any(stop.counts)
+        assert {signal.getsignal(signum) for signum in SIGNALS} == {signal.SIG_IGN}
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)

@@ -50,8 +50,14 @@ def child(*args: str, **settings) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        preexec_fn=listen if os.name == "posix" else None,
         **settings,
     )
+
+
+def listen() -> None:
+    """Lets a child get Ctrl-C, which the background job of a shell script ignores."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="module")
@@ -273,6 +279,16 @@ def test_resume_names_harmless_changes(finished, text_data, tmp_path, capsys):
         ({"finetune": True, "model": "none.pt"}, "none.pt is not there"),
         ({"resume_checkpoint": "none.pt"}, "none.pt is not there"),
         ({"beta1": 1.0}, "beta1=1.0"),
+        ({"learning_rate": 1e300}, "learning_rate=1e.300 must be at most 1$"),
+        ({"weight_decay": 1e300}, "weight_decay=1e.300 times learning_rate=0.003 is above 1"),
+        ({"rho": 1e300}, "rho=1e.300 must be at most"),
+        ({"seed": 10**26}, "seed=1(0){26} must be at most"),
+        ({"n_embd": 2**31}, "out of memory: .* or n_embd"),
+        ({"n_embd": 2**60}, "out of memory: .* or n_embd"),
+        ({"block_size": 2**63}, "block_size=9223372036854775808 must be at most"),
+        ({"n_layers": 10**6}, "n_layers=1000000 must be at most 10000"),
+        ({"out_dir": ""}, "out_dir is empty"),
+        ({"batch_size": 3 * 10**8, "warmup_iters": 5}, "=2 are more rows than the run's"),
         ({"eval_interval": -1}, "eval_interval=-1"),
     ],
 )

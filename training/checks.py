@@ -1,10 +1,14 @@
-"""Pre-training checks: settings, ranks, schedule, sample prompt, disk space."""
+"""Checks of a run: settings, ranks, schedule, prompt, disk space, the checkpoint to continue."""
 
 import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from checkpoint import checkpoints_in
+import torch
+
+from checkpoint import TrainingState, check_tokenizer, checkpoints_in
 from common.errors import UserError
 from common.files import check_free_space
 from model import GPT
@@ -27,6 +31,11 @@ MINIMA = {
     "keep_checkpoints": 1,
     "block_size": 2,
 }
+MAXIMA = {
+    "learning_rate": 1,  # a step changes each weight by up to this
+    "rho": 1e6,
+    "n_layers": 10_000,
+}
 CHOICES = {
     "optimizer": ("sophiag", "adamw"),
     "optimizer_state_dtype": ("float32", "bfloat16"),
@@ -34,6 +43,18 @@ CHOICES = {
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "gradient_dtype": ("float32", "bfloat16"),
 }
+
+FIXED_SETTINGS = ("finetune", "optimizer", "seed")  # a resumed run has the same ones
+PATH_SETTINGS = (
+    "data_dir",
+    "out_dir",
+    "finetune_data_dir",
+    "finetune_out_dir",
+    "resume_checkpoint",
+)
+# Parts of the messages of PyTorch's CPU allocator, whose errors have no type of their own.
+OUT_OF_MEMORY_SIGNS = ("DefaultCPUAllocator", "Storage size calculation overflowed")
+EARLIER = ": start from an earlier checkpoint (move this one away)"
 
 
 def flag_name(config: Any, name: str) -> str:
@@ -46,6 +67,17 @@ def check_settings(config: Any, world_size: int = 1) -> None:
     for name, minimum in MINIMA.items():
         if (value := getattr(config, name)) < minimum:
             raise UserError(f"{flag_name(config, name)}={value} must be at least {minimum}")
+    for name, value in vars(config).items():
+        maximum = MAXIMA.get(name, 2**63 - 1 if type(value) is int else value)  # PyTorch's
+        if value > maximum:
+            raise UserError(f"{flag_name(config, name)}={value} must be at most {maximum}")
+    if config.learning_rate * config.weight_decay > 1:
+        raise UserError(
+            f"weight_decay={config.weight_decay} times {flag_name(config, 'learning_rate')}="
+            f"{config.learning_rate} is above 1, more than a whole weight each step: lower one"
+        )
+    if not config.out_dir:
+        raise UserError(f"{flag_name(config, 'out_dir')} is empty: name a folder, such as '.'")
     for name in ("learning_rate", "rho", "distributed_timeout_minutes"):
         if (value := getattr(config, name)) <= 0:
             raise UserError(f"{flag_name(config, name)}={value} must be above 0")
@@ -91,9 +123,19 @@ def check_sample_prompt(config: Any, n_tokens: int, block_size: int) -> None:
         )
 
 
-def check_schedule(config: Any, total_steps: int) -> None:
-    """UserError if the warm-up takes the whole run, so that the learning rate would only rise."""
+def check_schedule(config: Any, total_steps: int, rows_per_step: int, n_rows: int) -> None:
+    """UserError if the warm-up takes the whole run, so that the learning rate would only rise.
+
+    `n_rows` are the rows of all epochs together.
+    """
     if 0 < total_steps <= config.warmup_iters:
+        if rows_per_step > n_rows:
+            raise UserError(
+                f"batch_size={config.batch_size} times "
+                f"{flag_name(config, 'gradient_accumulation_steps')}="
+                f"{config.gradient_accumulation_steps} are more rows than the run's {n_rows:,}: "
+                "lower them"
+            )
         name, epochs = flag_name(config, "warmup_iters"), flag_name(config, "num_epochs")
         raise UserError(
             f"{name}={config.warmup_iters} takes up all of the run's {total_steps} steps: lower it "
@@ -112,3 +154,120 @@ def check_disk(directory: Path, model: GPT, keep: int, state_bytes: int) -> None
     needed = checkpoint * (keep + 2)  # the last ones, the best, and one being written
     advice = f"free some space, lower keep_checkpoints (now {keep}) or change the folder"
     check_free_space(directory, needed - replaced, "the checkpoints need", advice)
+
+
+@contextmanager
+def explain_out_of_memory(config: Any) -> Iterator[None]:
+    """Turns running out of memory into a line that says which constants to lower."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        gpu = isinstance(error, torch.OutOfMemoryError)
+        known = gpu or isinstance(error, MemoryError)
+        if not known and not any(sign in str(error) for sign in OUT_OF_MEMORY_SIGNS):
+            raise
+        shape = "" if config.finetune else "; or lower block_size, n_layers or n_embd"
+        raise UserError(
+            f"out of {'GPU ' if gpu else ''}memory: lower batch_size (now {config.batch_size}) and "
+            f"raise {flag_name(config, 'gradient_accumulation_steps')} by the same factor{shape}"
+        ) from None
+
+
+def is_number(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def is_text(value: Any) -> bool:
+    return value is None or type(value) is str
+
+
+def is_plain(value: Any) -> bool:
+    """Whether it is a dict of settings."""
+    return type(value) is dict and {*map(type, value.values())} <= {bool, int, float, str}
+
+
+# What a checkpoint to continue must hold beside its tensors.
+VALUES: dict[str, Callable[[Any], bool]] = {
+    "optimizer_state_dict": lambda value: type(value) is dict and type(value.get("state")) is dict,
+    "scaler_state_dict": lambda value: value is None or type(value) is dict,
+    "model_args": is_plain,
+    "iter_num": is_number,
+    "best_val_loss": lambda value: type(value) is float and value == value,
+    "config": is_plain,
+    "data_cursor": is_number,
+    "rng_state": lambda value: type(value) is dict,
+    "data": is_text,
+    "base": is_text,
+}
+
+
+def check_resume(old: TrainingState, new: TrainingState, name: Path) -> list[str]:
+    """Refuses to continue `old`, of the file `name`, as another run; returns harmless changes.
+
+    `new` is the state that the run has before its first step, with moments as after it. What
+    decides the weights' shape or the order of the data must be the same, and so must the training
+    data and, in a fine-tune, its base. A base of `new` that is None is gone, and not compared.
+    """
+    unfit = [key for key, fits in VALUES.items() if not fits(getattr(old, key))]
+    if unfit:
+        raise UserError(f"{name}: its {unfit[0]} is missing or impossible{EARLIER}")
+    check_tokenizer(old.tokenizer_sha256, name, new.tokenizer_sha256)
+    old_config, new_config = old.config, new.config
+    required = {key: (old_config.get(key), new_config[key]) for key in FIXED_SETTINGS}
+    required |= {key: (old.model_args.get(key), arg) for key, arg in new.model_args.items()}
+    for key in ("data", "base"):
+        if getattr(old, key) and getattr(new, key):
+            required[key] = (getattr(old, key), getattr(new, key))
+    for key, (old_value, value) in required.items():
+        if old_value != value and key != "dropout":
+            raise UserError(
+                f"{name} was trained with {key}={old_value} and this run has {value}: change it "
+                "back to continue, or start anew in another output folder"
+            )
+    check_tensors(old, new, name)
+    return [
+        f"{key} {old_config[key]!r} -> {value!r}"
+        for key, value in new_config.items()
+        if key in old_config and old_config[key] != value and key not in PATH_SETTINGS
+    ]
+
+
+def check_tensors(old: TrainingState, new: TrainingState, name: Path) -> None:
+    """Refuses tensors that are not finite, or not laid out as in `new`: kernels do not look."""
+    moments, expected = old.optimizer_state_dict["state"], new.optimizer_state_dict["state"]
+    devices = {"cpu"} | new.rng_state.keys() & old.rng_state.keys()
+    generators = {key: new.rng_state[key] for key in devices}
+    pairs = {
+        "model_state_dict": (old.model_state_dict, new.model_state_dict),
+        "optimizer_state_dict": (moments, expected if moments or old.iter_num else {}),
+        "rng_state": ({key: old.rng_state.get(key) for key in generators}, generators),
+    }
+    if old.scaler_state_dict and new.scaler_state_dict:
+        pairs["scaler_state_dict"] = (old.scaler_state_dict, new.scaler_state_dict)
+    for key, (found, like) in pairs.items():
+        if (where := misfit(found, like, key)) is not None:
+            raise UserError(f"{name}: its {where} does not fit this run{EARLIER}")
+    steps = [values["step"] for values in moments.values()]
+    if not all(0 <= step <= old.iter_num for step in steps):
+        raise UserError(f"{name}: an optimizer's step is not one of its run{EARLIER}")
+    try:
+        for key in generators:
+            torch.Generator(key).set_state(old.rng_state[key])
+    except RuntimeError:
+        raise UserError(f"{name}: its rng_state is no random state{EARLIER}") from None
+    if not old.is_finite():
+        raise UserError(f"{name} holds numbers that are not finite{EARLIER}")
+
+
+def misfit(found: Any, like: Any, where: str) -> str | None:
+    """The place where `found` has not the keys, types and tensor layouts of `like`, or None."""
+    if isinstance(like, torch.Tensor):
+        fits = isinstance(found, torch.Tensor) and found.layout == torch.strided
+        fits = fits and not found.is_nested and found.is_cpu and found.is_contiguous()
+        return None if fits and (found.shape, found.dtype) == (like.shape, like.dtype) else where
+    if not isinstance(like, dict):
+        return None if type(found) is type(like) else where
+    if not isinstance(found, dict) or found.keys() != like.keys():
+        return where
+    places = (misfit(found[key], like[key], f"{where}[{key!r}]") for key in like)
+    return next(filter(None, places), None)

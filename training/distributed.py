@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common.errors import UserError
 from common.settings import report_error
+from common.signals import terminated_as_interrupted
 
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # Parts of gloo's and NCCL's messages about a lost rank; their errors have no type of their own.
@@ -182,14 +183,17 @@ def init_distributed(timeout_minutes: float) -> Iterator[Ranks]:
 def report_failure_once() -> Iterator[None]:
     """Ends all ranks after a failure on one, which is reported once, by the rank that failed first.
 
-    A killed rank reports nothing: the first rank that misses it does.
+    A killed rank reports nothing: the first rank that misses it does. A signal ends a run of one
+    process as Interrupted.
     """
     ranks = ranks_of_environment()
+    if ranks.world_size == 1:
+        with terminated_as_interrupted():
+            yield
+        return
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
-        if ranks.world_size == 1:
-            raise
         try:
             reports = rendezvous_store(timedelta(seconds=10)).add("failures", 1) == 1
         except (dist.DistError, RuntimeError):  # lost with rank 0

@@ -2,17 +2,20 @@
 
 import json
 import math
+import os
 import re
 import sys
 import time
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from common.errors import one_line
 from common.files import atomic_file
 
 PEAK_FLOPS = {  # dense 16-bit matrix products of a card, FLOP/s, by a pattern of its name
@@ -38,8 +41,8 @@ class Metrics:
 
     A resumed run first drops the lines beyond the step it resumes from, so that a killed run's file
     ends up the same as an undisturbed one's, except for timings and for the next loss where
-    `log_interval` does not divide the step of the checkpoint. A full disk loses lines and pictures,
-    with one message, never the run. With several ranks only one is `active`.
+    `log_interval` does not divide the step of the checkpoint. A failure (a full disk) loses lines
+    and pictures, with one message, never the run. With several ranks only one is `active`.
     """
 
     def __init__(
@@ -53,9 +56,10 @@ class Metrics:
         self.active, self.failed, self.wandb = active, False, None
         if not active:
             return
-        rows = [row for row in read_metrics(self.path) if row["step"] <= first_step]
-        with atomic_file(self.path) as file:
-            file.writelines(json.dumps(row).encode() + b"\n" for row in rows if first_step)
+        with self.reported_once():
+            rows = [row for row in read_metrics(self.path) if row["step"] <= first_step]
+            with atomic_file(self.path) as file:
+                file.writelines(json.dumps(row).encode() + b"\n" for row in rows if first_step)
         if wandb_settings is not None:
             import wandb
 
@@ -68,35 +72,39 @@ class Metrics:
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in values.items()
         }
-        with self.unless_disk_is_full(), open(self.path, "a", encoding="utf-8") as file:
+        with self.reported_once(), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step} | json_values) + "\n")
         if self.wandb is not None:
-            self.wandb.log(values, step=step)
+            with self.reported_once():
+                self.wandb.log(values, step=step)
 
     @contextmanager
-    def unless_disk_is_full(self) -> Iterator[None]:
+    def reported_once(self) -> Iterator[None]:
         try:
             yield
-        except OSError as error:
-            if not self.failed:
-                print(f"cannot write metrics ({error}); training goes on", file=sys.stderr)
+        except Exception as error:
+            self.report(f"cannot write metrics ({one_line(error)}); training goes on")
+
+    def report(self, line: str) -> None:
+        if not self.failed:
             self.failed = True
+            with suppress(OSError):
+                print(line, file=sys.stderr)
 
     def plot(self) -> None:
         """Draws training and validation loss against steps as `loss_curve.png`."""
         if not self.active:
             return
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
-            if not self.failed:
-                print("no loss_curve.png: pip install matplotlib", file=sys.stderr)
-            self.failed = True
-            return
-        figure = Figure(figsize=(8, 4.5), layout="constrained")
-        draw_losses(figure.subplots(), read_metrics(self.path), str(self.path.parent))
-        with self.unless_disk_is_full(), atomic_file(self.curve) as file:
-            figure.savefig(file, dpi=120, format="png")
+        with self.reported_once(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a title in letters that the font lacks
+            try:
+                from matplotlib.figure import Figure
+            except ImportError:
+                return self.report("no loss_curve.png: pip install matplotlib")
+            figure = Figure(figsize=(8, 4.5), layout="constrained")
+            draw_losses(figure.subplots(), read_metrics(self.path), str(self.path.parent))
+            with atomic_file(self.curve) as file:
+                figure.savefig(file, dpi=120, format="png")
 
     def close(self) -> None:
         if self.wandb is not None:
@@ -110,38 +118,42 @@ def draw_losses(axes: Any, rows: list[dict[str, Any]], title: str) -> None:
         ("val_loss", "validation", {"marker": "o", "markersize": 4}),
         ("pretrain_val_loss", "pretraining validation", {"marker": "s", "markersize": 4}),
     ):
-        points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+        points = [(row["step"], row[key]) for row in rows if type(row.get(key)) in (int, float)]
         if points:
             axes.plot(*zip(*points, strict=True), label=label, **style)
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    title = os.fsencode(title).decode(errors="replace")  # a path may hold any bytes
+    axes.set_title(title, parse_math=False)
     axes.grid(alpha=0.3)
     if axes.get_lines():
         axes.legend()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a line that a kill cut short is skipped."""
+    """The rows of a metrics.jsonl; a line that a kill cut short or that is no row is skipped."""
     rows = []
-    for line in path.read_text("utf-8").splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        with suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            if isinstance(row, dict) and type(row.get("step")) is int:
+                rows.append(row)
     return rows
 
 
 def last_metrics(out_dir: Path) -> dict[str, Any]:
     """The newest value of every metric of a run."""
     newest: dict[str, Any] = {}
-    for row in read_metrics(out_dir / "metrics.jsonl"):
-        newest |= row
+    with suppress(OSError):
+        for row in read_metrics(out_dir / "metrics.jsonl"):
+            newest |= row
     return newest
 
 
 class Progress:
     """Progress bar with loss, lr, tokens/s, win rate, and MFU on known GPUs; tqdm adds the ETA.
 
-    Tokens/s are those of all `n_devices` together, MFU is per device.
+    Tokens/s are those of all `n_devices` together, MFU is per device. A terminal that is gone or a
+    full disk behind it loses text, never the run.
     """
 
     def __init__(
@@ -172,7 +184,8 @@ class Progress:
     def advance(self, tokens: int) -> None:
         """Counts one step of `tokens` useful tokens."""
         self.tokens += tokens
-        self.bar.update()
+        with suppress(OSError):
+            self.bar.update()
 
     def rate(self) -> dict[str, float]:
         """Tokens/s, and MFU where the peak is known, since the last call."""
@@ -194,13 +207,16 @@ class Progress:
 
     def show(self, **values: float) -> None:
         texts = {key: f"{value:.4g}" for key, value in values.items()}
-        self.bar.set_postfix(texts, refresh=sys.stderr.isatty())
+        with suppress(OSError):
+            self.bar.set_postfix(texts, refresh=sys.stderr.isatty())
 
     def write(self, text: str) -> None:
-        self.bar.write(text)
+        with suppress(OSError):
+            self.bar.write(text)
 
     def close(self) -> None:
-        self.bar.close()
+        with suppress(OSError):
+            self.bar.close()
 
 
 def evaluation_line(step: int, results: dict[str, Any], is_best: bool) -> str:

@@ -60,6 +60,20 @@ def make_optimizer(model: GPT, config: Any) -> SophiaG | AdamW:
     )
 
 
+def first_moments(
+    optimizer: torch.optim.Optimizer, dtype: torch.dtype
+) -> dict[int, dict[str, torch.Tensor]]:
+    """What `optimizer.state_dict()["state"]` holds after one step, as tensors without data."""
+    names = ("exp_avg", "hessian" if isinstance(optimizer, SophiaG) else "exp_avg_sq")
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    step = torch.empty((), device="meta")
+    return {
+        number: {"step": step}
+        | {name: torch.empty(p.shape, dtype=dtype, device="meta") for name in names}
+        for number, p in enumerate(parameters)
+    }
+
+
 def gradient_scale(
     parameters: list[torch.Tensor], loss: torch.Tensor, grad_clip: float
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -29,12 +29,15 @@ from tokenizer import Tokenizer, load_tokenizer
 from training.checks import (
     FINETUNE_NAMES,
     check_disk,
+    check_resume,
     check_sample_prompt,
     check_schedule,
     check_settings,
+    explain_out_of_memory,
     flag_name,
 )
 from training.distributed import SINGLE_PROCESS, Ranks, init_distributed
+from training.optimizers import first_moments
 from training.packing import ChatFormat, PackedRows
 from training.trainer import Trainer, prefetch_steps, prompt_ids
 
@@ -86,13 +89,20 @@ class TrainingRun:
             base=self.base,
         )
 
+    def expected_state(self, old_config: Any) -> TrainingState:
+        """The state before the first step, with moments in the dtype of a checkpoint's settings."""
+        settings = old_config if isinstance(old_config, dict) else {}
+        half = settings.get("optimizer_state_dtype") == "bfloat16"
+        moments = first_moments(self.trainer.optimizer, torch.bfloat16 if half else torch.float32)
+        return dataclasses.replace(self.state(), optimizer_state_dict={"state": moments})
+
     def resume(self) -> None:
         """Continues the checkpoint, if there is one; UserError if it is not one of this run."""
         if self.checkpoint is not None:
             self.source, checkpoint = self.checkpoint
             self.checkpoint = None  # frees its memory
             state = TrainingState.of(checkpoint, self.source)
-            changes = state.check_resume(self.source, self.state())
+            changes = check_resume(state, self.expected_state(state.config), self.source)
             self.trainer.restore(state)
             self.step, self.row, self.best = state.iter_num, state.data_cursor, state.best_val_loss
             self.data, self.base = state.data or self.data, state.base
@@ -108,7 +118,7 @@ class TrainingRun:
         config = self.config
         if not (self.out_dir / BEST).exists():
             self.best = math.inf  # best_model.pt is not here: any model is better
-        check_schedule(config, self.total_steps)
+        check_schedule(config, self.total_steps, self.rows_per_step, self.end_row)
         if self.ranks.is_main:
             state_bytes = getattr(torch, config.optimizer_state_dtype).itemsize
             check_disk(self.out_dir, self.trainer.model, config.keep_checkpoints, state_bytes)
@@ -139,6 +149,13 @@ class TrainingRun:
                 f"most recent turns; {rows.n_dropped} whose last turn alone is too long are dropped"
             )
 
+    def result(self) -> str:
+        """The last line of a run."""
+        best = self.out_dir / BEST
+        if math.isfinite(self.best) and best.exists():
+            return f"done: best validation loss {self.best:.4f}, in {best}"
+        return f"done, but no validation loss was finite: there is no {best}"
+
     def batches(self) -> Prefetcher:
         """This rank's micro-batches of every step that is left."""
         config = self.config
@@ -149,7 +166,9 @@ class TrainingRun:
     def resume_hint(self, path: Path) -> str:
         """The message of an interrupted run that was saved as `path`."""
         hint = "run the same command again to continue"
-        if self.config.resume_checkpoint != "auto":
+        if self.step == self.total_steps:
+            hint = "the run is complete"
+        elif self.config.resume_checkpoint != "auto":
             hint = f"to continue, add --resume_checkpoint={path}"
         return f"interrupted at step {self.step} and saved as {path}; {hint}"
 
@@ -338,16 +357,3 @@ def base_checkpoint_hash(config: Any) -> str | None:
     """sha256 of the checkpoint that a fine-tune starts from; None if it no longer exists."""
     base = Path(config.model)
     return file_sha256(base) if config.finetune and base.is_file() else None
-
-
-@contextmanager
-def explain_out_of_memory(config: Any) -> Iterator[None]:
-    """Turns running out of GPU memory into a line that says which constants to lower."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        shape = "" if config.finetune else "; or lower block_size or n_layers"
-        raise UserError(
-            f"out of GPU memory: lower batch_size (now {config.batch_size}) and raise "
-            f"{flag_name(config, 'gradient_accumulation_steps')} by the same factor{shape}"
-        ) from None
