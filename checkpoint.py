@@ -145,7 +145,8 @@ class TrainingState:
         """Whether all weights, moments and step counts are."""
         moments = (self.optimizer_state_dict or {}).get("state", {})
         groups = (self.model_state_dict or {}, *moments.values())
-        return all(bool(t.isfinite().all()) for group in groups for t in group.values())
+        tensors = (tensor for group in groups for tensor in group.values())
+        return all(bool(tensor.sum(dtype=torch.float32).isfinite()) for tensor in tensors)
 
 
 def check_tokenizer(sha256: str | None, name: str | Path, expected: str) -> None:
