@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from common.errors import UserError
+from common.errors import MALFORMED_ANSWER, UserError
 from common.files import file_sha256
 from formats.llama import gpt_from_llama
 from model import GPT
@@ -151,7 +151,7 @@ def download(repo_id: str) -> Path:
             f"{repo_id} is not in the local cache and {reason}, or give the path of a .pt or a "
             "folder"
         ) from None
-    except (HTTPError, OSError) as error:
+    except (HTTPError, OSError, *MALFORMED_ANSWER) as error:
         if getattr(error, "errno", None):  # of the local disk
             raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__

@@ -431,6 +431,11 @@ def test_hub(llama, tmp_path):
         assert len(files_fetched) == 3  # one of the two files twice, its end
         assert all(f"/{COMMIT}/" in path for path in fetched if path.endswith(".safetensors"))
 
+        hub.log_in = True
+        assert load_in_a_process(["some-one/other"], home, hub.url)[0].startswith(
+            "cannot fetch some-one/other (Expecting value"
+        )
+
     with socket.socket() as closed:  # nobody listens at a port that was just given back
         closed.bind(("127.0.0.1", 0))
         endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
