@@ -23,6 +23,7 @@ from common.errors import MALFORMED_ANSWER, UserError, one_line
 from common.files import file_sha256, locked, named_errors
 
 TIMEOUT = 30  # seconds without an answer
+CHUNK_BYTES = 1 << 20  # received bytes that do not fill a chunk are lost with the connection
 WAITS = (1, 2, 4, 8, 15, 30, 60, 60, 60)  # seconds before each retry
 
 Result = TypeVar("Result")
@@ -116,6 +117,7 @@ def download(file: HubFile, path: Path) -> Path:
     def transfer() -> None:
         if partial.exists() and partial.stat().st_size > file.bytes:
             partial.unlink()
+        constants.DOWNLOAD_CHUNK_SIZE = CHUNK_BYTES  # of http_get, by default 10 MiB
         with open(partial, "ab") as target:
             try:
                 http_get(
@@ -162,13 +164,6 @@ def retry(action: Callable[[], Result], what: str, waits: Sequence[float]) -> Re
             return action()
         except OfflineModeIsEnabled:
             raise UserError(f"cannot fetch {what}: HF_HUB_OFFLINE is set, unset it") from None
-        except UserError:
-            raise
-        except MALFORMED_ANSWER as error:
-            raise UserError(
-                f"cannot read what {constants.ENDPOINT} says about {what} ({one_line(error)}): "
-                "check HF_ENDPOINT, the dataset's card, and whether the network wants a log-in"
-            ) from None
         except (HTTPError, OSError) as error:
             is_network_error = isinstance(error, (HTTPError, ConnectionError, TimeoutError))
             if not is_network_error and error.errno:  # such as a full disk
@@ -186,5 +181,12 @@ def retry(action: Callable[[], Result], what: str, waits: Sequence[float]) -> Re
                     f"cannot fetch {what} from {constants.ENDPOINT} ({reason}): check the network "
                     "and run again, what has arrived is kept"
                 ) from None
+        except UserError:
+            raise
+        except MALFORMED_ANSWER as error:
+            raise UserError(
+                f"cannot read what {constants.ENDPOINT} says about {what} ({one_line(error)}): "
+                "check HF_ENDPOINT, the dataset's card, and whether the network wants a log-in"
+            ) from None
         tqdm.write(f"{what}: {reason}; trying again in {wait} s", file=sys.stderr)
         time.sleep(wait)

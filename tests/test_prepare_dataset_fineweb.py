@@ -656,7 +656,8 @@ def server(source, monkeypatch):
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
         template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 4096)
+        monkeypatch.setattr(hub_download, "CHUNK_BYTES", 4096)
+        monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", constants.DOWNLOAD_CHUNK_SIZE)
         monkeypatch.setattr(hub_download, "WAITS", (0.01, 0.01, 0.01))
         monkeypatch.setattr(time, "sleep", lambda seconds: None)
         yield server
