@@ -153,6 +153,7 @@ def download(repo_id: str) -> Path:
         ) from None
     except (HTTPError, OSError, *MALFORMED_ANSWER) as error:
         if getattr(error, "errno", None):  # of the local disk
+            error.filename = error.filename or constants.HF_HUB_CACHE
             raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(

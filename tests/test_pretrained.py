@@ -1,5 +1,6 @@
 """Models in other forms than our .pt: folders of transformers and of the original, and the hub."""
 
+import errno
 import json
 import os
 import shutil
@@ -9,10 +10,12 @@ import sys
 import zipfile
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 from fake_hub import COMMIT, FakeHub
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from test_model import enlarge_weights
 
@@ -389,6 +392,18 @@ def load_in_a_process(names: list[str], home: Path, endpoint: str, **environment
     result = subprocess.run(command, capture_output=True, text=True, env=settings, cwd=home)
     assert result.returncode == 0, result.stderr
     return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def test_a_full_cache_is_named(monkeypatch):
+    def fill_up(*args, local_files_only=False, **kwargs):
+        if local_files_only:
+            raise LocalEntryNotFoundError("x")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fill_up)
+    with pytest.raises(OSError, match="No space") as caught:
+        load_model("some-one/model")
+    assert caught.value.filename == huggingface_hub.constants.HF_HUB_CACHE
 
 
 def test_hub(llama, tmp_path):
