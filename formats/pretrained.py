@@ -120,14 +120,20 @@ def download(repo_id: str) -> Path:
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
     )
-    from huggingface_hub.utils import tqdm
+    from huggingface_hub.utils import get_session, tqdm
 
     class NoBar(tqdm):
         def __init__(self, *args: Any, **kwargs: Any):
             super().__init__(*args, **kwargs | {"disable": True})
 
     files = {"allow_patterns": [CONFIG, INDEX, "model*.safetensors"]}
+
+    def limit_waiting(request: Any) -> None:  # snapshot_download would wait for ever
+        limits = request.extensions["timeout"]
+        limits |= {name: limits[name] or constants.HF_HUB_ETAG_TIMEOUT for name in limits}
+
     cached = None
+    get_session().event_hooks["request"].append(limit_waiting)
     try:
         try:
             cached = snapshot_download(repo_id, local_files_only=True, **files)

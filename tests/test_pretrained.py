@@ -446,7 +446,10 @@ def test_hub(llama, tmp_path):
         assert len(files_fetched) == 3  # one of the two files twice, its end
         assert all(f"/{COMMIT}/" in path for path in fetched if path.endswith(".safetensors"))
 
-        hub.log_in = True
+        hub.api_delay = 4  # longer than we wait: as without a network
+        outputs = load_in_a_process(names[:1] + others[2:3], home, hub.url, HF_HUB_ETAG_TIMEOUT="1")
+        assert outputs[0] == expected and "cannot give it (ReadTimeout)" in outputs[1]
+        hub.api_delay, hub.log_in = 0, True
         assert load_in_a_process(["some-one/other"], home, hub.url)[0].startswith(
             "cannot fetch some-one/other (Expecting value"
         )
