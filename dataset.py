@@ -7,6 +7,7 @@ the original Lille load too. `manifest.json` beside the shards records their tok
 and each file's size and sha256.
 """
 
+import errno
 import os
 import re
 import struct
@@ -15,6 +16,7 @@ import tokenize
 import zipfile
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,8 @@ class NpzDataset:
             raise
         except Exception as error:  # of zipfile, a decompressor or NumPy's parser
             if isinstance(error, OSError) and error.errno:
-                raise UserError(f"cannot read {self.path}: {error.strerror}") from None
+                hint = ": raise `ulimit -n`" if error.errno == errno.EMFILE else ""
+                raise UserError(f"cannot read {self.path}: {error.strerror}{hint}") from None
             raise self._error("is truncated or is not a .npz file") from None
         self._check_offsets()
         self.tokens = self._as_uint16(self.tokens)
@@ -285,6 +288,7 @@ def open_split(
         raise UserError(f"there is no {data_dir / split}.npz: {prepare}")
     if manifest:
         check_manifest(data_dir, manifest, paths, tokenizer_sha256, vocab_size)
+    allow_open_files(2 * len(paths))
     shards = [NpzDataset(path) for path in paths]
     if not manifest and vocab_size is not None:
         for shard in shards:
@@ -296,6 +300,23 @@ def open_split(
     if not any(len(shard.tokens) for shard in shards):
         raise UserError(f"{paths[0]} holds no tokens: {prepare}")
     return shards
+
+
+def allow_open_files(number: int) -> None:
+    """Raises the limit of open files of this process, often 1,024, if `number` more need it.
+
+    A memory map keeps its file open, and a shard has two.
+    """
+    try:
+        import resource
+    except ImportError:  # on Windows, where there is no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = number + 512
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        limit = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        with suppress(OSError, ValueError):  # not allowed here: opening says so
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
 def split_files(data_dir: Path, split: str, names: Iterable[str]) -> list[str]:

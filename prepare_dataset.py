@@ -193,11 +193,17 @@ def check_settings(config: Any) -> None:
         raise UserError(f"{min(hf_settings)} is given without hf_dataset: name the dataset as well")
 
 
+def is_same_file(path: str, other: str) -> bool:
+    return os.path.exists(path) and os.path.samefile(path, other)
+
+
 def open_inputs(config: Any) -> list[Input]:
     """[the input] or [the input, the input of the validation examples]."""
     trusted, val_inputs = config.trust_control_tokens, []
     if config.val_file_path:
         val_inputs = [open_input(config.val_file_path, "val_file_path", trusted)]
+        if not config.hf_dataset and is_same_file(config.input_file_path, config.val_file_path):
+            print("note: val_file_path is the input too, so nothing will be new in validation")
     if config.hf_dataset:
         from preparation.hub_dataset import HubDataset
 

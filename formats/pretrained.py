@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from common.errors import UserError
+from common.errors import MALFORMED_ANSWER, UserError
 from common.files import file_sha256
 from formats.llama import gpt_from_llama
 from model import GPT
@@ -120,14 +120,20 @@ def download(repo_id: str) -> Path:
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
     )
-    from huggingface_hub.utils import tqdm
+    from huggingface_hub.utils import get_session, tqdm
 
     class NoBar(tqdm):
         def __init__(self, *args: Any, **kwargs: Any):
             super().__init__(*args, **kwargs | {"disable": True})
 
     files = {"allow_patterns": [CONFIG, INDEX, "model*.safetensors"]}
+
+    def limit_waiting(request: Any) -> None:  # snapshot_download would wait for ever
+        limits = request.extensions["timeout"]
+        limits |= {name: limits[name] or constants.HF_HUB_ETAG_TIMEOUT for name in limits}
+
     cached = None
+    get_session().event_hooks["request"].append(limit_waiting)
     try:
         try:
             cached = snapshot_download(repo_id, local_files_only=True, **files)
@@ -151,8 +157,9 @@ def download(repo_id: str) -> Path:
             f"{repo_id} is not in the local cache and {reason}, or give the path of a .pt or a "
             "folder"
         ) from None
-    except (HTTPError, OSError) as error:
+    except (HTTPError, OSError, *MALFORMED_ANSWER) as error:
         if getattr(error, "errno", None):  # of the local disk
+            error.filename = error.filename or constants.HF_HUB_CACHE
             raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(

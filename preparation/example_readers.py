@@ -256,6 +256,8 @@ def open_input(text: str, name: str, trusted: bool) -> TextFile | ParquetFiles:
     if not is_pattern and not is_folder:
         if not path.exists():
             raise UserError(f"{path} does not exist: put your text there, or set --{name}=...")
+        if not path.is_file():  # a pipe or a device, which cannot be opened twice or has no end
+            raise UserError(f"{path} is not a regular file: write its content to one")
         if suffix not in (".txt", ".jsonl", PARQUET):
             raise UserError(
                 f"{path}: only .txt, .jsonl and .parquet are read: convert it or rename it"

@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from common.errors import UserError
 from common.files import file_sha256
+from common.settings import NO_ROOM
 from preparation.example_readers import Example, example_columns, table_example
 from preparation.local_files import LocalFile
 from preparation.parquet import ParquetFile
@@ -168,11 +169,15 @@ def one_line_errors(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        from datasets import config
         from datasets.exceptions import DatasetGenerationError
 
         if isinstance(error, DatasetGenerationError):
             error = error.__cause__ or error  # the outer message is always the same
         if isinstance(error, UserError):
+            raise error from None
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            error.filename = error.filename or str(config.HF_CACHE_HOME)
             raise error from None
         message = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
         raise UserError(

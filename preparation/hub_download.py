@@ -10,19 +10,20 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from huggingface_hub import HfApi, constants, hf_hub_url
-from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers, filter_repo_objects
 from tqdm import tqdm
 
-from common.errors import UserError, printable
-from common.files import file_sha256, named_errors
+from common.errors import MALFORMED_ANSWER, UserError, one_line, printable
+from common.files import file_sha256, locked, named_errors
 
 TIMEOUT = 30  # seconds without an answer
+CHUNK_BYTES = 1 << 20  # received bytes that do not fill a chunk are lost with the connection
 WAITS = (1, 2, 4, 8, 15, 30, 60, 60, 60)  # seconds before each retry
 
 Result = TypeVar("Result")
@@ -38,6 +39,18 @@ class HubFile:
     bytes: int
     sha256: str | None
 
+    def __post_init__(self) -> None:
+        path = PurePosixPath(self.name)  # below `download_dir`
+        if (
+            path.is_absolute()
+            or ".." in path.parts
+            or "\\" in self.name
+            or not self.name.isprintable()
+        ):
+            raise ValueError(f"the file name {self.name!r}")
+        if not isinstance(self.bytes, int) or self.bytes < 0:
+            raise ValueError(f"the size {self.bytes!r} of {self.name}")
+
     @property
     def url(self) -> str:
         return hf_hub_url(self.repo_id, self.name, repo_type="dataset", revision=self.commit)
@@ -50,24 +63,25 @@ def dataset_files(repo_id: str, config_name: str, revision: str) -> list[HubFile
     UserError if the Hub cannot be reached or has no such dataset, revision or configuration.
     """
     what = f"{repo_id} at revision {revision}"
-    info = retry(
-        lambda: HfApi().dataset_info(
+
+    def list_files() -> list[HubFile]:
+        info = HfApi().dataset_info(
             repo_id, revision=revision, files_metadata=True, timeout=TIMEOUT
-        ),
-        what,
-        WAITS[:4],
-    )
-    patterns = train_patterns(info.card_data, repo_id, config_name) if config_name else ["*"]
-    siblings = {sibling.rfilename: sibling for sibling in info.siblings}
-    files = [
-        HubFile(repo_id, info.sha, name, siblings[name].size, lfs.sha256 if lfs else None)
-        for name in filter_repo_objects(sorted(siblings), allow_patterns=patterns)
-        if name.endswith(".parquet")
-        for lfs in [siblings[name].lfs]
-    ]
-    if not files:
-        raise UserError(f"{what} has no Parquet files {', '.join(patterns)}: check --config_name")
-    return files
+        )
+        patterns = train_patterns(info.card_data, repo_id, config_name) if config_name else ["*"]
+        siblings = {sibling.rfilename: sibling for sibling in info.siblings}
+        files = [
+            HubFile(repo_id, info.sha, name, siblings[name].size, lfs.sha256 if lfs else None)
+            for name in filter_repo_objects(sorted(siblings), allow_patterns=patterns)
+            if name.endswith(".parquet")
+            for lfs in [siblings[name].lfs]
+        ]
+        if not files:
+            patterns = ", ".join(patterns)
+            raise UserError(f"{what} has no Parquet files {patterns}: check --config_name")
+        return files
+
+    return retry(list_files, what, WAITS[:4])
 
 
 def train_patterns(card: Any, repo_id: str, config_name: str) -> list[str]:
@@ -95,34 +109,45 @@ def download(file: HubFile, path: Path) -> Path:
     What has arrived is kept in `path`.incomplete. Raises UserError if the Hub refuses, and when the
     retries are used up.
     """
-    if path.exists() and is_whole(path, file):
+    if is_whole(path, file):
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".incomplete")
 
     def transfer() -> None:
-        with named_errors(path), open(partial, "ab") as target:
-            if target.tell() > file.bytes:
+        if partial.exists() and partial.stat().st_size > file.bytes:
+            partial.unlink()
+        constants.DOWNLOAD_CHUNK_SIZE = CHUNK_BYTES  # of http_get, by default 10 MiB
+        with open(partial, "ab") as target:
+            try:
+                http_get(
+                    file.url,
+                    target,
+                    resume_size=target.tell(),
+                    headers=build_hf_headers(),
+                    expected_size=file.bytes,
+                    displayed_filename=file.name,
+                )
+            except HfHubHTTPError as error:
+                if error.response.status_code != 416:
+                    raise
                 target.truncate(0)
-            http_get(
-                file.url,
-                target,
-                resume_size=target.tell(),
-                headers=build_hf_headers(),
-                expected_size=file.bytes,
-                displayed_filename=file.name,
-            )
+                raise OSError("the file there is shorter than what has arrived") from None
         if not is_whole(partial, file):
             partial.unlink()
             raise OSError("it does not have the sha256 that the hub publishes")
 
-    retry(transfer, f"{file.repo_id}/{file.name}", WAITS)
-    os.replace(partial, path)
+    # Two processes may share `download_dir`.
+    lock_file = path.with_name(path.name + ".lock")
+    with named_errors(path), locked(path, "download", wait=True, lock_file=lock_file):
+        if not is_whole(path, file):
+            retry(transfer, f"{file.repo_id}/{file.name}", WAITS)
+            os.replace(partial, path)
     return path
 
 
 def is_whole(path: Path, file: HubFile) -> bool:
-    if path.stat().st_size != file.bytes:
+    if not path.exists() or path.stat().st_size != file.bytes:
         return False
     return file.sha256 is None or file_sha256(path) == file.sha256
 
@@ -156,5 +181,12 @@ def retry(action: Callable[[], Result], what: str, waits: Sequence[float]) -> Re
                     f"cannot fetch {what} from {constants.ENDPOINT} ({reason}): check the network "
                     "and run again, what has arrived is kept"
                 ) from None
+        except UserError:
+            raise
+        except MALFORMED_ANSWER as error:
+            raise UserError(
+                f"cannot read what {constants.ENDPOINT} says about {what} ({one_line(error)}): "
+                "check HF_ENDPOINT, the dataset's card, and whether the network wants a log-in"
+            ) from None
         tqdm.write(printable(f"{what}: {reason}; trying again in {wait} s"), file=sys.stderr)
         time.sleep(wait)

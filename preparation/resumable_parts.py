@@ -197,19 +197,23 @@ def refuse_if_different(
         )
 
 
-def find_duplicates(hashes: list[np.ndarray]) -> list[np.ndarray]:
+def find_duplicates(paths: list[Path]) -> list[np.ndarray]:
     """Marks the documents (n,) bool of each part that repeat the text of an earlier document.
 
-    `hashes` (n, 2) uint64 are those of each part. They are compared in slices by value, so that
-    memory use is constant.
+    `paths` are the files with the hashes (n, 2) uint64 of each part. They are compared in slices by
+    value, so that memory use is constant, and one file is open at a time.
     """
-    duplicates = [np.zeros(len(part), dtype=bool) for part in hashes]
-    starts = np.cumsum([0, *map(len, hashes)])
+    duplicates = [np.zeros(len(np.load(path, mmap_mode="r")), dtype=bool) for path in paths]
+    starts = np.cumsum([0, *map(len, duplicates)])
     n_slices = 1 + int(starts[-1]) // DUPLICATES_AT_A_TIME
     for number in range(n_slices):
-        indices = [np.flatnonzero(part[:, 0] % n_slices == number) for part in hashes]
-        values = np.concatenate([part[i] for part, i in zip(hashes, indices, strict=True)])
-        positions = np.concatenate([start + i for start, i in zip(starts, indices, strict=False)])
+        values, positions = [], []
+        for start, path in zip(starts, paths, strict=False):
+            hashes = np.load(path, mmap_mode="r")
+            indices = np.flatnonzero(hashes[:, 0] % n_slices == number)
+            values.append(hashes[indices])
+            positions.append(start + indices)
+        values, positions = np.concatenate(values), np.concatenate(positions)
         order = np.lexsort((values[:, 1], values[:, 0]))  # stable: the first one stays first
         values, positions = values[order], positions[order]
         repeats = positions[1:][(values[1:] == values[:-1]).all(axis=1)]
@@ -258,8 +262,7 @@ def plan_shards(
     parts = [Path(part_folder(output, index).name) for index in range(len(records))]
     duplicates: list[np.ndarray] = []
     if config.remove_duplicates:
-        hashes = [np.load(staging / part / "text_hashes.npy", mmap_mode="r") for part in parts]
-        duplicates = find_duplicates(hashes)
+        duplicates = find_duplicates([staging / part / "text_hashes.npy" for part in parts])
         counts.drop(DUPLICATE, 0, 0)
 
     shards: list[tuple[Path, dict[str, Any]]] = []

@@ -7,9 +7,10 @@
 
 Each download of a file takes the next of its faults, and is served as it should be after the last:
 ("drop", n): the connection ends after n bytes; ("truncate", n): a shorter file, n bytes, as if it
-were whole; ("status", code); ("corrupt", i): byte i is another one; ("slow", seconds): waits first;
-("whole", 0): the Range that was asked for is ignored. `cdn`, another FakeHub with the same
-repositories, is where downloads are redirected to.
+were whole; ("longer", n): n bytes more than the file has; ("status", code); ("corrupt", i): byte i
+is another one; ("slow", seconds): waits first; ("whole", 0): the Range that was asked for is
+ignored. `cdn`, another FakeHub with the same repositories, is where downloads are redirected to.
+With `log_in` every answer is a web page, as from a network that wants a log-in first.
 """
 
 import hashlib
@@ -41,6 +42,7 @@ class FakeHub:
         self.authorizations: list[str | None] = []  # the header of each request
         self.api_delay = 0.0  # seconds before the API answers
         self.cdn: FakeHub | None = None
+        self.log_in = False
         self.wake = threading.Event()
         handler = type("Handler", (Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -85,6 +87,8 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.authorizations.append(self.headers.get("Authorization"))
         if path.startswith("/api/"):
             self.hub.wake.wait(self.hub.api_delay)
+        if self.hub.log_in:
+            return self.send(b"<html>Welcome to our hotel</html>", "text/html")
         name = r"([^/]+/[^/]+)"
         patterns = [
             (rf"/api/(datasets|models)/{name}/tree/([^/]+)(?:/(.*))?", self.tree),
@@ -114,9 +118,11 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def send_json(self, value) -> None:
-        content = json.dumps(value).encode()
+        self.send(json.dumps(value).encode(), "application/json")
+
+    def send(self, content: bytes, kind: str) -> None:
         self.send_response(200)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if self.command != "HEAD":
@@ -182,6 +188,8 @@ class Handler(BaseHTTPRequestHandler):
             content = content[:argument] + bytes([content[argument] ^ 1]) + content[argument + 1 :]
         if fault == "truncate":
             content = content[:argument]
+        if fault == "longer":
+            content += bytes(argument)
         start, entry = 0, self.entry(repository, path)
         if match := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
             start = 0 if fault == "whole" else int(match[1])

@@ -496,3 +496,24 @@ def test_a_writer_goes_on_after_it_wrote_in_another_order(tmp_path):
     data = NpzDataset(tmp_path / "all.npz")
     assert len(data) == 60
     assert all(np.array_equal(a, b) for a, b in zip(data, docs, strict=True))
+
+
+@pytest.mark.parametrize("hard", [True, False])
+def test_more_shards_than_files_may_be_open(tmp_path, hard):
+    """The soft limit is raised; under a hard one a line says what to do."""
+    pytest.importorskip("resource")
+    for i in range(40):
+        write_shard(tmp_path / f"train-{i:05d}-of-00040.npz", documents(2, seed=i))
+    code = (
+        "import resource, sys; from dataset import open_split; "
+        "limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]; "
+        f"resource.setrlimit(resource.RLIMIT_NOFILE, (60, {60 if hard else 'limit'})); "
+        "print(len(open_split(sys.argv[1], 'train')))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, tmp_path], capture_output=True, text=True, cwd=ROOT
+    )
+    if hard:
+        assert "Too many open files: raise `ulimit -n`" in result.stderr
+    else:
+        assert result.stdout == "40\n", result.stderr

@@ -169,6 +169,21 @@ def test_validation_file(tokenizer):
     assert manifest["text_bytes"] == len("abcv1v2") and manifest["dropped"] == empty(2)
 
 
+def test_a_device_is_not_read():
+    Path("null.jsonl").symlink_to("/dev/null")
+    with pytest.raises(UserError, match="null.jsonl is not a regular file"):
+        prepare("a<|endoftext|>b", val_file_path="null.jsonl")
+
+
+def test_the_same_file_for_validation_is_noted(capsys):
+    Path("linked.txt").symlink_to("in.txt")
+    prepare("a<|endoftext|>b", val_file_path="linked.txt", val_split=0)
+    assert "note: val_file_path is the input too" in capsys.readouterr().out
+    Path("other.txt").write_text("a<|endoftext|>b")
+    prepare("a<|endoftext|>b", val_file_path="other.txt", val_split=0)
+    assert "note" not in capsys.readouterr().out
+
+
 def test_small_chunks_and_batches_change_nothing(monkeypatch):
     texts = [f"text {i} " + "é东<" * (i % 40) for i in range(300)]
     content = "<|endoftext|>".join(texts)

@@ -9,7 +9,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -216,6 +219,21 @@ def test_duplicates_are_removed_across_files(tokenizer, monkeypatch):
     }
     assert manifest["text_bytes"] == sum(map(len, pool))
     assert contents(Path("unique1")) == contents(Path("unique7"))
+
+
+def test_duplicates_of_more_files_than_may_be_open(tmp_path):
+    resource = pytest.importorskip("resource")
+    paths = [tmp_path / f"{i}.npy" for i in range(60)]
+    for i, path in enumerate(paths):
+        np.save(path, np.array([[i % 50, 1], [100 + i, 2]], dtype=np.uint64))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with open(paths[0]) as file:  # the lowest free number
+        resource.setrlimit(resource.RLIMIT_NOFILE, (file.fileno() + 20, limits[1]))
+    try:
+        duplicates = resumable_parts.find_duplicates(paths)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert [part.tolist() for part in duplicates] == [[i >= 50, False] for i in range(60)]
 
 
 def parts_texts(path: str, tokenizer, settings: dict) -> list[str]:
@@ -646,7 +664,8 @@ def server(source, monkeypatch):
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
         template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 4096)
+        monkeypatch.setattr(hub_download, "CHUNK_BYTES", 4096)
+        monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", constants.DOWNLOAD_CHUNK_SIZE)
         monkeypatch.setattr(hub_download, "WAITS", (0.01, 0.01, 0.01))
         monkeypatch.setattr(time, "sleep", lambda seconds: None)
         yield server
@@ -667,6 +686,7 @@ def test_hub_equals_local_whatever_the_network_does(source, server):
         names[1]: [("status", 429), ("truncate", 9_000)],
         names[2]: [("corrupt", 5_000)],
         names[3]: [("drop", 0), ("status", 500), ("status", 502)],
+        names[4]: [("drop", 20_000), ("truncate", 9_000), ("longer", 500)],  # the second: HTTP 416
     }
     out = prepare("owner/texts", revision="main")
     assert shards(out) == shards(prepare(source, "local"))
@@ -700,6 +720,48 @@ def test_a_redirect_to_another_host_without_ranges_gets_no_token(source, server,
     ]  # not the library's own
     assert set(ours) == {"Bearer hf_secret"} and set(cdn.authorizations) == {None}
     assert fetches(cdn, name)[1].startswith("bytes=")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../up.parquet", "{here}/up.parquet", "a/../../up.parquet", "..\\up.parquet", "\33.parquet"],
+)
+def test_a_file_name_that_leads_out_of_the_folder_is_refused(server, tmp_path, name):
+    name = name.format(here=tmp_path)
+    server.add("datasets", "owner/texts", {name: b"x"})
+    message = refused(
+        "the file name", "owner/texts", revision=COMMIT, config_name="", download_dir="kept/here"
+    )
+    assert repr(name) in message and message.isprintable()
+    assert not list(tmp_path.rglob("*"))
+
+
+def test_a_network_that_wants_a_log_in(server):
+    server.log_in = True
+    refused("cannot read what .* says about owner/texts .*log-in", "owner/texts", revision=COMMIT)
+
+
+def test_a_file_of_another_length_is_said(server):
+    server.faults["sample/10BT/000.parquet"] = [("longer", 500)] * 4
+    refused("Consistency check failed: file should be of", "owner/texts", revision=COMMIT)
+
+
+def test_two_processes_share_a_download(server, source, monkeypatch):
+    """The second waits for the first, instead of adding to the same partial file."""
+    both, http_get = threading.Barrier(2), hub_download.http_get
+
+    def meet_then_get(*args, **kwargs) -> None:
+        with suppress(threading.BrokenBarrierError):
+            both.wait(0.3)
+        http_get(*args, **kwargs)
+
+    monkeypatch.setattr(hub_download, "http_get", meet_then_get)
+    file = hub_download.dataset_files("owner/texts", "sample-10BT", COMMIT)[0]
+    with ThreadPoolExecutor(2) as pool:
+        paths = [pool.submit(hub_download.download, file, Path("kept/0.parquet")) for _ in range(2)]
+        contents = {path.result().read_bytes() for path in paths}
+    assert contents == {(source / "000.parquet").read_bytes()}
+    assert fetches(server, file.name) == [""] and os.listdir("kept") == ["0.parquet"]
 
 
 def test_a_hub_that_does_not_answer(server, monkeypatch):

@@ -1,5 +1,6 @@
 """prepare_dataset.py reading datasets of the hub, from a server that acts as one on 127.0.0.1."""
 
+import errno
 import io
 import json
 import os
@@ -12,10 +13,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets.exceptions import DatasetGenerationError
 from fake_hub import COMMIT, FakeHub
 
 import prepare_dataset
 from common.manifest import read_manifest
+from preparation.hub_dataset import one_line_errors
 
 ROOT = Path(prepare_dataset.__file__).parent
 SCRIPT = ROOT / "prepare_dataset.py"
@@ -316,6 +319,15 @@ def test_local_folder_and_parts_of_splits():
     manifest = read_manifest("lines_out")
     assert manifest["dropped"] == {"empty": {"documents": 10, "tokens": 0}}
     assert manifest["documents"] == 10 and manifest["kind"] == "chat"
+
+
+def test_a_full_disk_is_not_a_mistake_in_the_dataset():
+    with pytest.raises(OSError) as caught, one_line_errors("o/name"):
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError as error:
+            raise DatasetGenerationError("An error occurred") from error
+    assert caught.value.errno == errno.ENOSPC and "huggingface" in caught.value.filename.lower()
 
 
 def test_interrupted_download(hub):

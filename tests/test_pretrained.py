@@ -1,5 +1,6 @@
 """Models in other forms than our .pt: folders of transformers and of the original, and the hub."""
 
+import errno
 import json
 import os
 import shutil
@@ -9,10 +10,12 @@ import sys
 import zipfile
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 from fake_hub import COMMIT, FakeHub
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from test_model import enlarge_weights
 
@@ -391,6 +394,18 @@ def load_in_a_process(names: list[str], home: Path, endpoint: str, **environment
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
+def test_a_full_cache_is_named(monkeypatch):
+    def fill_up(*args, local_files_only=False, **kwargs):
+        if local_files_only:
+            raise LocalEntryNotFoundError("x")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fill_up)
+    with pytest.raises(OSError, match="No space") as caught:
+        load_model("some-one/model")
+    assert caught.value.filename == huggingface_hub.constants.HF_HUB_CACHE
+
+
 def test_hub(llama, tmp_path):
     """Hub ids and versions; what is cached loads offline and without a network, nothing else."""
     gpt = original_folder(tmp_path / "original")
@@ -430,6 +445,14 @@ def test_hub(llama, tmp_path):
         files_fetched = [path for path in fetched if "130m-instruct/resolve" in path]
         assert len(files_fetched) == 3  # one of the two files twice, its end
         assert all(f"/{COMMIT}/" in path for path in fetched if path.endswith(".safetensors"))
+
+        hub.api_delay = 4  # longer than we wait: as without a network
+        outputs = load_in_a_process(names[:1] + others[2:3], home, hub.url, HF_HUB_ETAG_TIMEOUT="1")
+        assert outputs[0] == expected and "cannot give it (ReadTimeout)" in outputs[1]
+        hub.api_delay, hub.log_in = 0, True
+        assert load_in_a_process(["some-one/other"], home, hub.url)[0].startswith(
+            "cannot fetch some-one/other (Expecting value"
+        )
 
     with socket.socket() as closed:  # nobody listens at a port that was just given back
         closed.bind(("127.0.0.1", 0))
