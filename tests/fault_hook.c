@@ -60,7 +60,8 @@ static enum verdict fault(const char *name, enum needs needs, int fd, const char
         return PASS;
     }
     int call = __atomic_add_fetch(&hook.count, 1, __ATOMIC_SEQ_CST);
-    int fires = call == hook.call && !(hook.number == ENOSPC && needs == NOTHING);
+    int fires = call == hook.call && !(hook.number == ENOSPC && needs == NOTHING)
+        && !(hook.action == 't' && !n);
     int length = snprintf(line, sizeof line, "%s%s %zu %s\n", fires ? "*" : "", name, n,
                           absolute + strlen(hook.root));
     REAL(write)(hook.log, line, length);
