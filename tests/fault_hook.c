@@ -85,10 +85,12 @@ static enum verdict fault(const char *name, enum needs needs, int fd, const char
     case 'e': /* this call fails */
         errno = hook.number;
         return FAIL;
-    case 's': /* signal; from a thread, the main thread has time to react before the call */
+    case 's': /* signal; a thread's call is slow: the main thread gets ahead, then has time to react */
+        if (syscall(SYS_gettid) != getpid())
+            usleep(500000);
         kill(getpid(), hook.number);
         if (syscall(SYS_gettid) != getpid())
-            usleep(100000);
+            usleep(200000);
         return PASS;
     case 'd': /* delay in ms */
         usleep(hook.number * 1000);
