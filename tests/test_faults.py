@@ -37,12 +37,12 @@ def table(output: str) -> dict[str, list[int]]:
 
 
 def test_a_sample_loses_nothing(capsys):
-    cases = "train,prepare,fineweb,hf,kill-adamw,kill-fineweb-by-3"
-    code = faults.main([f"--case={cases}", "--sample=3", "--kills=3", "--workers=1"])
+    cases = ["train", "fineweb", "prepare", "kill-fineweb-by-3"]
+    code = faults.main([f"--case={','.join(cases)}", "--sample=3", "--kills=3", "--workers=1"])
     output = capsys.readouterr().out
     assert code == 0, output
     rows = table(output)
-    assert list(rows) == ["train", "fineweb", "hf", "prepare", "kill-adamw", "kill-fineweb-by-3"]
+    assert list(rows) == cases
     assert all(calls > 30 and runs >= 1 for calls, runs, _ in rows.values()), output
 
 
