@@ -1,6 +1,7 @@
 # make demo    a small Lille is pretrained, fine-tuned and asked a question (some minutes, no GPU)
 # make test    every check, in an environment of its own
 # make lint    ruff: mistakes and formatting
+# make faults  every command disturbed at each file-system call (a quarter of an hour)
 # make gpu     what only a GPU can show: tests, loss curves, benchmarks (a quarter of an hour)
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint gpu
+.PHONY: demo test lint faults gpu
 
 demo: $(VENV)/.installed
 	$(BIN)/python demo.py
@@ -19,6 +20,9 @@ test: lint
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+faults: $(VENV)/.installed-dev
+	$(BIN)/python tests/faults.py
 
 gpu: $(VENV)/.installed-dev
 	grep -v -e '^-r' -e llama-cpp requirements/bench.txt > $(VENV)/peers.txt

@@ -14,7 +14,7 @@ import torch.distributed as dist
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from kill_and_resume import TINY  # noqa: E402
+from tiny import TINY  # noqa: E402
 
 import train  # noqa: E402
 from common.errors import UserError  # noqa: E402

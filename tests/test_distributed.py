@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kill_and_resume import TINY, newest
+from tiny import TINY, newest
 
 import train
 from checkpoint import load_checkpoint

@@ -23,7 +23,7 @@ import pytest
 from conftest import peak_growth
 from fake_hub import COMMIT, FakeHub
 from huggingface_hub import constants
-from kill_and_prepare import SETTINGS, contents, kill_and_prepare, make_source, write_parquet
+from tiny import FINEWEB, contents, make_source, write_parquet
 
 import prepare_dataset
 import prepare_dataset_fineweb as script
@@ -65,7 +65,7 @@ def source(tmp_path_factory) -> Path:
 
 
 def prepare(source: Path | str, output: str = "out", **settings) -> Path:
-    settings = SETTINGS | {"source": source, "output_dir": output} | settings
+    settings = FINEWEB | {"source": source, "output_dir": output} | settings
     assert script.main([f"--{name}={value}" for name, value in settings.items()]) == 0
     return Path(output)
 
@@ -406,7 +406,7 @@ def test_two_processes_that_finish_together(source, monkeypatch):
     whole = contents(prepare(source, "whole"))
     prepare(source, rank=0, world_size=2)
     command = [sys.executable, script.__file__, "--output_dir=out", "--world_size=1"]
-    command += [f"--{k}={v}" for k, v in (SETTINGS | {"source": source}).items()]
+    command += [f"--{k}={v}" for k, v in (FINEWEB | {"source": source}).items()]
     prepare(source, "out", rank=1, world_size=4)
     with files.locked(Path("out"), "test"):
         process = subprocess.Popen([*command, "--rank=0"], stdout=subprocess.PIPE, text=True)
@@ -525,7 +525,7 @@ def test_a_failure_at_any_rename_loses_nothing(source, monkeypatch, nth):
 
 def test_a_full_disk_is_one_line_and_the_next_run_continues(source):
     command = [sys.executable, script.__file__]
-    command += [f"--{k}={v}" for k, v in (SETTINGS | {"source": source}).items()]
+    command += [f"--{k}={v}" for k, v in (FINEWEB | {"source": source}).items()]
     limited = f"ulimit -f 50; exec {' '.join(command)} --output_dir=out"  # 50 KB a file
     result = subprocess.run(["bash", "-c", limited], capture_output=True, text=True)
     assert result.returncode == 1, result.stderr
@@ -536,7 +536,7 @@ def test_a_full_disk_is_one_line_and_the_next_run_continues(source):
 
 def test_ctrl_c_says_how_to_go_on(source):
     command = [sys.executable, script.__file__, "--output_dir=out"]
-    command += [f"--{k}={v}" for k, v in (SETTINGS | {"source": source}).items()]
+    command += [f"--{k}={v}" for k, v in (FINEWEB | {"source": source}).items()]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not list(Path("out").glob(".preparing/part-*/part.json")):
         time.sleep(0.002)
@@ -548,14 +548,6 @@ def test_ctrl_c_says_how_to_go_on(source):
         assert "Traceback" not in errors
         prepare(source)
     assert contents(Path("out")) == contents(prepare(source, "whole"))
-
-
-@pytest.mark.parametrize("processes", [1, 3])
-def test_kills_do_not_change_a_byte(tmp_path, processes):
-    rng = random.Random(processes)
-    source = make_source(tmp_path / "source", 8, rng)
-    hits, different = kill_and_prepare(source, tmp_path, 2, rng, processes)
-    assert hits >= 1 and different == []
 
 
 def test_two_processes_cannot_make_the_same_part(source, monkeypatch):

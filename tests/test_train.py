@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -15,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from kill_and_resume import TINY, difference, kill_and_resume, newest
+from tiny import TINY, difference, newest
 
 import train
 from checkpoint import CheckpointWriter, TrainingState, load_checkpoint, load_model
@@ -143,13 +142,6 @@ def test_resume_continues_bit_for_bit(finished, text_data, tmp_path, cut):
     assert without_timing(whole) == without_timing(tmp_path)
     assert resumed["best_val_loss"] == result["best_val_loss"]
     assert train.train(config)["step"] == result["step"]  # finished: nothing to do, and no error
-
-
-@pytest.mark.parametrize("optimizer", ["sophiag", "adamw"])
-def test_kill_9_at_random_moments_changes_nothing(optimizer, text_data, tmp_path):
-    rng = random.Random(optimizer)
-    hits, where = kill_and_resume(text_data, tmp_path, 2, rng, optimizer=optimizer)
-    assert hits == 2 and where is None
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
