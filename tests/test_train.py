@@ -655,7 +655,7 @@ def test_weights_of_the_original_cannot_be_resumed_but_say_how_to_use_them(text_
     state["_orig_mod.rotary_emb.inv_freq"] = torch.ones(4)
     old = {"model_state_dict": state, "model_args": args, "iter_num": 1, "best_val_loss": 3.0}
     torch.save(old, tmp_path / "old.pt")
-    with pytest.raises(UserError, match="--model="):
+    with pytest.raises(UserError, match=r"--model=.*old\.pt and another finetune_out_dir"):
         train.train(config_of(text_data, tmp_path / "out", resume_checkpoint=tmp_path / "old.pt"))
     loaded = load_model(tmp_path / "old.pt")
     assert loaded.config.rope_style == "lille"
