@@ -137,7 +137,7 @@ class TrainingState:
         if "config" not in checkpoint:
             raise UserError(
                 f"{name} has no training state to continue from: fine-tune from it with "
-                f"--finetune --model={name}"
+                f"--finetune --model={name} and another finetune_out_dir than its folder"
             )
         return cls(**{field.name: checkpoint.get(field.name) for field in fields(cls)})
 

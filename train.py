@@ -25,6 +25,7 @@ import torch
 from checkpoint import CheckpointWriter
 from common.settings import config_from_constants, run_script
 from common.signals import SIGNALS, GracefulStop, Interrupted
+from training.checks import check_arguments
 from training.distributed import exit_rank, ranks_of_environment, report_failure_once
 from training.metrics import Metrics, Progress, evaluation_line, last_metrics
 from training.setup import TrainingRun, open_run
@@ -194,7 +195,9 @@ def main(argv: list[str] | None = None) -> int:
     code = 0
     with report_failure_once():
         try:
-            train(config_from_constants(globals(), argv, renamed=RENAMED))
+            config = config_from_constants(globals(), argv, renamed=RENAMED)
+            check_arguments(sys.argv[1:] if argv is None else argv, config.finetune)
+            train(config)
         except Interrupted as interruption:
             if ranks_of_environment().is_main:
                 print(interruption, file=sys.stderr)

@@ -10,6 +10,7 @@ from common.prefetch import Prefetcher
 from dataset import NpzDataset, ShardWriter
 from ops.cross_entropy import IGNORE_INDEX
 from tokenizer import load_tokenizer
+from training import packing
 from training.packing import ChatFormat, PackedRows, cut_documents, pack
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -120,6 +121,22 @@ def test_order_is_a_function_of_seed_and_epoch(tmp_path):
     n = rows.rows_per_epoch
     crossing = rows.batch([n - 1, n]).ids.tolist()  # an epoch border inside a batch
     assert crossing == [epoch_rows(0, 0)[-1], epoch_rows(0, 1)[0]]
+
+
+def test_fingerprint_notices_one_token(tmp_path, monkeypatch):
+    documents = [np.arange(1000, dtype=np.uint16)] * 20
+
+    def fingerprint(name: str, position: int | None = None) -> str:
+        (tmp_path / name).mkdir()
+        changed = [document.copy() for document in documents]
+        if position is not None:
+            changed[position // 1000][position % 1000] += 1
+        return PackedRows(shards(tmp_path / name, changed), 64, PAD).fingerprint()
+
+    whole = fingerprint("a")
+    assert whole == fingerprint("b") and whole != fingerprint("c", 12_344)
+    monkeypatch.setattr(packing, "HASHED_TOKENS", 19_999)  # of many tokens a sample must do
+    assert fingerprint("d") == fingerprint("e") != fingerprint("f", 0)
 
 
 def test_steps_cover_all_rows_and_pad_the_last_step(tmp_path):

@@ -252,6 +252,7 @@ def test_resume_names_harmless_changes(finished, text_data, tmp_path, capsys):
         ({"block_size": 1}, "block_size=1 must be at least 2"),
         ({"seed": -1}, "seed=-1"),
         ({"layer_norm_eps": -1.0}, "layer_norm_eps=-1.0 must be above 0"),
+        ({"sample_prompt": "\udcff"}, "sample_prompt is not valid Unicode text"),
         ({"sample_prompt": ""}, "sample_prompt has 0 tokens"),
         ({"sample_prompt": "word " * 40}, "sample_prompt has 41 tokens, the context 32"),
         ({"learning_rate": "nan"}, "expected a number"),
@@ -569,11 +570,65 @@ def test_fine_tune_end_to_end(finished, text_data, chat_data, tmp_path, capsys):
     assert load_model(tmp_path / "ft/best_model.pt").config.n_layers == 2
     assert train.train(config_of(text_data, base, **changes))["step"] == result["step"]
     other = changes | {"model": base / "ckpt_0000004.pt"}
-    with pytest.raises(UserError, match="was trained with base="):
+    with pytest.raises(UserError, match="was trained with base=.*--model=none"):
         train.train(config_of(text_data, base, **other))
+    again = train.train(config_of(text_data, base, **changes | {"model": "none"}))
+    assert again["step"] == result["step"]
     with pytest.raises(UserError, match="finetune=True"):  # a fine-tune is not continued as another
         shutil.copy(max((tmp_path / "ft").glob("ckpt_*.pt")), tmp_path)
         train.train(config_of(text_data, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--finetune", "--learning_rate", "1e-3"], "set --finetune_learning_rate in its place"),
+        (["--finetune", "--out_dir=x", "--data_dir=x"], "--out_dir has no effect with"),
+        (["--finetune_data_dir=x", "--batch_size=4"], "--finetune_data_dir has no effect without"),
+        (["--model=x.pt"], "add --finetune"),
+    ],
+)
+def test_settings_without_effect_are_refused(arguments, message, monkeypatch):
+    monkeypatch.setattr(train, "train", lambda config: pytest.fail("accepted"))
+    with pytest.raises(UserError, match=message):
+        train.main(arguments)
+
+
+def test_a_command_line_that_both_kinds_of_run_share_is_accepted(monkeypatch):
+    runs = []
+    monkeypatch.setattr(train, "train", runs.append)
+    shared = ["--learning_rate=1e-3", "--finetune_learning_rate=1e-4"]
+    assert train.main(shared) == train.main([*shared, "--finetune", "--data_dir=x"]) == 0
+    assert len(runs) == 2
+
+
+def fine_tune_of(vocab_size: int, text_data: Path, chat_data: Path, directory: Path):
+    """The settings of a fine-tune that starts from a new model, `directory`/base.pt."""
+    shape = {"n_embd": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "block_size": 32}
+    model = GPT(GPTConfig(**shape, vocab_size=vocab_size))
+    weights = {"model_args": model.config.to_dict(), "model_state_dict": model.state_dict()}
+    torch.save(weights, directory / "base.pt")
+    changes = {"finetune_data_dir": chat_data, "finetune_out_dir": directory / "ft"}
+    changes |= {"finetune": True, "model": directory / "base.pt"}
+    return config_of(text_data, directory, **changes)
+
+
+def test_a_base_that_is_replaced_while_it_is_read(text_data, chat_data, tmp_path, monkeypatch):
+    config, real = fine_tune_of(32768, text_data, chat_data, tmp_path), setup.load_checkpoint
+
+    def load(path):
+        checkpoint = real(path)
+        torch.save(checkpoint | {"iter_num": 7}, path)
+        return checkpoint
+
+    monkeypatch.setattr(setup, "load_checkpoint", load)
+    with pytest.raises(UserError, match="base.pt was replaced while it was read: run again"):
+        train.train(config)
+
+
+def test_fine_tune_refuses_a_base_of_another_vocabulary(text_data, chat_data, tmp_path):
+    with pytest.raises(UserError, match="vocab_size=100"):
+        train.train(fine_tune_of(100, text_data, chat_data, tmp_path))
 
 
 def test_fine_tune_refuses_data_without_conversations(finished, text_data, tmp_path):
@@ -594,7 +649,7 @@ def test_weights_of_the_original_cannot_be_resumed_but_say_how_to_use_them(text_
     state["_orig_mod.rotary_emb.inv_freq"] = torch.ones(4)
     old = {"model_state_dict": state, "model_args": args, "iter_num": 1, "best_val_loss": 3.0}
     torch.save(old, tmp_path / "old.pt")
-    with pytest.raises(UserError, match="--model="):
+    with pytest.raises(UserError, match=r"--model=.*old\.pt and another finetune_out_dir"):
         train.train(config_of(text_data, tmp_path / "out", resume_checkpoint=tmp_path / "old.pt"))
     loaded = load_model(tmp_path / "old.pt")
     assert loaded.config.rope_style == "lille"

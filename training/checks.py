@@ -62,6 +62,22 @@ def flag_name(config: Any, name: str) -> str:
     return f"finetune_{name}" if config.finetune and name in FINETUNE_NAMES else name
 
 
+def check_arguments(arguments: list[str], finetune: bool) -> None:
+    """Refuses settings on the command line that have no effect, with or without `finetune`.
+
+    One that is given together with its namesake is for a command line that both kinds of run share.
+    """
+    given = {text[2:].partition("=")[0] for text in arguments if text.startswith("--")}
+    for name in FINETUNE_NAMES:
+        idle, used, how = f"finetune_{name}", name, "without"
+        if finetune:
+            idle, used, how = used, idle, "with"
+        if idle in given and used not in given and idle != "data_dir":  # for pretrain_val_loss
+            raise UserError(f"--{idle} has no effect {how} --finetune: set --{used} in its place")
+    if "model" in given and not finetune:
+        raise UserError("--model is what a fine-tune starts from: add --finetune, or leave it out")
+
+
 def check_settings(config: Any, world_size: int = 1) -> None:
     """Refuses impossible values and combinations; UserError says what to change."""
     for name, minimum in MINIMA.items():
@@ -220,9 +236,10 @@ def check_resume(old: TrainingState, new: TrainingState, name: Path) -> list[str
             required[key] = (getattr(old, key), getattr(new, key))
     for key, (old_value, value) in required.items():
         if old_value != value and key != "dropout":
+            without = " (or without it, by --model=none)" if key == "base" else ""
             raise UserError(
                 f"{name} was trained with {key}={old_value} and this run has {value}: change it "
-                "back to continue, or start anew in another output folder"
+                f"back to continue{without}, or start anew in another output folder"
             )
     check_tensors(old, new, name)
     return [

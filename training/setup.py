@@ -195,22 +195,27 @@ def build_run(config: Any, pretrain_data_dir: str, ranks: Ranks) -> TrainingRun:
     device, dtype = choose_device(config, ranks)
     tokenizer = load_tokenizer()
     path, checkpoint = ranks.broadcast(lambda: find_checkpoint(config) or (None, None))
+    base = ranks.broadcast(lambda: base_checkpoint_hash(config))
     torch.manual_seed(config.seed)
     model = build_model(config, tokenizer, path, checkpoint, ranks)
+    if path is None and ranks.broadcast(lambda: base_checkpoint_hash(config)) != base:
+        raise UserError(f"{config.model} was replaced while it was read: run again")
     block_size = model.config.block_size
     rows = open_rows(config.data_dir, "train", tokenizer, block_size, config.seed, config.finetune)
     validation = open_validation(config, pretrain_data_dir, tokenizer, block_size)
     max_segments = max(split.max_segments for split in (rows, *validation.values()))
     for split in (rows, *validation.values()):  # one shape of cu_seqlens: compiled once
         split.max_segments = max_segments
-    n_prompt = len(prompt_ids(config.sample_prompt, config.finetune, tokenizer))
+    try:
+        n_prompt = len(prompt_ids(config.sample_prompt, config.finetune, tokenizer))
+    except ValueError as error:
+        raise UserError(f"{flag_name(config, 'sample_prompt')} is {error}: change it") from None
     check_sample_prompt(config, n_prompt, block_size)
 
     data = dataset_id(rows)
     validation_ids = "; ".join(f"{name} {dataset_id(split)}" for name, split in validation.items())
     ids = {"data": data, "validation": validation_ids}
     ranks.check_same({"device": device.type, "dtype": dtype} | ids)
-    base = ranks.broadcast(lambda: base_checkpoint_hash(config))
     trainer = Trainer(model.to(device), config, device, dtype, ranks)
     datasets = (rows, validation, data, base)
     return TrainingRun(config, ranks, tokenizer, trainer, *datasets, path and (path, checkpoint))
@@ -312,7 +317,13 @@ def build_model(
         name = path or config.model
         checkpoint = checkpoint or ranks.broadcast(lambda: load_checkpoint(name))
         check_tokenizer(checkpoint.get("tokenizer_sha256"), name, tokenizer.sha256)
-        return model_from_checkpoint(checkpoint, name, dropout=config.dropout)
+        model = model_from_checkpoint(checkpoint, name, dropout=config.dropout)
+        if (vocab_size := model.config.vocab_size) != tokenizer.vocab_size:  # it names no tokenizer
+            raise UserError(
+                f"{name} has vocab_size={vocab_size}, this project's tokenizer "
+                f"{tokenizer.vocab_size} ids: start from a model that was trained with it"
+            )
+        return model
     try:
         shape = {f.name: getattr(config, f.name, f.default) for f in dataclasses.fields(GPTConfig)}
         return GPT(GPTConfig(**shape | {"vocab_size": tokenizer.vocab_size}))
@@ -328,7 +339,8 @@ def open_rows(
     format = ChatFormat(tokenizer.bos_id, tokenizer.user_id, tokenizer.assistant_mask)
     rows = PackedRows(shards, block_size, tokenizer.pad_id, seed, format if chat else None)
     if rows.batch(range(min(64, rows.rows_per_epoch))).n_labels == 0:
-        kind = "conversation that fits the context" if chat else "text"
+        context = f"the context of {block_size} tokens"
+        kind = f"conversation that fits {context}" if chat else "text"
         raise UserError(f"{directory}: its {split} split has no {kind}; prepare it again")
     return rows
 
