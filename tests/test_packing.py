@@ -1,5 +1,6 @@
 """Packing: nothing lost, nothing twice, labels exactly where they belong, order from the seed."""
 
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -134,6 +135,7 @@ def test_fingerprint_notices_one_token(tmp_path, monkeypatch):
         return PackedRows(shards(tmp_path / name, changed), 64, PAD).fingerprint()
 
     whole = fingerprint("a")
+    assert re.fullmatch("[0-9a-f]{16}-[0-9a-f]{16}", whole)
     assert whole == fingerprint("b") and whole != fingerprint("c", 12_344)
     monkeypatch.setattr(packing, "HASHED_TOKENS", 19_999)  # of many tokens a sample must do
     assert fingerprint("d") == fingerprint("e") != fingerprint("f", 0)

@@ -1,6 +1,7 @@
 """Checks of a run: settings, ranks, schedule, prompt, disk space, the checkpoint to continue."""
 
 import importlib.util
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -234,6 +235,8 @@ def check_resume(old: TrainingState, new: TrainingState, name: Path) -> list[str
     for key in ("data", "base"):
         if getattr(old, key) and getattr(new, key):
             required[key] = (getattr(old, key), getattr(new, key))
+    if old.data and "-" not in old.data.rpartition("(")[2]:  # see PackedRows.fingerprint
+        required["data"] = (old.data, re.sub("-[0-9a-f]*[)]$", ")", new.data))
     for key, (old_value, value) in required.items():
         if old_value != value and key != "dropout":
             without = " (or without it, by --model=none)" if key == "base" else ""

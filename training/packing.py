@@ -174,12 +174,19 @@ class PackedRows:
         return f"{self.n_documents:,} documents, {int(self.bases[-1]):,} tokens"
 
     def fingerprint(self) -> str:
-        """Hash of the document boundaries and of all tokens; of 4,096 a shard if they are many."""
-        digest = hashlib.sha256(self.starts.tobytes() + self.lengths.tobytes())
+        """Hash of the document boundaries and 4,096 tokens a shard; and, if not too many, of all.
+
+        Checkpoints of before 2026-11-25 have the first part alone.
+        """
+        sampled = hashlib.sha256(self.starts.tobytes() + self.lengths.tobytes())
+        every = hashlib.sha256()
         for tokens in self.tokens:
             sample = np.linspace(0, len(tokens) - 1, num=min(4096, len(tokens)), dtype=np.int64)
-            digest.update(tokens if self.bases[-1] <= HASHED_TOKENS else tokens[sample].tobytes())
-        return digest.hexdigest()[:16]
+            sampled.update(tokens[sample].tobytes())
+            if self.bases[-1] <= HASHED_TOKENS:
+                every.update(tokens)
+        parts = [sampled, every] if self.bases[-1] <= HASHED_TOKENS else [sampled]
+        return "-".join(part.hexdigest()[:16] for part in parts)
 
     @property
     def fill(self) -> float:
