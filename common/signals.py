@@ -13,6 +13,7 @@ from typing import Any
 
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP, of a terminal that is closed
 SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
+STOPPING = "stopping after this step is saved"
 
 
 class Interrupted(KeyboardInterrupt):
@@ -52,11 +53,12 @@ class GracefulStop:
     With `exit_on_second` a second signal has its usual effect; in a script it ends the process at
     once, as SIGKILL would, even one that hangs. One of several ranks must not exit on it: a
     launcher may pass on a signal that the process got already, and it sends SIGTERM to the other
-    ranks as soon as one exits, which must not end rank 0 before its report.
+    ranks as soon as one exits, which must not end rank 0 before its report. Hence no promise to
+    save either: the loop makes it, once all ranks have answered.
     """
 
-    def __init__(self, exit_on_second: bool = True, verbose: bool = True):
-        self.exit_on_second, self.verbose = exit_on_second, verbose
+    def __init__(self, exit_on_second: bool = True):
+        self.exit_on_second = exit_on_second
         self.counts = [0] * len(SIGNALS)
         self.previous: dict[int, Any] = {}  # handlers
 
@@ -66,15 +68,14 @@ class GracefulStop:
 
     def count(self, signum: int, frame: Any) -> None:
         self.counts[SIGNALS.index(signum)] += 1
-        hint = ""
         if self.exit_on_second:
-            hint = "; once more stops at once, with the checkpoints before it kept"
             ours = [s for s, handler in self.previous.items() if handler is raise_interrupted]
             restore(self.previous | dict.fromkeys(ours, signal.SIG_DFL))
         drop_lost_terminal()
-        if self.verbose and sum(self.counts) == 1:
+        if self.exit_on_second and sum(self.counts) == 1:
+            hint = "once more stops at once, with the checkpoints before it kept"
             with suppress(OSError):
-                os.write(2, b"\nstopping after this step is saved" + hint.encode() + b"\n")
+                os.write(2, f"\n{STOPPING}; {hint}\n".encode())
 
     def __exit__(self, *error: Any) -> None:
         if self.exit_on_second:

@@ -21,7 +21,7 @@ from checkpoint import load_checkpoint
 from common.errors import UserError
 from common.settings import config_from_constants
 from tokenizer import load_tokenizer
-from training import setup
+from training import distributed, setup
 from training.checks import check_settings
 from training.distributed import TORCHRUN_VARIABLES, Ranks, ranks_of_environment
 
@@ -131,7 +131,7 @@ def test_two_ranks_then_one_then_four_are_one_run(whole, text_data, tmp_path):
     step = load_checkpoint(saved)["iter_num"]
     assert len(list(interrupted.glob("*.pt"))) == 1 + math.ceil(step / 4) > 2
     assert output.count(f"interrupted at step {step} and saved as {saved}; run the same") == 1
-    assert output.count("stopping after this step") <= 1 and "[rank" not in output
+    assert output.count("stopping after this step is saved") == 1 and "[rank" not in output
     assert process.returncode == 1 and "exitcode  : 143" in output  # torchrun's report
 
     shutil.copytree(interrupted, continued)
@@ -233,6 +233,22 @@ def test_micro_batches_that_cannot_be_dealt_evenly_are_refused():
     tuned = setup.settings_in_force(dataclasses.replace(config, finetune=True))
     with pytest.raises(UserError, match="finetune_gradient_accumulation_steps=1 .* set it to 8,"):
         check_settings(tuned, 8)
+
+
+@pytest.mark.parametrize("minutes", [0.0, 1e300])
+def test_an_impossible_time_out_is_one_clear_line(minutes, monkeypatch):
+    """It is refused after the ranks have met, for which it must do."""
+    for name in TORCHRUN_VARIABLES:
+        monkeypatch.setenv(name, "2" if name == "WORLD_SIZE" else "0")
+    store, met = torch.distributed.HashStore(), []
+    monkeypatch.setattr(distributed, "rendezvous_store", lambda timeout: store)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *a, **k: met.append(k))
+    monkeypatch.setattr(Ranks, "all_reduce_scalars", lambda *a: None)
+    with distributed.init_distributed(minutes):
+        store.set_timeout(met[0]["timeout"])
+    config = config_from_constants(vars(train), [f"--distributed_timeout_minutes={minutes}"])
+    with pytest.raises(UserError, match="distributed_timeout_minutes=.* must be (above 0|at most)"):
+        check_settings(config)
 
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch):

@@ -158,7 +158,7 @@ def init_distributed(timeout_minutes: float) -> Iterator[Ranks]:
         yield ranks
         return
     nccl = torch.cuda.is_available() and dist.is_nccl_available()
-    timeout = timedelta(minutes=max(0.01, timeout_minutes))
+    timeout = timedelta(minutes=min(max(0.01, timeout_minutes), 1e6))  # checked after this
     try:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if nccl else "gloo",
