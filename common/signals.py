@@ -24,7 +24,7 @@ class Interrupted(KeyboardInterrupt):
         self.signum = signum
 
 
-def handle(handler: Callable[[int, Any], None]) -> dict[int, Any]:
+def handle(handler: Callable[[int, Any], None] | signal.Handlers) -> dict[int, Any]:
     """Installs a handler of SIGNALS, but for ignored ones; returns the previous handlers."""
     handlers = {signum: signal.getsignal(signum) for signum in SIGNALS}
     kept = (signal.SIG_IGN, None)  # None: not installed by Python
@@ -110,6 +110,16 @@ def raise_interrupted(signum: int, frame: Any) -> None:
 def terminated_as_interrupted() -> Iterator[None]:
     """Makes SIGNALS raise Interrupted, a KeyboardInterrupt, in the block: its clean-up runs."""
     previous = handle(raise_interrupted)
+    try:
+        yield
+    finally:
+        restore(previous)
+
+
+@contextmanager
+def terminated_at_once() -> Iterator[None]:
+    """Gives SIGNALS their default effect in a block that waits in C++, which no handler ends."""
+    previous = handle(signal.SIG_DFL)
     try:
         yield
     finally:

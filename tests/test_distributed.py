@@ -237,15 +237,21 @@ def test_micro_batches_that_cannot_be_dealt_evenly_are_refused():
 
 @pytest.mark.parametrize("minutes", [0.0, 1e300])
 def test_an_impossible_time_out_is_one_clear_line(minutes, monkeypatch):
-    """It is refused after the ranks have met, for which it must do."""
+    """It is refused after the ranks have met, for which it must do; Ctrl-C ends the meeting."""
     for name in TORCHRUN_VARIABLES:
         monkeypatch.setenv(name, "2" if name == "WORLD_SIZE" else "0")
     store, met = torch.distributed.HashStore(), []
     monkeypatch.setattr(distributed, "rendezvous_store", lambda timeout: store)
-    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *a, **k: met.append(k))
+
+    def meet(*args, **kwargs):
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+        met.append(kwargs)
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", meet)
     monkeypatch.setattr(Ranks, "all_reduce_scalars", lambda *a: None)
     with distributed.init_distributed(minutes):
         store.set_timeout(met[0]["timeout"])
+        assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
     config = config_from_constants(vars(train), [f"--distributed_timeout_minutes={minutes}"])
     with pytest.raises(UserError, match="distributed_timeout_minutes=.* must be (above 0|at most)"):
         check_settings(config)

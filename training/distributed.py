@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common.errors import UserError
 from common.settings import report_error
-from common.signals import terminated_as_interrupted
+from common.signals import terminated_as_interrupted, terminated_at_once
 
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # Parts of gloo's and NCCL's messages about a lost rank; their errors have no type of their own.
@@ -160,13 +160,14 @@ def init_distributed(timeout_minutes: float) -> Iterator[Ranks]:
     nccl = torch.cuda.is_available() and dist.is_nccl_available()
     timeout = timedelta(minutes=min(max(0.01, timeout_minutes), 1e6))  # checked after this
     try:
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if nccl else "gloo",
-            store=dist.PrefixStore("run", rendezvous_store(timeout)),
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            timeout=timeout,
-        )
+        with terminated_at_once():
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if nccl else "gloo",
+                store=dist.PrefixStore("run", rendezvous_store(timeout)),
+                rank=ranks.rank,
+                world_size=ranks.world_size,
+                timeout=timeout,
+            )
     except (dist.DistError, RuntimeError) as error:
         address = ":".join(os.environ[name] for name in TORCHRUN_VARIABLES[3:])
         raise UserError(
