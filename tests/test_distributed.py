@@ -180,16 +180,16 @@ def test_a_lost_rank_ends_the_job_with_one_message(how, text_data, tmp_path):
     process = start(2, ROOT / "train.py", *arguments(text_data, tmp_path, **settings))
     wait_for_steps(process, tmp_path, 3)
     pids = ranks_of(process)
-    os.kill(pids[how is signal.SIGSTOP], how)
-    if how is signal.SIGSTOP:  # rank 0 notices that rank 1 is silent; torchrun then waits for it
-        while pids[0] in ranks_of(process):
+    os.kill(pids[how is signal.SIGKILL], how)
+    if how is signal.SIGSTOP:  # rank 1 notices that rank 0 is silent; torchrun then waits for it
+        while pids[1] in ranks_of(process):
             time.sleep(0.1)
-        os.kill(pids[1], signal.SIGKILL)
+        os.kill(pids[0], signal.SIGKILL)
     output = finish(process, timeout=40)
     assert process.returncode == 1
-    assert output.count("lost contact with another rank") == 1, output
+    assert output.count("\nerror: rank ") == output.count("lost contact with another rank") == 1
     assert "the same command continues it from the last checkpoint" in output
-    assert "[rank" not in output
+    assert "[rank" not in output and "stopping after this step" not in output
 
 
 def test_a_mistake_is_said_once(text_data, tmp_path):

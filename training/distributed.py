@@ -202,6 +202,8 @@ def report_failure_once() -> Iterator[None]:
         lost = isinstance(error, dist.DistError)
         if isinstance(error, RuntimeError):
             lost |= any(sign in str(error) for sign in LOST_RANK_SIGNS)
+        if reports and not ranks.is_main:  # rank 0's progress bar may stand in the line
+            print(file=sys.stderr)
         if reports and not lost:
             exit_rank(report_error(error))
         if reports:
