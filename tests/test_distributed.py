@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -255,6 +256,16 @@ def test_an_impossible_time_out_is_one_clear_line(minutes, monkeypatch):
     config = config_from_constants(vars(train), [f"--distributed_timeout_minutes={minutes}"])
     with pytest.raises(UserError, match="distributed_timeout_minutes=.* must be (above 0|at most)"):
         check_settings(config)
+
+
+def test_a_restart_by_torchrun_sees_nothing_of_the_ranks_before(monkeypatch):
+    """Their addresses and their failure are still in torchrun's store."""
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda *a, **k: iter([(store, 0, 2)]))
+    for restarts in "01":
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+        seen = [distributed.rendezvous_store(timedelta(1)).add("failures", 1) for _ in range(2)]
+        assert seen == [1, 2]
 
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch):

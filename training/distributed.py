@@ -143,8 +143,9 @@ def ranks_of_environment() -> Ranks:
 
 
 def rendezvous_store(timeout: timedelta) -> Any:
-    """The key-value store that all ranks share: torchrun's, or rank 0's."""
-    return next(dist.rendezvous("env://", timeout=timeout))[0]
+    """The key-value store that all ranks share, torchrun's or rank 0's; a new one on a restart."""
+    store = next(dist.rendezvous("env://", timeout=timeout))[0]
+    return dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
 
 
 @contextmanager
