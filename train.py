@@ -24,7 +24,7 @@ import torch
 
 from checkpoint import CheckpointWriter
 from common.settings import config_from_constants, run_script
-from common.signals import SIGNALS, GracefulStop, Interrupted
+from common.signals import SIGNALS, STOPPING, GracefulStop, Interrupted
 from training.checks import check_arguments
 from training.distributed import exit_rank, ranks_of_environment, report_failure_once
 from training.metrics import Metrics, Progress, evaluation_line, last_metrics
@@ -133,6 +133,7 @@ def train(config: Any) -> dict[str, Any]:
 def loop(run: TrainingRun) -> None:
     """Trains until `total_steps`, evaluating, logging and saving; on a signal saves and raises."""
     config, trainer, ranks = run.config, run.trainer, run.ranks
+    alone = ranks.world_size == 1
     schedule = (config.learning_rate, config.warmup_iters, run.total_steps, config.min_lr_ratio)
     wandb = {"project": config.wandb_project, "config": dataclasses.asdict(config)}
     metrics = Metrics(run.out_dir, run.step, wandb if config.wandb_log else None, ranks.is_main)
@@ -142,7 +143,7 @@ def loop(run: TrainingRun) -> None:
     losses: list[torch.Tensor] = []
     saved_step = None
     with (
-        GracefulStop(exit_on_second=ranks.world_size == 1, verbose=ranks.is_main) as stop,
+        GracefulStop(exit_on_second=alone) as stop,
         closing(run.batches()) as batches,
         closing(progress),
         closing(metrics),
@@ -153,6 +154,8 @@ def loop(run: TrainingRun) -> None:
             n_labels = sum(batch.n_labels for batch in micro_batches)
             n_labels, *signals = map(int, ranks.all_reduce_scalars(n_labels, *stop.counts))
             if any(signals):
+                if not alone:  # otherwise said at once
+                    progress.write(STOPPING)
                 break
 
             if trainer.uses_hessian and run.step % config.hess_interval == 0:

@@ -13,6 +13,7 @@ from typing import Any
 
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP, of a terminal that is closed
 SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
+STOPPING = "stopping after this step is saved"
 
 
 class Interrupted(KeyboardInterrupt):
@@ -23,7 +24,7 @@ class Interrupted(KeyboardInterrupt):
         self.signum = signum
 
 
-def handle(handler: Callable[[int, Any], None]) -> dict[int, Any]:
+def handle(handler: Callable[[int, Any], None] | signal.Handlers) -> dict[int, Any]:
     """Installs a handler of SIGNALS, but for ignored ones; returns the previous handlers."""
     handlers = {signum: signal.getsignal(signum) for signum in SIGNALS}
     kept = (signal.SIG_IGN, None)  # None: not installed by Python
@@ -52,11 +53,12 @@ class GracefulStop:
     With `exit_on_second` a second signal has its usual effect; in a script it ends the process at
     once, as SIGKILL would, even one that hangs. One of several ranks must not exit on it: a
     launcher may pass on a signal that the process got already, and it sends SIGTERM to the other
-    ranks as soon as one exits, which must not end rank 0 before its report.
+    ranks as soon as one exits, which must not end rank 0 before its report. Hence no promise to
+    save either: the loop makes it, once all ranks have answered.
     """
 
-    def __init__(self, exit_on_second: bool = True, verbose: bool = True):
-        self.exit_on_second, self.verbose = exit_on_second, verbose
+    def __init__(self, exit_on_second: bool = True):
+        self.exit_on_second = exit_on_second
         self.counts = [0] * len(SIGNALS)
         self.previous: dict[int, Any] = {}  # handlers
 
@@ -66,15 +68,14 @@ class GracefulStop:
 
     def count(self, signum: int, frame: Any) -> None:
         self.counts[SIGNALS.index(signum)] += 1
-        hint = ""
         if self.exit_on_second:
-            hint = "; once more stops at once, with the checkpoints before it kept"
             ours = [s for s, handler in self.previous.items() if handler is raise_interrupted]
             restore(self.previous | dict.fromkeys(ours, signal.SIG_DFL))
         drop_lost_terminal()
-        if self.verbose and sum(self.counts) == 1:
+        if self.exit_on_second and sum(self.counts) == 1:
+            hint = "once more stops at once, with the checkpoints before it kept"
             with suppress(OSError):
-                os.write(2, b"\nstopping after this step is saved" + hint.encode() + b"\n")
+                os.write(2, f"\n{STOPPING}; {hint}\n".encode())
 
     def __exit__(self, *error: Any) -> None:
         if self.exit_on_second:
@@ -109,6 +110,16 @@ def raise_interrupted(signum: int, frame: Any) -> None:
 def terminated_as_interrupted() -> Iterator[None]:
     """Makes SIGNALS raise Interrupted, a KeyboardInterrupt, in the block: its clean-up runs."""
     previous = handle(raise_interrupted)
+    try:
+        yield
+    finally:
+        restore(previous)
+
+
+@contextmanager
+def terminated_at_once() -> Iterator[None]:
+    """Gives SIGNALS their default effect in a block that waits in C++, which no handler ends."""
+    previous = handle(signal.SIG_DFL)
     try:
         yield
     finally:

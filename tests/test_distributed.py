@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from checkpoint import load_checkpoint
 from common.errors import UserError
 from common.settings import config_from_constants
 from tokenizer import load_tokenizer
-from training import setup
+from training import distributed, setup
 from training.checks import check_settings
 from training.distributed import TORCHRUN_VARIABLES, Ranks, ranks_of_environment
 
@@ -131,7 +132,7 @@ def test_two_ranks_then_one_then_four_are_one_run(whole, text_data, tmp_path):
     step = load_checkpoint(saved)["iter_num"]
     assert len(list(interrupted.glob("*.pt"))) == 1 + math.ceil(step / 4) > 2
     assert output.count(f"interrupted at step {step} and saved as {saved}; run the same") == 1
-    assert output.count("stopping after this step") <= 1 and "[rank" not in output
+    assert output.count("stopping after this step is saved") == 1 and "[rank" not in output
     assert process.returncode == 1 and "exitcode  : 143" in output  # torchrun's report
 
     shutil.copytree(interrupted, continued)
@@ -181,16 +182,16 @@ def test_a_lost_rank_ends_the_job_with_one_message(how, text_data, tmp_path):
     process = start(2, ROOT / "train.py", *arguments(text_data, tmp_path, **settings))
     wait_for_steps(process, tmp_path, 3)
     pids = ranks_of(process)
-    os.kill(pids[how is signal.SIGSTOP], how)
-    if how is signal.SIGSTOP:  # rank 0 notices that rank 1 is silent; torchrun then waits for it
-        while pids[0] in ranks_of(process):
+    os.kill(pids[how is signal.SIGKILL], how)
+    if how is signal.SIGSTOP:  # rank 1 notices that rank 0 is silent; torchrun then waits for it
+        while pids[1] in ranks_of(process):
             time.sleep(0.1)
-        os.kill(pids[1], signal.SIGKILL)
+        os.kill(pids[0], signal.SIGKILL)
     output = finish(process, timeout=40)
     assert process.returncode == 1
-    assert output.count("lost contact with another rank") == 1, output
+    assert output.count("\nerror: rank ") == output.count("lost contact with another rank") == 1
     assert "the same command continues it from the last checkpoint" in output
-    assert "[rank" not in output
+    assert "[rank" not in output and "stopping after this step" not in output
 
 
 def test_a_mistake_is_said_once(text_data, tmp_path):
@@ -234,6 +235,38 @@ def test_micro_batches_that_cannot_be_dealt_evenly_are_refused():
     tuned = setup.settings_in_force(dataclasses.replace(config, finetune=True))
     with pytest.raises(UserError, match="finetune_gradient_accumulation_steps=1 .* set it to 8,"):
         check_settings(tuned, 8)
+
+
+@pytest.mark.parametrize("minutes", [0.0, 1e300])
+def test_an_impossible_time_out_is_one_clear_line(minutes, monkeypatch):
+    """It is refused after the ranks have met, for which it must do; Ctrl-C ends the meeting."""
+    for name in TORCHRUN_VARIABLES:
+        monkeypatch.setenv(name, "2" if name == "WORLD_SIZE" else "0")
+    store, met = torch.distributed.HashStore(), []
+    monkeypatch.setattr(distributed, "rendezvous_store", lambda timeout: store)
+
+    def meet(*args, **kwargs):
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+        met.append(kwargs)
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", meet)
+    monkeypatch.setattr(Ranks, "all_reduce_scalars", lambda *a: None)
+    with distributed.init_distributed(minutes):
+        store.set_timeout(met[0]["timeout"])
+        assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    config = config_from_constants(vars(train), [f"--distributed_timeout_minutes={minutes}"])
+    with pytest.raises(UserError, match="distributed_timeout_minutes=.* must be (above 0|at most)"):
+        check_settings(config)
+
+
+def test_a_restart_by_torchrun_sees_nothing_of_the_ranks_before(monkeypatch):
+    """Their addresses and their failure are still in torchrun's store."""
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda *a, **k: iter([(store, 0, 2)]))
+    for restarts in "01":
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+        seen = [distributed.rendezvous_store(timedelta(1)).add("failures", 1) for _ in range(2)]
+        assert seen == [1, 2]
 
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch):

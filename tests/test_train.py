@@ -377,6 +377,17 @@ def test_training_goes_on_without_a_compiler(text_data, tmp_path):
     assert "torch.compile does not work here" in output and "Traceback" not in output
 
 
+def test_training_goes_on_where_compile_refuses(text_data, tmp_path, monkeypatch, capsys):
+    """On a Python that PyTorch is too old for it fails when it is called, not when it is used."""
+
+    def refuse(model):
+        raise RuntimeError("torch.compile is not supported on Python 4")
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    train.train(config_of(text_data, tmp_path, compile=True, max_steps=4))
+    assert "does not work here, training without it (slower): torch." in capsys.readouterr().out
+
+
 def test_compiled_training_equals_eager(text_data, tmp_path):
     losses = []
     for compile in (False, True):

@@ -35,6 +35,7 @@ MINIMA = {
 MAXIMA = {
     "learning_rate": 1,  # a step changes each weight by up to this
     "rho": 1e6,
+    "distributed_timeout_minutes": 1e6,  # 2 years
     "n_layers": 10_000,
 }
 CHOICES = {

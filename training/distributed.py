@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common.errors import UserError
 from common.settings import report_error
-from common.signals import terminated_as_interrupted
+from common.signals import terminated_as_interrupted, terminated_at_once
 
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # Parts of gloo's and NCCL's messages about a lost rank; their errors have no type of their own.
@@ -143,8 +143,9 @@ def ranks_of_environment() -> Ranks:
 
 
 def rendezvous_store(timeout: timedelta) -> Any:
-    """The key-value store that all ranks share: torchrun's, or rank 0's."""
-    return next(dist.rendezvous("env://", timeout=timeout))[0]
+    """The key-value store that all ranks share, torchrun's or rank 0's; a new one on a restart."""
+    store = next(dist.rendezvous("env://", timeout=timeout))[0]
+    return dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
 
 
 @contextmanager
@@ -158,15 +159,16 @@ def init_distributed(timeout_minutes: float) -> Iterator[Ranks]:
         yield ranks
         return
     nccl = torch.cuda.is_available() and dist.is_nccl_available()
-    timeout = timedelta(minutes=max(0.01, timeout_minutes))
+    timeout = timedelta(minutes=min(max(0.01, timeout_minutes), 1e6))  # checked after this
     try:
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if nccl else "gloo",
-            store=dist.PrefixStore("run", rendezvous_store(timeout)),
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            timeout=timeout,
-        )
+        with terminated_at_once():
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if nccl else "gloo",
+                store=dist.PrefixStore("run", rendezvous_store(timeout)),
+                rank=ranks.rank,
+                world_size=ranks.world_size,
+                timeout=timeout,
+            )
     except (dist.DistError, RuntimeError) as error:
         address = ":".join(os.environ[name] for name in TORCHRUN_VARIABLES[3:])
         raise UserError(
@@ -201,6 +203,8 @@ def report_failure_once() -> Iterator[None]:
         lost = isinstance(error, dist.DistError)
         if isinstance(error, RuntimeError):
             lost |= any(sign in str(error) for sign in LOST_RANK_SIGNS)
+        if reports and not ranks.is_main:  # rank 0's progress bar may stand in the line
+            print(file=sys.stderr)
         if reports and not lost:
             exit_rank(report_error(error))
         if reports:

@@ -94,10 +94,10 @@ class Trainer:
         Each of its uses runs once on `batch`, so that any failure happens here.
         """
         eager = self.parallel
-        self.forward = self.parallel = torch.compile(self.model)
-        if eager is not self.model:  # outside, so that the gradients of a bucket need not wait
-            self.parallel = torch.compile(eager)
         try:
+            self.forward = self.parallel = torch.compile(self.model)
+            if eager is not self.model:  # outside, so that the gradients of a bucket need not wait
+                self.parallel = torch.compile(eager)
             devices = [self.device] if self.device.type == "cuda" else []
             with torch.random.fork_rng(devices):  # a run is the same with and without this trial
                 with self.ranks.no_sync(eager):
