@@ -243,10 +243,15 @@ def digests(folder: Path) -> dict[str, str]:
     }
 
 
+def visible(files: dict[str, str]) -> dict[str, str]:
+    """Those of the files that are neither temporary nor in a staging folder."""
+    return {name: files[name] for name in files if not re.search(r"(^|/)\.|\.tmp$", name)}
+
+
 def differs(case: Case) -> str | None:
     """How the result differs from that of an undisturbed run; None if it does not."""
     if case.script != "train":
-        ours = digests(case.box)
+        ours = visible(digests(case.box))
         names = [name for name in {**ours, **case.new} if ours.get(name) != case.new.get(name)]
         return f"other files: {', '.join(names)}" if names else None
     from checkpoint import load_checkpoint
@@ -268,10 +273,7 @@ def half_written(case: Case, state: dict[str, str]) -> str | None:
     from common.manifest import read_manifest
     from dataset import open_split
 
-    out, final = case.box / "out", {}
-    for name, digest in state.items():
-        if not re.search(r"(^|/)\.|\.tmp$", name):
-            final[name] = digest
+    out, final = case.box / "out", visible(state)
     if final in (case.old, case.new):
         return None
     if case.script == "export":
@@ -462,6 +464,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     with tempfile.TemporaryDirectory() as name, FakeHub() as hub:
         directory = Path(name).resolve()
+        hub.server.handle_error = lambda *args: None  # a killed client
         library = build_hook(directory)
         (directory / "inputs").mkdir()
         with open(os.devnull, "w") as devnull, redirect_stdout(devnull), redirect_stderr(devnull):
@@ -476,30 +479,29 @@ def main(argv: list[str] | None = None) -> int:
         command.append(f"--inputs={directory}")
         output = {"env": environment, "stdout": subprocess.PIPE, "text": True}
         processes = [subprocess.Popen(command, **output) for _ in range(config.workers)]
-        rows: list[list] = []
-        readers = [threading.Thread(target=collect, args=(p.stdout, rows)) for p in processes]
+        print(f"{'':26}{'calls':>6}{'runs':>6}{'losses':>7}{'time':>7}", flush=True)
+        lost: list[str] = []
+        readers = [threading.Thread(target=report, args=(p.stdout, lost)) for p in processes]
         for reader in readers:
             reader.start()
         for reader in readers:
             reader.join()
         failed = any([process.wait() for process in processes])
-    print(f"\n{'':26}{'calls':>6}{'runs':>6}{'losses':>7}{'time':>7}")
-    for name, n_calls, counts, seconds in rows:
-        n_lost = counts.pop("lost", 0)
-        failed |= n_lost > 0
-        kinds = ", ".join(f"{n} {fault}" for fault, n in counts.items())
-        line = f"{name:26}{n_calls:6}{sum(counts.values()):6}{n_lost:7}{seconds:6.0f}s"
-        print(f"{line}  {kinds}")
-    return int(failed)
+    return int(failed or bool(lost))
 
 
-def collect(lines: Any, rows: list[list]) -> None:
-    """Prints the losses that a worker reports; appends its cases to `rows`."""
+def report(lines: Any, lost: list[str]) -> None:
+    """Prints the losses and cases that a worker sends, and appends the losses to `lost`."""
     for line in lines:
-        if isinstance(report := json.loads(line), str):
-            print(f"LOST {report}", flush=True)
-        else:
-            rows.append(report)
+        if isinstance(message := json.loads(line), str):
+            lost.append(message)
+            print(f"LOST {message}", flush=True)
+            continue
+        name, n_calls, counts, seconds = message
+        n_lost, n_runs = counts.pop("lost", 0), sum(counts.values())
+        kinds = ", ".join(f"{n} {fault}" for fault, n in counts.items())
+        row = f"{name:26}{n_calls:6}{n_runs:6}{n_lost:7}{seconds:6.0f}s"
+        print(f"{row}  {kinds}", flush=True)
 
 
 if __name__ == "__main__":
