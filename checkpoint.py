@@ -227,11 +227,8 @@ class CheckpointWriter:
         self.written.set()
         self.error: OSError | None = None
         self.unsaved_best: dict[str, Any] | None = None
-        if not active:
-            return
-        directory.mkdir(parents=True, exist_ok=True)
-        for leftover in directory.glob("*.pt.tmp"):  # of a killed run
-            leftover.unlink()
+        if active:
+            directory.mkdir(parents=True, exist_ok=True)
 
     def save(self, state: TrainingState, best: bool) -> Path:
         self.close()

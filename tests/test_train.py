@@ -142,7 +142,11 @@ def test_resume_continues_bit_for_bit(finished, text_data, tmp_path, cut):
 
     assert without_timing(whole) == without_timing(tmp_path)
     assert resumed["best_val_loss"] == result["best_val_loss"]
+    leftovers = [tmp_path / name for name in ("ckpt_0000001.pt.tmp", "loss_curve.png.tmp")]
+    for path in leftovers:
+        path.touch()
     assert train.train(config)["step"] == result["step"]  # finished: nothing to do, and no error
+    assert not any(path.exists() for path in leftovers)
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

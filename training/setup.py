@@ -41,6 +41,8 @@ from training.optimizers import first_moments
 from training.packing import ChatFormat, PackedRows
 from training.trainer import Trainer, prefetch_steps, prompt_ids
 
+LEFTOVERS = ("*.pt.tmp", "metrics.jsonl.tmp", "loss_curve.png.tmp")  # of a killed run
+
 
 @dataclasses.dataclass
 class TrainingRun:
@@ -186,6 +188,9 @@ def open_run(config: Any) -> Iterator[TrainingRun]:
         if ranks.is_main:
             make_folder(Path(config.out_dir))
             stack.enter_context(locked(Path(config.out_dir), "train.py"))
+            for pattern in LEFTOVERS:
+                for path in Path(config.out_dir).glob(pattern):
+                    path.unlink()
         stack.enter_context(explain_out_of_memory(config))
         yield build_run(config, pretrain_data_dir, ranks)
 
