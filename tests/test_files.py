@@ -100,9 +100,14 @@ def test_a_file_system_without_locks_or_directory_sync_will_do(tmp_path, monkeyp
             with locked(tmp_path, "run"):
                 assert len(os.listdir("/dev/fd")) == n_open
         assert os.listdir(tmp_path) == []
-    monkeypatch.setattr(os, "fsync", lambda descriptor: 1 // 0)
-    with pytest.raises(ZeroDivisionError):
+
+    def damaged(descriptor):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", damaged)
+    with pytest.raises(OSError) as caught:
         sync_directory(tmp_path)
+    assert caught.value.filename == str(tmp_path)  # so that the script's error is one line
     assert len(os.listdir("/dev/fd")) == n_open
 
 
