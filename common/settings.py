@@ -17,6 +17,7 @@ import difflib
 import errno
 import math
 import os
+import signal
 import sys
 import tokenize
 import traceback
@@ -156,12 +157,13 @@ def config_from_constants(
 def report_error(error: BaseException) -> int:
     """Prints an exception that ends a script, and returns the exit code.
 
-    A user's mistake (2) and a failed file operation (1) are one line on stderr, Ctrl-C is 130, and
-    a bug (1) keeps its traceback.
+    A user's mistake (2) and a failed file operation (1) are one line on stderr, Ctrl-C is 130, a
+    signal that `terminated_as_interrupted` turned into an exception 128 and its number, and a bug
+    (1) keeps its traceback.
     """
     if isinstance(error, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
-        return 130
+        return 128 + getattr(error, "signum", signal.SIGINT)
     if isinstance(error, BrokenPipeError):  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

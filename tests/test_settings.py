@@ -1,6 +1,7 @@
 """common/settings.py: typed overrides, one-line refusals, the help text, exit codes."""
 
 import dataclasses
+import signal
 import subprocess
 import sys
 import types
@@ -11,6 +12,7 @@ import pytest
 from common import settings
 from common.errors import UserError
 from common.settings import config_from_constants, run_script
+from common.signals import Interrupted
 
 CONSTANTS = {
     "__name__": "script",
@@ -153,6 +155,7 @@ def test_help_without_a_source_file(capsys):
     [
         (UserError("say --this"), 2, "error: say --this\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
+        (Interrupted(signal.SIGTERM, ""), 143, "interrupted\n"),
         (OSError(28, "No space left", "a.npz"), 1, "error: the disk is full while writing a.npz"),
         (OSError(27, "File too large"), 1, "error: a file is larger than this disk or `ulimit -f`"),
         (PermissionError(13, "Permission denied", "a"), 1, "error: a: Permission denied: check"),
