@@ -27,7 +27,7 @@ from common.files import atomic_file, file_sha256, named_errors
 from common.manifest import check_manifest, read_manifest
 
 CHUNK = 1 << 20  # values checked or bytes copied at a time
-MAX_EXPANSION = 100  # of a compressed array: opening takes memory in proportion to the file's size
+MAX_EXPANSION, FREE_EXPANSION = 100, 1 << 30  # of a compressed array: times, or bytes in any case
 
 
 class NpzDataset:
@@ -86,7 +86,7 @@ class NpzDataset:
                     raise self._error(f"has '{name}' as {dtype} {shape}, not a row of integers")
                 if info.file_size != header_bytes + shape[0] * dtype.itemsize:
                     raise self._error(f"has an array '{name}' of the wrong length")
-                if info.file_size > max(MAX_EXPANSION * info.compress_size, CHUNK):
+                if info.file_size > max(MAX_EXPANSION * info.compress_size, FREE_EXPANSION):
                     raise self._error(f"has '{name}' compressed more than any text can be")
                 if info.compress_type != zipfile.ZIP_STORED or shape[0] == 0:
                     return np.frombuffer(member.read(), dtype, count=shape[0])

@@ -327,6 +327,7 @@ def main(argv: list[str] | None = None) -> int:
         if manifest:  # by another process in between
             shutil.rmtree(output / STAGING, ignore_errors=True)
         else:
+            refuse_other_dataset(output, SCRIPT)
             records = read_records(output, files, identity)
             if n_missing := records.count(None):
                 print(

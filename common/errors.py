@@ -12,9 +12,8 @@ class UserError(ValueError):
 
 
 # What huggingface_hub raises over an answer of another form, such as a network's log-in page.
-MALFORMED_ANSWER = (
-    *(AssertionError, AttributeError, KeyError, RecursionError, TypeError, ValueError),
-)
+MALFORMED_ANSWER = (AssertionError, AttributeError, KeyError)
+MALFORMED_ANSWER += (RecursionError, TypeError, ValueError)
 
 
 def one_line(error: BaseException) -> str:

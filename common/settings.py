@@ -183,6 +183,14 @@ def report_error(error: BaseException) -> int:
     return 2 if isinstance(error, UserError) else 1
 
 
+def is_read_only(descriptor: int) -> bool:
+    try:
+        import fcntl
+    except ImportError:  # on Windows
+        return False
+    return fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
+
+
 def open_missing_streams() -> None:
     """Opens the null device for each of stdin, stdout and stderr that the process was not given.
 
@@ -191,6 +199,8 @@ def open_missing_streams() -> None:
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
+            if number and is_read_only(number):  # bash gives a script's own file this number
+                os.dup2(os.open(os.devnull, os.O_RDWR), number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
             os.set_inheritable(number, True)

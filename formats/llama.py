@@ -148,7 +148,7 @@ def check_bounds(config: GPTConfig, weights: dict[str, torch.Tensor]) -> None:
         if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
             raise ValueError(f"{name} holds fewer values than its shape says")
         if not tensor.sum(dtype=torch.float32).isfinite():  # ten times faster than of each
-            raise ValueError(f"{name} holds NaN or infinity: take an earlier checkpoint")
+            raise ValueError(f"{name} holds NaN or infinity: take an earlier file")
 
 
 def folder_views(gpt: GPT, original: bool) -> dict[str, torch.Tensor]:

@@ -39,8 +39,11 @@ def refusal(scope: dict[str, Any]) -> str:
     The host name is checked since another site can point its own one to 127.0.0.1 and then read the
     answers (DNS rebinding), the origin since it can send requests without reading the answers.
     """
-    headers = {key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]}
+    pairs = [(key.decode("latin-1"), value.decode("latin-1")) for key, value in scope["headers"]]
+    headers = dict(pairs)
     host, origin = headers.get("host", ""), headers.get("origin")
+    if [key for key, _ in pairs].count("host") > 1:
+        return "a request has one host"
     if not re.fullmatch(r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?", host, re.IGNORECASE):
         return "this page is at 127.0.0.1 and localhost only"
     if origin is not None and origin != f"http://{host}":

@@ -48,7 +48,10 @@ def local_files(pattern: str, setting: str = "source") -> list[LocalFile]:
 
     `setting` is the name of the setting with the pattern, for the error message.
     """
-    path = Path(pattern).expanduser()
+    try:
+        path = Path(pattern).expanduser()
+    except RuntimeError as error:  # "~nobody"
+        raise UserError(f"--{setting}={pattern}: {error}: give a path") from None
     if path.is_dir():
         matches = path.glob("*.parquet")
     elif path.exists():  # though its name may look like a pattern
@@ -89,11 +92,12 @@ def folders_below(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iter
 
 def once_each(paths: Iterable[Path]) -> list[Path]:
     """The paths, sorted, of which only the shortest is kept where several lead to one file."""
-    unique: dict[tuple[int, int], Path] = {}
+    unique: dict[Any, Path] = {}
     repeated = []
     for path in sorted(set(paths), key=lambda path: (len(path.parts), path)):
         status = path.stat()
-        first = unique.setdefault((status.st_dev, status.st_ino), path)
+        identity = (status.st_dev, status.st_ino) if status.st_ino else path  # 0: unknown
+        first = unique.setdefault(identity, path)
         if first != path:
             repeated.append(f"{path} is {first}")
     if repeated:

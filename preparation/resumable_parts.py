@@ -26,7 +26,7 @@ from dataset import NpzDataset, ShardWriter
 from preparation.filters import EMPTY, Counts, read_documents
 from preparation.input_files import InputFile, refuse_if_changed
 from preparation.local_files import LocalFile
-from preparation.output_folder import STAGING_FOLDERS, refuse_other_dataset
+from preparation.output_folder import NO_DATA, STAGING_FOLDERS, refuse_other_dataset
 
 SCRIPT = "prepare_dataset_fineweb.py"
 STAGING = STAGING_FOLDERS[SCRIPT]
@@ -129,7 +129,10 @@ def part_folder(output: Path, index: int) -> Path:
 def read_record(path: Path) -> dict[str, Any] | None:
     """The content of a JSON file of the staging folder, None if it does not exist yet."""
     try:
-        return json.loads(path.read_bytes())
+        record = json.loads(path.read_bytes())
+        if not isinstance(record, dict):
+            raise ValueError
+        return record
     except FileNotFoundError:
         return None
     except (ValueError, RecursionError):
@@ -148,7 +151,9 @@ def claim(output: Path, identity: dict[str, Any]) -> None:
     if read_record(path) == identity:
         return
     output.mkdir(parents=True, exist_ok=True)
-    with locked(output, "preparation", wait=True):
+    # Not for a run of prepare_dataset.py, which holds the lock until it is done.
+    wait = not (output / STAGING_FOLDERS["prepare_dataset.py"]).exists()
+    with locked(output, "preparation", wait):
         refuse_other_dataset(output, SCRIPT)
         if (output / "manifest.json").exists():  # another process has finished
             return
@@ -165,7 +170,7 @@ def is_empty(staging: Path) -> bool:
         for folder in staging.glob("part-*"):
             with locked(folder, SCRIPT):  # removes the lock file of a killed process
                 pass
-        return all(path.is_dir() or path.name == "run.json" for path in staging.rglob("*"))
+        return all(path.is_dir() or path.name in NO_DATA for path in staging.rglob("*"))
     return False
 
 

@@ -37,7 +37,7 @@ def table(output: str) -> dict[str, list[int]]:
 
 
 def test_a_sample_loses_nothing(capsys):
-    cases = ["train", "fineweb", "prepare", "kill-fineweb-by-3"]
+    cases = ["train", "fineweb", "prepare", "kill-adamw", "kill-fineweb-by-3"]
     code = faults.main([f"--case={','.join(cases)}", "--sample=3", "--kills=3", "--workers=1"])
     output = capsys.readouterr().out
     assert code == 0, output

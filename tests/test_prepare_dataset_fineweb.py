@@ -322,6 +322,35 @@ def test_neither_script_touches_a_dataset_of_the_other(source, state):
     assert contents(Path("texts")) == before
 
 
+def test_a_dataset_without_its_shards_has_an_owner(source):
+    """They may be on their way from another machine."""
+    for path in prepare(source).glob("train-*"):
+        path.unlink()
+    Path("in.txt").write_text("one<|endoftext|>two")
+    text = ["--input_file_path=in.txt", "--val_split=0.5"]
+    with pytest.raises(UserError, match="out holds a dataset of prepare_dataset_fineweb.py"):
+        prepare_dataset.main([*text, "--output_dir=out"])
+    assert prepare_dataset.main([*text, "--output_dir=texts"]) == 0
+    Path("texts/train.npz").unlink()
+    refused("texts holds a dataset of prepare_dataset.py", source, "texts")
+
+
+def test_a_run_that_prepared_nothing_leaves_the_folder_to_others(tokenizer):
+    write("in/a.parquet")
+    with pytest.raises(UserError, match="no column 'int_score'"):
+        pq.write_table(pa.table({"text": ["a"], "id": ["b"]}), "in/b.parquet")
+        prepare("in/b.parquet", language_filter="", language_score_threshold=0)
+    Path("in.txt").write_text("one<|endoftext|>two")
+    text = ["--input_file_path=in.txt", "--val_split=0.5", "--output_dir=out"]
+    assert prepare_dataset.main(text) == 0 and Path("out/train.npz").exists()
+
+
+def test_a_fineweb_run_does_not_wait_for_a_run_of_the_other_script(source):
+    made(Path("out/.prepare_dataset"))
+    with files.locked(Path("out"), "prepare_dataset.py"):
+        refused("another preparation is writing to out", source)
+
+
 def test_a_mistake_in_the_input_removes_nothing(tokenizer):
     made(Path("out/.prepare_dataset/kept"))
     with pytest.raises(UserError, match="typo.txt does not exist"):
@@ -351,6 +380,16 @@ def test_processes_with_different_settings_do_not_mix(source, monkeypatch):
         refused("min_int_score was 4, is 3", source)
     (folder / ".lock").touch()  # as a killed process leaves it
     prepare(source, rank=0, world_size=2)
+
+    def taken_over(*args):
+        resumable_parts.write_record(Path("other/.preparing/run.json"), {"min_int_score": 4})
+        (Path("other/.preparing/part-00001") / "something").mkdir(parents=True)
+        Path("other/.preparing/part-00001/something/prepared").touch()
+        return real(*args)
+
+    monkeypatch.setattr(script, "prepare_parts", taken_over)
+    refused("min_int_score was 4, is 3", source, "other")
+    assert not list(Path("other").glob(".preparing/*/part.json"))
 
     def removed_in_between(*args):  # and another one started there
         record = json.loads((part / "part.json").read_text())

@@ -188,7 +188,7 @@ run_script(main)
 """
 
 
-@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-", "2</dev/null"])
 def test_run_script_opens_missing_streams(closed, tmp_path):
     path, root = tmp_path / "data", Path(settings.__file__).parents[1]
     command = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-c", STREAMS, path, root]

@@ -75,6 +75,8 @@ def test_refusal():
     ):
         assert "localhost only" in refusal(host=host, origin=f"http://{host}")
     assert "localhost only" in refusal()
+    two = {"type": "http", "headers": [(b"host", b"evil.example"), (b"host", b"localhost")]}
+    assert chat_web.refusal(two) == "a request has one host"
 
 
 class Slow(Scripted):

@@ -172,6 +172,7 @@ class Progress:
             dynamic_ncols=True,
             smoothing=0.1,
             mininterval=0.1 if sys.stderr.isatty() else 15,  # a log file needs fewer lines
+            delay=1e-9,  # nothing is drawn here, where an error would end the run
             disable=not active,
         )
         self.flops_per_token, self.peak = flops_per_token, None
