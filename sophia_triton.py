@@ -227,7 +227,9 @@ class SophiaG(torch.optim.Optimizer):
 
     `bs` is the number of tokens whose mean loss `update_hessian`'s gradient averages (step's `bs`
     overrides it). `win_rate`, a scalar on the device, is the share of coordinates that the last
-    step did not clip: NaN before the first, healthy at 0.1 to 0.5. With `state_dtype` bfloat16 the
+    step did not clip: NaN before the first. `bias_correction` divides the Hessian average by
+    1 - beta2^updates, as Adam does (the authors do not): without it the average is too small, and
+    nearly every coordinate clipped, while beta2^updates is large. With `state_dtype` bfloat16 the
     moments take half the memory and are rounded stochastically; rounding to nearest would stall,
     since a change under 0.2 to 0.4 % of a value is lost and `hessian` moves by 1 % of the
     difference. Parameters are rounded to nearest: keep them in float32. `backend` "auto" takes the
@@ -245,6 +247,7 @@ class SophiaG(torch.optim.Optimizer):
         eps: float = 1e-15,
         maximize: bool = False,
         bs: int = 8192,
+        bias_correction: bool = False,
         state_dtype: torch.dtype = torch.float32,
         backend: str = "auto",
     ):
@@ -260,7 +263,8 @@ class SophiaG(torch.optim.Optimizer):
         self.win_rate = torch.tensor(float("nan"))
         self._tables = ParameterTables()
         defaults = dict(lr=lr, betas=betas, rho=rho, weight_decay=weight_decay)
-        super().__init__(params, defaults | dict(eps=eps, maximize=maximize, bs=bs))
+        defaults |= dict(eps=eps, maximize=maximize, bs=bs, bias_correction=bias_correction)
+        super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters; settings that it lacks are the constructor's."""
@@ -297,11 +301,16 @@ class SophiaG(torch.optim.Optimizer):
         buckets = self._buckets()
         total, shares = sum(bucket.numel for _, bucket in buckets), []
         for group, bucket in buckets:
+            rho_bs = group["rho"] * (group["bs"] if bs is None else bs)
+            if group["bias_correction"]:
+                for state in bucket.states:
+                    n_updates = state.setdefault("hessian_updates", 0)
+                rho_bs /= 1 - group["betas"][1] ** max(1, n_updates)
             constants = dict(
                 lr=float(group["lr"]),
                 weight_decay=float(group["weight_decay"]),
                 beta1=float(group["betas"][0]),
-                rho_bs=float(group["rho"] * (group["bs"] if bs is None else bs)),
+                rho_bs=float(rho_bs),
                 eps=float(group["eps"]),
             )
             scale = as_scalar(grad_scale, bucket.device)
@@ -329,6 +338,9 @@ class SophiaG(torch.optim.Optimizer):
             gain = (1 - decay) / (group["bs"] if squared else 1)
             constants = dict(decay=decay, gain=gain, squared=squared)
             self._update(bucket, as_scalar(grad_scale, bucket.device), "hessian", constants)
+            if group["bias_correction"]:  # counts a skipped update too: the host does not know
+                for state in bucket.states:
+                    state["hessian_updates"] = state.get("hessian_updates", 0) + 1
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads `state_dict`, the moments in `state_dtype` (torch.optim takes the parameters')."""
@@ -352,7 +364,7 @@ class SophiaG(torch.optim.Optimizer):
         super().__setstate__(state)
         self._tables = ParameterTables()
         for group in self.param_groups:
-            for name in ("eps", "maximize", "bs"):  # the authors' groups lack some of them
+            for name in ("eps", "maximize", "bs", "bias_correction"):  # the authors' lack some
                 group.setdefault(name, self.defaults[name])
         for p, values in self.state.items():
             if "step" in values:  # in old states a number, of shape (1,), or on another device

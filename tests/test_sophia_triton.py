@@ -36,18 +36,21 @@ needs_compiler = pytest.mark.skipif(not COMPILED, reason="needs a C++ compiler")
 class NumpySophiaG:
     """Algorithm 3 with the GNB estimator, in float64, one array at a time."""
 
-    def __init__(self, theta, lr, rho, betas, bs, weight_decay):
+    def __init__(self, theta, lr, rho, betas, bs, weight_decay, correct=False):
         self.theta = theta.astype(np.float64)
         self.m, self.h = np.zeros_like(self.theta), np.zeros_like(self.theta)
         self.lr, self.rho, self.betas, self.bs, self.wd = lr, rho, betas, bs, weight_decay
         self.clipped = self.unclipped = 0
+        self.correct, self.updates = correct, 0
 
     def update_hessian(self, g):
+        self.updates += 1
         self.h = self.betas[1] * self.h + (1 - self.betas[1]) * g.astype(np.float64) ** 2
 
     def step(self, g):
         self.m = self.betas[0] * self.m + (1 - self.betas[0]) * g.astype(np.float64)
-        ratio = np.abs(self.m) / np.maximum(self.rho * self.bs * self.h, 1e-15)
+        h = self.h / (1 - self.betas[1] ** self.updates) if self.correct else self.h
+        ratio = np.abs(self.m) / np.maximum(self.rho * self.bs * h, 1e-15)
         self.theta -= self.lr * self.wd * self.theta
         self.theta -= self.lr * np.sign(self.m) * np.minimum(ratio, 1)
         self.unclipped, self.clipped = np.sum(ratio < 1), np.sum(ratio >= 1)
@@ -81,7 +84,7 @@ def advance(optimizer, steps, seed=1, every=3, **arguments):
 def snapshot(optimizer):
     """Every parameter and every state tensor, copied."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    states = [tensor for p in params for tensor in optimizer.state[p].values()]
+    states = [torch.as_tensor(value) for p in params for value in optimizer.state[p].values()]
     return [t.detach().clone() for t in params + states]
 
 
@@ -93,13 +96,20 @@ def assert_identical(first, second):
         assert torch.equal(a, b)
 
 
-def compare_with_numpy(backend, device="cpu", shapes=SHAPES, steps=12, scale=None, sign=1.0):
+def compare_with_numpy(
+    backend, device="cpu", shapes=SHAPES, steps=12, scale=None, sign=1.0, correct=False
+):
     """Runs both on seeded gradients; parameters, moments and win rate agree, both branches hit."""
     params = parameters(shapes, device=device)
     groups = [dict(params=[p], weight_decay=0.2 * (p.dim() == 2)) for p in params]
-    optimizer = SophiaG(groups, **SETTINGS, backend=backend, maximize=sign < 0)
+    settings = SETTINGS | ({"rho": SETTINGS["rho"] / 50} if correct else {})  # some clip again
+    optimizer = SophiaG(
+        groups, **settings, backend=backend, maximize=sign < 0, bias_correction=correct
+    )
     theirs = [
-        NumpySophiaG(p.detach().cpu().numpy(), **SETTINGS, weight_decay=0.2 * (p.dim() == 2))
+        NumpySophiaG(
+            p.detach().cpu().numpy(), **settings, weight_decay=0.2 * (p.dim() == 2), correct=correct
+        )
         for p in params
     ]
     rng = np.random.default_rng(5)
@@ -141,6 +151,11 @@ def compare_with_numpy(backend, device="cpu", shapes=SHAPES, steps=12, scale=Non
 @pytest.mark.parametrize("scale", [None, 0.5, torch.tensor(0.37)])
 def test_matches_the_paper(backend, scale):
     compare_with_numpy(backend, scale=scale)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bias_corrected_hessian(backend):
+    compare_with_numpy(backend, shapes=SHAPES[:4], correct=True)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -235,7 +250,8 @@ def test_resume_is_exact(backend, param_dtype, state_dtype):
     def build():
         params = parameters(shapes, param_dtype)
         groups = [dict(params=params[:2], lr=1e-2), dict(params=params[2:], weight_decay=0.0)]
-        return SophiaG(groups, **SETTINGS, backend=backend, state_dtype=state_dtype)
+        settings = SETTINGS | {"state_dtype": state_dtype, "bias_correction": True}
+        return SophiaG(groups, **settings, backend=backend)
 
     whole, half = build(), build()
     advance(whole, 4), advance(half, 4)
@@ -271,7 +287,7 @@ def test_old_states_are_upgraded():
     optimizer = SophiaG(parameters(SHAPES[:2]), **SETTINGS)
     advance(optimizer, 2)
     old = copy.deepcopy(optimizer.state_dict())
-    for name in ("eps", "bs", "maximize"):
+    for name in ("eps", "bs", "maximize", "bias_correction"):
         del old["param_groups"][0][name]
     old["param_groups"][0]["capturable"] = True
     old["state"][0]["step"], old["state"][1]["step"] = 2, torch.tensor([2.0])
