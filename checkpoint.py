@@ -145,7 +145,8 @@ class TrainingState:
         """Whether all weights, moments and step counts are."""
         moments = (self.optimizer_state_dict or {}).get("state", {})
         groups = (self.model_state_dict or {}, *moments.values())
-        tensors = (tensor for group in groups for tensor in group.values())
+        values = (value for group in groups for value in group.values())
+        tensors = [value for value in values if isinstance(value, torch.Tensor)]
         return all(bool(tensor.sum(dtype=torch.float32).isfinite()) for tensor in tensors)
 
 

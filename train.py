@@ -52,14 +52,15 @@ num_epochs = 1  # passes over the data
 max_steps = 0  # limit of steps; 0: none, num_epochs alone decides
 
 # Optimizer
-optimizer = "sophiag"  # "sophiag" or "adamw", PyTorch's fused one
+optimizer = "sophiag"  # "sophiag", or PyTorch's "adamw" or "muon"
 learning_rate = 1e-3  # peak of the schedule
+embedding_learning_rate = 0.0  # peak for embedding and norms, with AdamW; 0: as all others
 min_lr_ratio = 0.1  # the cosine schedule ends at this share of the peak
 warmup_iters = 2000  # steps of linear warm-up
 weight_decay = 0.1  # on matrices; norms have none
 beta1 = 0.965  # SophiaG: gradient average
 beta2 = 0.99  # SophiaG: Hessian average
-rho = 0.05  # SophiaG: clipping threshold; watch the win rate, healthy at 0.1 to 0.5
+rho = 0.05  # SophiaG: clipping threshold; watch the win rate, 0.5 to 0.9 in good runs
 hess_interval = 10  # SophiaG: steps between Hessian estimates
 hess_batches = 1  # SophiaG: micro-batches of an estimate; with 8, each of 8 GPUs makes one
 optimizer_state_dtype = "float32"  # SophiaG: moments' dtype; "bfloat16" halves their 1 GB
@@ -73,6 +74,7 @@ model = "checkpoints/best_model.pt"  # the .pt checkpoint that a fine-tune start
 finetune_data_dir = "data/finetune"  # shards of conversations
 finetune_out_dir = "checkpoints_ft"  # another folder than out_dir
 finetune_learning_rate = 1e-4  # peak of the schedule
+finetune_embedding_learning_rate = 0.0  # peak for embedding and norms, with AdamW; 0: as all others
 finetune_num_epochs = 3  # passes over the conversations
 finetune_warmup_iters = 20  # steps of linear warm-up
 finetune_gradient_accumulation_steps = 1  # micro-batches per step

@@ -182,13 +182,17 @@ def test_step_numbers_of_any_size(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+RATES_OF = {"sophiag": 0.0, "adamw": 0.0, "muon": 1e-2}  # of the embedding
+
+
 @pytest.fixture(scope="module")
 def runs(text_data, tmp_path_factory) -> dict[str, Path]:
     """The last checkpoint of a short run with each optimizer."""
     paths = {}
-    for optimizer in ("sophiag", "adamw"):
+    for optimizer, rate in RATES_OF.items():
         out_dir = tmp_path_factory.mktemp(optimizer)
-        train.train(config_of(text_data, out_dir, optimizer=optimizer, **SHORT))
+        settings = SHORT | {"optimizer": optimizer, "embedding_learning_rate": rate}
+        train.train(config_of(text_data, out_dir, **settings))
         paths[optimizer] = out_dir / "ckpt_0000002.pt"
     return paths
 
@@ -240,20 +244,24 @@ def hostile(good: dict, second: str) -> Iterator[tuple[Any, dict]]:
         yield (key, name), good | {"model_state_dict": weights | {key: change(weights[key])}}
     moments = good["optimizer_state_dict"]["state"]
     states = [{n: moments[n] for n in moments if n}, moments | {99: moments[0]}]
-    changed = [{"exp_avg": change(moments[0]["exp_avg"])} for change in TENSORS.values()]
-    changed += [{second: change(moments[0][second])} for change in TENSORS.values()]
+    names = {"exp_avg", second} & moments[0].keys()
+    changed = [{n: change(moments[0][n])} for n in sorted(names) for change in TENSORS.values()]
     changed += [{"step": torch.tensor(step)} for step in (-1.0, 99.0, torch.nan, 2)]
-    changed += [{"step": 2.0}, {"step": "2"}, {"other": moments[0]["step"]}]
+    changed += [{"step": 2.0}, {"step": "2"}, {"other": torch.tensor(2.0)}]
     states += [moments | {0: moments[0] | change} for change in changed]
     for state in states:
         yield state[0] if 0 in state else "none", good | {"optimizer_state_dict": {"state": state}}
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR")
-@pytest.mark.parametrize(("optimizer", "moment"), [("sophiag", "hessian"), ("adamw", "exp_avg_sq")])
+@pytest.mark.parametrize(
+    ("optimizer", "moment"),
+    [("sophiag", "hessian"), ("adamw", "exp_avg_sq"), ("muon", "momentum_buffer")],
+)
 def test_hostile_checkpoints_are_refused_in_one_line(optimizer, moment, runs, text_data, tmp_path):
     good = load_checkpoint(runs[optimizer])
-    config = config_of(text_data, tmp_path / "out", optimizer=optimizer, **SHORT)
+    settings = SHORT | {"embedding_learning_rate": RATES_OF[optimizer]}
+    config = config_of(text_data, tmp_path / "out", optimizer=optimizer, **settings)
     with setup.open_run(config) as run:
         for what, checkpoint in hostile(good, moment):
             run.checkpoint = (Path("hostile.pt"), checkpoint)

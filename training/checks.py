@@ -19,6 +19,7 @@ FINETUNE_NAMES = (
     "data_dir",
     "out_dir",
     "learning_rate",
+    "embedding_learning_rate",
     "num_epochs",
     "warmup_iters",
     "gradient_accumulation_steps",
@@ -26,20 +27,21 @@ FINETUNE_NAMES = (
 )
 MINIMA = {
     **dict.fromkeys(("max_steps", "warmup_iters", "sample_tokens", "seed"), 0),
-    **dict.fromkeys(("weight_decay", "grad_clip"), 0),
+    **dict.fromkeys(("weight_decay", "grad_clip", "embedding_learning_rate"), 0),
     **dict.fromkeys(("batch_size", "gradient_accumulation_steps", "num_epochs", "hess_batches"), 1),
     **dict.fromkeys(("eval_interval", "eval_rows", "log_interval", "hess_interval"), 1),
     "keep_checkpoints": 1,
     "block_size": 2,
 }
 MAXIMA = {
+    "embedding_learning_rate": 1,
     "learning_rate": 1,  # a step changes each weight by up to this
     "rho": 1e6,
     "distributed_timeout_minutes": 1e6,  # 2 years
     "n_layers": 10_000,
 }
 CHOICES = {
-    "optimizer": ("sophiag", "adamw"),
+    "optimizer": ("sophiag", "adamw", "muon"),
     "optimizer_state_dtype": ("float32", "bfloat16"),
     "device": ("auto", "cuda", "mps", "cpu"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
@@ -107,6 +109,11 @@ def check_settings(config: Any, world_size: int = 1) -> None:
     for name, choices in CHOICES.items():
         if getattr(config, name) not in choices:
             raise UserError(f"{name}={getattr(config, name)!r} must be one of {', '.join(choices)}")
+    if config.optimizer == "muon" and not config.embedding_learning_rate:
+        raise UserError(
+            "optimizer='muon' is for the hidden matrices alone: give the embedding and the norms "
+            f"{flag_name(config, 'embedding_learning_rate')}, such as 3e-3, for AdamW"
+        )
     if config.optimizer_state_dtype != "float32" and config.optimizer != "sophiag":
         raise UserError(
             f"optimizer_state_dtype={config.optimizer_state_dtype!r} needs optimizer='sophiag': "
@@ -233,6 +240,9 @@ def check_resume(old: TrainingState, new: TrainingState, name: Path) -> list[str
     old_config, new_config = old.config, new.config
     required = {key: (old_config.get(key), new_config[key]) for key in FIXED_SETTINGS}
     required |= {key: (old.model_args.get(key), arg) for key, arg in new.model_args.items()}
+    rates = [settings.get("embedding_learning_rate", 0.0) for settings in (old_config, new_config)]
+    if (rates[0] > 0) != (rates[1] > 0):  # other optimizers
+        required["embedding_learning_rate"] = rates
     for key in ("data", "base"):
         if getattr(old, key) and getattr(new, key):
             required[key] = (getattr(old, key), getattr(new, key))
@@ -268,7 +278,8 @@ def check_tensors(old: TrainingState, new: TrainingState, name: Path) -> None:
     for key, (found, like) in pairs.items():
         if (where := misfit(found, like, key)) is not None:
             raise UserError(f"{name}: its {where} does not fit this run{EARLIER}")
-    steps = [values["step"] for values in moments.values()]
+    counts = ("step", "hessian_updates")
+    steps = [values[name] for values in moments.values() for name in counts if name in values]
     if not all(0 <= step <= old.iter_num for step in steps):
         raise UserError(f"{name}: an optimizer's step is not one of its run{EARLIER}")
     try:

@@ -1,7 +1,12 @@
-"""Optimizers of a training run, all with one protocol: `step(grad_scale=...)`.
+"""The optimizers of a training run: parameter groups, learning rates, one protocol for all kinds.
 
-`grad_scale`, a scalar tensor on the device, multiplies every gradient; where it is not finite the
-step changes nothing: no parameter, no moment, no step count. SophiaG has the protocol itself.
+The tied embedding, which is also the head, wants larger steps than the hidden matrices: with an
+`embedding_learning_rate` it and the norms have AdamW, and only the hidden matrices the optimizer of
+the configuration.
+
+Protocol: `step(grad_scale=...)`. `grad_scale`, a scalar tensor on the device, multiplies every
+gradient; where it is not finite the step changes nothing: no parameter, no moment, no step count.
+SophiaG has the protocol itself.
 """
 
 from collections.abc import Callable
@@ -39,39 +44,143 @@ class AdamW(torch.optim.AdamW):
         return super().step(closure)
 
 
-def make_optimizer(model: GPT, config: Any) -> SophiaG | AdamW:
-    """SophiaG or fused AdamW as configured, with weight decay on matrices only."""
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
+class Muon(torch.optim.Muon):
+    """PyTorch's Muon (Jordan et al., https://kellerjordan.github.io/posts/muon/), for matrices.
+
+    Its steps are scaled to the size of AdamW's (Liu et al., arXiv 2502.16982).
+    """
+
+    def step(self, closure: Callable | None = None, *, grad_scale: torch.Tensor | None = None):
+        return super().step(closure) if scale_gradients(self, grad_scale) else None
+
+
+class OptimizerPair:
+    """Two optimizers as one: the hidden matrices' and that of the other parameters.
+
+    A state dict numbers the parameters of the first, then those of the second.
+    """
+
+    def __init__(self, hidden: SophiaG | AdamW | Muon, others: AdamW):
+        self.hidden, self.others = hidden, others
+        self.optimizers = (hidden, others)
+        if isinstance(hidden, SophiaG):
+            self.update_hessian = hidden.update_hessian
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    @property
+    def state(self) -> dict[torch.Tensor, dict[str, Any]]:
+        return self.hidden.state | self.others.state
+
+    @property
+    def win_rate(self) -> torch.Tensor:
+        return self.hidden.win_rate
+
+    def step(self, *, grad_scale: torch.Tensor | None = None) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step(grad_scale=grad_scale)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none)
+
+    def n_hidden(self) -> int:
+        return sum(len(group["params"]) for group in self.hidden.param_groups)
+
+    def state_dict(self) -> dict[str, Any]:
+        parts, first = [optimizer.state_dict() for optimizer in self.optimizers], self.n_hidden()
+        for group in parts[1]["param_groups"]:
+            group["params"] = [first + number for number in group["params"]]
+        others = {first + number: values for number, values in parts[1]["state"].items()}
+        return {
+            "state": parts[0]["state"] | others,
+            "param_groups": parts[0]["param_groups"] + parts[1]["param_groups"],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        first, n_groups = self.n_hidden(), len(self.hidden.param_groups)
+        state, groups = state_dict["state"], state_dict["param_groups"]
+        hidden = {number: values for number, values in state.items() if number < first}
+        others = {number - first: values for number, values in state.items() if number >= first}
+        self.hidden.load_state_dict({"state": hidden, "param_groups": groups[:n_groups]})
+        groups = [
+            group | {"params": [number - first for number in group["params"]]}
+            for group in groups[n_groups:]
+        ]
+        self.others.load_state_dict({"state": others, "param_groups": groups})
+
+
+def make_optimizer(model: GPT, config: Any) -> OptimizerPair | SophiaG | AdamW:
+    """The optimizer as configured, with weight decay on matrices only.
+
+    With an `embedding_learning_rate` the hidden matrices have the configured optimizer, and the
+    tied embedding and the norms have AdamW. SophiaG is then bias-corrected. Without one, a single
+    optimizer has all parameters.
+    """
+    embedding, parameters = model.tok_embeddings.weight, list(model.parameters())
+    matrices = [p for p in parameters if p.dim() >= 2]
+    hidden = [p for p in matrices if p is not embedding]
+    norms = {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}
+    decay = {"weight_decay": config.weight_decay}
+    ratio = config.embedding_learning_rate / config.learning_rate
+    if not ratio:
+        return make_one([{"params": matrices} | decay, norms], model, config)
+    others = [{"params": [embedding]} | decay, norms]
+    others = make_adamw([group | {"lr_scale": ratio} for group in others], config)
+    return OptimizerPair(make_one([{"params": hidden} | decay], model, config), others)
+
+
+def make_one(groups: list[dict[str, Any]], model: GPT, config: Any) -> SophiaG | AdamW | Muon:
+    """The optimizer that `config.optimizer` names."""
     if config.optimizer == "adamw":
-        betas = (config.adamw_beta1, config.adamw_beta2)
-        fused = parameters[0].device.type != "mps"  # there the fused kernel ignores grad_scale
-        return AdamW(groups, lr=config.learning_rate, betas=betas, fused=fused)
+        return make_adamw(groups, config)
+    if config.optimizer == "muon":
+        return Muon(groups, lr=config.learning_rate, adjust_lr_fn="match_rms_adamw")
     return SophiaG(
         groups,
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         rho=config.rho,
         bs=config.batch_size * model.config.block_size,  # a Hessian estimate's: one micro-batch
+        bias_correction=config.embedding_learning_rate > 0,
         state_dtype=getattr(torch, config.optimizer_state_dtype),
     )
 
 
+def make_adamw(groups: list[dict[str, Any]], config: Any) -> AdamW:
+    """Fused AdamW, except on Apple GPUs, where the fused kernel ignores grad_scale."""
+    betas = (config.adamw_beta1, config.adamw_beta2)
+    fused = groups[0]["params"][0].device.type != "mps"
+    return AdamW(groups, lr=config.learning_rate, betas=betas, fused=fused)
+
+
+def set_learning_rate(optimizer: OptimizerPair | SophiaG | AdamW, learning_rate: float) -> None:
+    """Sets the rate of every group: the hidden matrices' `learning_rate` times its `lr_scale`."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group.get("lr_scale", 1.0)
+
+
 def first_moments(
-    optimizer: torch.optim.Optimizer, dtype: torch.dtype
-) -> dict[int, dict[str, torch.Tensor]]:
-    """What `optimizer.state_dict()["state"]` holds after one step, as tensors without data."""
-    names = ("exp_avg", "hessian" if isinstance(optimizer, SophiaG) else "exp_avg_sq")
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    step = torch.empty((), device="meta")
-    return {
-        number: {"step": step}
-        | {name: torch.empty(p.shape, dtype=dtype, device="meta") for name in names}
-        for number, p in enumerate(parameters)
-    }
+    optimizer: OptimizerPair | SophiaG | AdamW, dtype: torch.dtype
+) -> dict[int, dict[str, Any]]:
+    """What `optimizer.state_dict()["state"]` holds after one step, tensors without data.
+
+    `dtype` is that of SophiaG's moments.
+    """
+    step, moments = torch.empty((), device="meta"), {}
+    for part in getattr(optimizer, "optimizers", (optimizer,)):
+        names, part_dtype, rest = ("exp_avg", "exp_avg_sq"), torch.float32, {"step": step}
+        if isinstance(part, SophiaG):
+            names, part_dtype = ("exp_avg", "hessian"), dtype
+            rest = rest | ({"hessian_updates": 0} if part.defaults["bias_correction"] else {})
+        elif isinstance(part, Muon):
+            names, rest = ("momentum_buffer",), {}
+        for p in (p for group in part.param_groups for p in group["params"]):
+            like = {name: torch.empty(p.shape, dtype=part_dtype, device="meta") for name in names}
+            moments[len(moments)] = rest | like
+    return moments
 
 
 def gradient_scale(

@@ -140,6 +140,11 @@ class TrainingRun:
             f"({str(trainer.dtype)[6:]}), {config.optimizer}, {self.total_steps:,} steps of "
             f"{tokens_per_step:,} tokens{ranks}"
         )
+        if config.embedding_learning_rate:
+            print(
+                f"peak learning rates: {config.learning_rate:g} for the hidden matrices, "
+                f"{config.embedding_learning_rate:g} for embedding and norms (AdamW)"
+            )
         print(
             f"{config.data_dir}: {rows.description}; {rows.rows_per_epoch:,} rows of "
             f"{rows.block_size}, {rows.fill:.2%} full, {epochs:.3g} epochs; validation on "

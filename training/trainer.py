@@ -13,7 +13,7 @@ from model import GPT
 from ops.cross_entropy import IGNORE_INDEX
 from tokenizer import Tokenizer
 from training.distributed import SINGLE_PROCESS, Ranks
-from training.optimizers import gradient_scale, make_optimizer
+from training.optimizers import gradient_scale, make_optimizer, set_learning_rate
 from training.packing import Batch, PackedRows
 
 MAX_BAD_STEPS = 20  # consecutive steps without a finite gradient before a run gives up
@@ -125,7 +125,8 @@ class Trainer:
         n_estimates = int(*self.ranks.all_reduce_scalars(len(labelled)))
         if n_estimates == 0:
             return
-        parameters = list(self.model.parameters())
+        sophiag = getattr(self.optimizer, "hidden", self.optimizer)
+        parameters = [p for group in sophiag.param_groups for p in group["params"]]
         sizes = [p.numel() for p in parameters]
         flat = torch.zeros(sum(sizes), device=self.device)  # contiguous: one message to the ranks
         segments = zip(flat.split(sizes), parameters, strict=True)
@@ -153,8 +154,7 @@ class Trainer:
         all ranks, by default those of `batches`. The gradients are summed over the ranks once,
         during the last backward.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self.optimizer, lr)
         n_labels = max(1, n_labels or sum(batch.n_labels for batch in batches))
         total = torch.zeros((), device=self.device)
         for number, batch in enumerate(batches, start=1):
