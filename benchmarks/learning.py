@@ -62,14 +62,15 @@ def make_trainer(settings: dict[str, Any]) -> Trainer:
     """The trainer of a recipe: train.py's settings with those of the study."""
     names = settings.keys() & vars(train_config()).keys()
     config = train_config(**{name: settings[name] for name in names})
+    if config.optimizer == "muon" or "hidden_rate" in settings:  # the rate is the embedding's
+        rate = config.learning_rate
+        rates = {"learning_rate": rate * settings.get("hidden_rate", 1.0)}
+        config = dataclasses.replace(config, embedding_learning_rate=rate, **rates)
     torch.manual_seed(config.seed)
     fields = [field.name for field in dataclasses.fields(GPTConfig)]
     model = GPT(GPTConfig(**{name: settings[name] for name in fields if name in settings}))
     kind = recipes.OriginalTrainer if settings.get("hessian") == "original" else Trainer
-    trainer = kind(model, config, torch.device("cpu"), torch.float32)
-    if config.optimizer == "muon" or "hidden_rate" in settings:
-        trainer.optimizer = recipes.TwoOptimizers(model, config, settings.get("hidden_rate", 1.0))
-    return trainer
+    return kind(model, config, torch.device("cpu"), torch.float32)
 
 
 def train_once(data_dir: str, settings: dict[str, Any]) -> dict[str, Any]:
@@ -162,6 +163,7 @@ class Study:
         # Muon's rate is also its embedding's; AdamW with that one, and its own where Muon is.
         ratio = best[recipes.ADAMW]["learning_rate"] / best[recipes.MUON]["learning_rate"]
         untuned = {recipes.TWO_RATES: best[recipes.MUON] | {"hidden_rate": ratio}}
+        untuned[recipes.SOPHIAG_TWO_RATES] = {}
         for base, changes in recipes.CHANGES.items():
             for change_name, change in changes.items():
                 untuned[f"{base}, {change_name}"] = recipes.RECIPES[base] | best[base] | change

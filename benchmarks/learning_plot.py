@@ -5,7 +5,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.learning_recipes import ADAMW, MUON, SOPHIAG, TWO_RATES
+from benchmarks.learning_recipes import ADAMW, MUON, SOPHIAG, SOPHIAG_TWO_RATES, TWO_RATES
 from common.files import atomic_file
 
 
@@ -56,7 +56,7 @@ def draw(lines: list[dict[str, Any]], picture: Path) -> None:
     left, right = figure.subplots(1, 2, sharey=True)
     for number, (name, runs) in enumerate(best_runs(lines).items()):
         panels = [left, right] if name in (SOPHIAG, ADAMW) else [left]
-        panels = [right] if name in (MUON, TWO_RATES) else panels
+        panels = [right] if name in (MUON, TWO_RATES, SOPHIAG_TWO_RATES) else panels
         tokens = [n / 1e6 for n, _ in runs[0]["curve"]]
         losses = list(zip(*([loss for _, loss in run["curve"]] for run in runs), strict=True))
         lows, highs = list(map(min, losses)), list(map(max, losses))
@@ -66,7 +66,7 @@ def draw(lines: list[dict[str, Any]], picture: Path) -> None:
             axes.plot(tokens, list(map(statistics.fmean, losses)), **style)
             axes.fill_between(tokens, lows, highs, color=style["color"], alpha=0.2, linewidth=0)
     left.set(title="The original's recipe and ours", ylabel="validation loss (nats per token)")
-    right.set(title="Optimizers on our batches, each tuned")
+    right.set(title="Optimizers on our batches")
     for axes in (left, right):
         axes.set(xlabel="million token positions, padding included")
         axes.grid(alpha=0.3)

@@ -14,11 +14,10 @@ import torch
 from torch import nn
 
 from benchmarks.inputs import demo_config, model_config, train_config
-from benchmarks.learning_recipes import TwoOptimizers
 from benchmarks.timing import compare, limits, peer
 from model import GPT
 from sophia_triton import SophiaG
-from training.optimizers import gradient_scale
+from training.optimizers import gradient_scale, make_optimizer
 
 # Bytes that a formula moves per float32 parameter: reads of p, g and moments, writes of p, moments
 ADAMW, SOPHIA, SOPHIA_BF16, HESSIAN = 28, 24, 18, 12
@@ -55,7 +54,7 @@ def compare_updates(
         official.update_hessian()
         functions["SophiaG of its authors"] = official.step, SOPHIA
     if muon:
-        two = TwoOptimizers(model, train_config(optimizer="muon"))
+        two = make_optimizer(model, train_config(optimizer="muon", embedding_learning_rate=1e-3))
         functions["torch.optim.Muon and AdamW"] = two.step, 0
     functions |= {
         "ours, SophiaG": (ours.step, SOPHIA),

@@ -14,7 +14,6 @@ from benchmarks.inputs import Documents
 from benchmarks.learning_recipes import (
     OriginalTrainer,
     PaddedStarts,
-    TwoOptimizers,
     small_tokenizer,
 )
 from common.errors import UserError
@@ -90,56 +89,13 @@ def test_the_originals_hessian():
         assert parameter.grad is None
 
 
-def test_muon_has_the_hidden_matrices_and_adamw_the_rest():
-    torch.manual_seed(0)
-    model, twin = GPT(GPTConfig(**SHAPE)), GPT(GPTConfig(**SHAPE))
-    twin.load_state_dict(model.state_dict())
-    config = settings(learning_rate=0.01, optimizer="muon")
-    optimizer = TwoOptimizers(model, config)
-    muon, *adamw = optimizer.param_groups
-    names = {id(p): name for name, p in model.named_parameters()}
-    in_muon = {names[id(p)] for p in muon["params"]}
-    in_adamw = {names[id(p)] for group in adamw for p in group["params"]}
-    assert in_muon | in_adamw == set(names.values()) and not in_muon & in_adamw
-    assert (
-        in_muon == {n for n in names.values() if n.endswith("_proj.weight")} and len(in_muon) == 10
-    )
-
-    theirs = torch.optim.AdamW(
-        twin.parameters(), lr=0.01, betas=(0.9, 0.95), weight_decay=0.1, fused=True
-    )
-    ids = torch.randint(250, (2, 8))
-    for network, stepper in ((model, optimizer), (twin, theirs)):
-        network(ids, ids).backward()
-        stepper.step()
-        stepper.zero_grad()
-    assert torch.equal(model.tok_embeddings.weight, twin.tok_embeddings.weight)
-    gate, twin_gate = (m.layers[0].feed_forward.gate_proj.weight for m in (model, twin))
-    assert not torch.allclose(gate, twin_gate)
-    assert gate.grad is None and model.norm.weight.grad is None
-
-
-def test_two_rates_of_adamw():
-    """With a hidden rate of 1 it is plain AdamW; halved, hidden matrices alone move half as far."""
-    updates = {}
-    for kind in ("plain", 1.0, 0.5):
-        torch.manual_seed(0)
-        model = GPT(GPTConfig(**SHAPE))
-        before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        config = settings(learning_rate=0.01, optimizer="adamw", weight_decay=0.0)
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=0.01, betas=(0.9, 0.95), weight_decay=0.0, fused=True
-        )
-        if kind != "plain":
-            optimizer = TwoOptimizers(model, config, kind)
-        ids = torch.arange(16).view(2, 8)
-        model(ids, ids).backward()
-        optimizer.step()
-        updates[kind] = {name: p.detach() - before[name] for name, p in model.named_parameters()}
-    for name, plain in updates["plain"].items():
-        assert torch.equal(plain, updates[1.0][name])
-        factor = 0.5 if name.endswith("_proj.weight") else 1.0
-        torch.testing.assert_close(updates[0.5][name], factor * plain, rtol=1e-3, atol=1e-7)
+def test_the_rate_of_a_study_with_two_is_the_embeddings():
+    """So it was recorded before train.py had an embedding_learning_rate."""
+    shape = SHAPE | {"block_size": 8, "batch_size": 2, "seed": 0, "learning_rate": 0.01}
+    for changes, hidden in (({"optimizer": "muon"}, 0.01), ({"hidden_rate": 0.125}, 0.00125)):
+        trainer = learning.make_trainer(shape | {"optimizer": "adamw"} | changes)
+        assert trainer.config.learning_rate == hidden
+        assert trainer.config.embedding_learning_rate == 0.01
 
 
 def test_the_tokenizer_cut_short_spells_the_same_text():

@@ -119,14 +119,14 @@ def make_optimizer(model: GPT, config: Any) -> OptimizerPair | SophiaG | AdamW:
     tied embedding and the norms have AdamW. SophiaG is then bias-corrected. Without one, a single
     optimizer has all parameters.
     """
-    embedding, parameters = model.tok_embeddings.weight, list(model.parameters())
+    parameters, decay = list(model.parameters()), {"weight_decay": config.weight_decay}
     matrices = [p for p in parameters if p.dim() >= 2]
-    hidden = [p for p in matrices if p is not embedding]
     norms = {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}
-    decay = {"weight_decay": config.weight_decay}
     ratio = config.embedding_learning_rate / config.learning_rate
     if not ratio:
         return make_one([{"params": matrices} | decay, norms], model, config)
+    embedding = model.tok_embeddings.weight
+    hidden = [p for p in matrices if p is not embedding]
     others = [{"params": [embedding]} | decay, norms]
     others = make_adamw([group | {"lr_scale": ratio} for group in others], config)
     return OptimizerPair(make_one([{"params": hidden} | decay], model, config), others)
