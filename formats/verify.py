@@ -33,9 +33,11 @@ PROMPTS = (
 def float32_copy(gpt: GPT, dtype: torch.dtype = torch.float32) -> GPT:
     """A copy on the CPU in evaluation mode and float32, with the weights rounded to `dtype`.
 
-    Raises UserError if a weight is not finite in `dtype`.
+    Raises UserError if a weight is not finite, in the model or in `dtype`.
     """
     for parameter in gpt.parameters():
+        if not parameter.isfinite().all():
+            raise UserError("the model has weights that are not finite: export an earlier one")
         if not parameter.to(dtype).isfinite().all():
             name = str(dtype).removeprefix("torch.")
             raise UserError(f"the checkpoint has weights too large for {name}: use another --dtype")
