@@ -105,6 +105,7 @@ def test_unusable_arguments_are_refused_in_one_line(argument, message):
 SCRIPT = '''"""What it does.
 
     python script.py    # 100 % of it
+How it does it.
 """
 
 import math
@@ -135,7 +136,7 @@ def test_help_prints_groups_comments_and_defaults(tmp_path, capsys):
         config_from_constants(vars(module), ["--help"])
     assert end.value.code == 0
     assert capsys.readouterr().out == (
-        "What it does.\n\n    python script.py    # 100 % of it\n\n"
+        "What it does.\n\n    python script.py    # 100 % of it\nHow it does it.\n\n"
         "Model (tensors of\nany size):\n"
         "  --n_layers INT  (default: 24)\n"
         "  --n_embd INT    50 % of 1280 (default: 640)\n\n"
