@@ -41,6 +41,7 @@ PRETRAIN = SMALL_STEPS | {
 }
 FINETUNE = SMALL_STEPS | {
     "finetune": True,
+    "finetune_gradient_accumulation_steps": 1,
     "batch_size": 8,
     "finetune_num_epochs": 12,
     "finetune_learning_rate": 1e-3,
