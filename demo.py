@@ -30,9 +30,10 @@ picture = ""  # also draw both loss curves here; README.md's is docs/demo.png
 
 MODEL_SHAPE = {"n_layers": 4, "n_embd": 128, "n_heads": 4, "n_kv_heads": 2, "block_size": 128}
 # SophiaG is far behind AdamW at batches as small as these: see LOG.md.
-SMALL_STEPS = {"gradient_accumulation_steps": 1, "optimizer": "adamw", "compile": False}
+SMALL_STEPS = {"optimizer": "adamw", "compile": False}
 PRETRAIN = SMALL_STEPS | {
     "batch_size": 16,
+    "gradient_accumulation_steps": 1,
     "max_steps": 250,
     "learning_rate": 3e-3,
     "warmup_iters": 30,
@@ -41,7 +42,6 @@ PRETRAIN = SMALL_STEPS | {
 }
 FINETUNE = SMALL_STEPS | {
     "finetune": True,
-    "finetune_gradient_accumulation_steps": 1,
     "batch_size": 8,
     "finetune_num_epochs": 12,
     "finetune_learning_rate": 1e-3,

@@ -23,7 +23,14 @@ import torch
 from torch import Tensor
 
 from ops.parameter_table import BLOCK_SIZE, Bucket, ParameterTables
-from ops.sophia_reference import cpp_library, run_cpp, run_eager, suits_cpp
+from ops.sophia_reference import (
+    as_scalar,
+    cpp_library,
+    finish_eager,
+    run_cpp,
+    run_eager,
+    suits_cpp,
+)
 
 try:
     import triton
@@ -206,20 +213,6 @@ def finish(bucket: Bucket, scale: Tensor, counters: Tensor, total: int) -> Tenso
             COUNTERS=COUNTERS,
         )
     return share
-
-
-def finish_eager(bucket: Bucket, scale: Tensor, count: Tensor, total: int) -> Tensor:
-    """`finish` in plain PyTorch, for the updates that return the `count` itself."""
-    finite = scale.isfinite()
-    torch._foreach_add_([state["step"] for state in bucket.states], finite.float())
-    return torch.where(finite, count / total, torch.nan)
-
-
-def as_scalar(value: float | Tensor | None, device: torch.device) -> Tensor:
-    """A gradient scale as a float32 scalar on `device`, without waiting for the device."""
-    if isinstance(value, Tensor):
-        return value.detach().reshape(()).to(device, torch.float32, non_blocking=True)
-    return torch.full((), 1.0 if value is None else value, dtype=torch.float32, device=device)
 
 
 class SophiaG(torch.optim.Optimizer):

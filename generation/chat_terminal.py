@@ -27,7 +27,7 @@ def show(text: str) -> None:
 
 
 def typed(text: str) -> str:
-    """What was typed, as UTF-8 even where the locale is not (LC_ALL=C); UnicodeError if invalid."""
+    """Decodes typed text as UTF-8 in any locale (LC_ALL=C too); UnicodeError if it is invalid."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8")
 
 

@@ -146,3 +146,17 @@ def run_eager(bucket: Bucket, scale: Tensor, update: str, constants: dict) -> Te
             settings = finite, factor, (*noise, *index), *constants.values()
             counts.append(function(p_, g_, m_, h_, *settings))
     return sum(counts) if update == "step" else None
+
+
+def finish_eager(bucket: Bucket, scale: Tensor, count: Tensor, total: int) -> Tensor:
+    """`finish` in plain PyTorch, for the updates that return the `count` itself."""
+    finite = scale.isfinite()
+    torch._foreach_add_([state["step"] for state in bucket.states], finite.float())
+    return torch.where(finite, count / total, torch.nan)
+
+
+def as_scalar(value: float | Tensor | None, device: torch.device) -> Tensor:
+    """A gradient scale as a float32 scalar on `device`, without waiting for the device."""
+    if isinstance(value, Tensor):
+        return value.detach().reshape(()).to(device, torch.float32, non_blocking=True)
+    return torch.full((), 1.0 if value is None else value, dtype=torch.float32, device=device)

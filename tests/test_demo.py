@@ -12,6 +12,7 @@ import pytest
 
 import demo
 from common.settings import config_from_constants
+from training.checks import check_arguments
 
 ROOT = Path(demo.__file__).parent
 
@@ -22,7 +23,9 @@ def test_every_stage_is_a_script_that_knows_its_settings(stage):
     name = argv[1] if argv[0] == "-m" else argv[0].removesuffix(".py")
     argv = argv[2 if argv[0] == "-m" else 1 :]
     module = importlib.import_module(name)
-    config_from_constants(vars(module), argv)  # refuses an unknown name or a wrong type
+    config = config_from_constants(vars(module), argv)  # refuses an unknown name or a wrong type
+    if name == "train":
+        check_arguments(argv, config.finetune)
     assert title and ROOT in Path(module.__file__).parents
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from common.errors import UserError
 from common.settings import config_from_constants, settings_of
-from training.checks import check_settings
+from training.checks import check_arguments, check_settings
 from training.setup import settings_in_force
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,6 +73,7 @@ def check_command(command: list[str]) -> bool:
         argv += [] if argument in ("$@", "...") else [argument]
     config = config_from_constants(vars(module), argv, getattr(module, "RENAMED", None))
     if module.__name__ == "train":
+        check_arguments(argv, config.finetune)
         sizes = re.findall(r"--n(?:nodes|proc_per_node)=(\d+)", " ".join(command))
         check_settings(settings_in_force(config), math.prod(map(int, sizes)))
     return True
@@ -90,6 +91,7 @@ def test_commands_name_scripts_and_settings_that_exist(path):
         ("python train.py --lerning_rate=1e-3", "did you mean --learning_rate"),
         ("OMP_NUM_THREADS=1 python train.py --max_steps=many  # a comment", "a whole number"),
         ("python train.py --finetune_checkpoint=a.pt", "is now called --model"),
+        ("python train.py --finetune --learning_rate=1e-3", "has no effect with --finetune"),
         ("torchrun --nproc_per_node=3 train.py --device=cpu", "dealt to 3 ranks"),
         ("python -m preparation.demo_data --out=data", "unknown setting --out"),
         ('python train.py --max_step="$steps"', "did you mean --max_steps"),

@@ -165,7 +165,7 @@ def set_learning_rate(optimizer: OptimizerPair | SophiaG | AdamW, learning_rate:
 def first_moments(
     optimizer: OptimizerPair | SophiaG | AdamW, dtype: torch.dtype
 ) -> dict[int, dict[str, Any]]:
-    """What `optimizer.state_dict()["state"]` holds after one step, tensors without data.
+    """`optimizer.state_dict()["state"]` as it is after one step, in tensors without data.
 
     `dtype` is that of SophiaG's moments.
     """
