@@ -14,14 +14,16 @@ SHARD_PATTERNS = {
     "prepare_dataset.py": "train.npz",
     "prepare_dataset_fineweb.py": "train-*-of-*.npz",
 }
-NO_DATA = ("run.json", ".lock")  # in a staging folder
+# What is unfinished data there. An earlier prepare_dataset.py left train.npz in ".preparing".
+STAGED = {"prepare_dataset.py": "*", "prepare_dataset_fineweb.py": "part-*/*"}
+NO_DATA = ("run.json", ".lock")
 
 
 def refuse_other_dataset(output: Path, script: str) -> None:
     """UserError if `output` holds a dataset of another script than `script`, finished or not."""
     for owner in STAGING_FOLDERS.keys() - {script}:
         staging = output / STAGING_FOLDERS[owner]
-        if any(path.is_file() and path.name not in NO_DATA for path in staging.rglob("*")):
+        if any(path.name not in NO_DATA for path in staging.glob(STAGED[owner])):
             raise UserError(
                 f"{output} holds an unfinished dataset of {owner}: choose another --output_dir, or "
                 f"delete {staging} if that dataset is not needed"

@@ -1,14 +1,14 @@
-"""Disturbs the scripts at each of their file-system calls, runs them again, compares the results.
+"""Kills the scripts at each of their file-system calls, runs them again, compares the results.
 
     python tests/faults.py                        # all of it, `make faults`
     python tests/faults.py --sample=10 --kills=3  # ten faults of each case, three random kills
     python tests/faults.py --case=train --fault=full --call=17   # one run, as a loss names it
 
 Each run has one fault at one call that changes a file below the output folder (fault_hook.c counts
-them). After it nothing may be lost or half-written, and the error is one line; then the same
-command runs undisturbed and must end with the same files as a run that never had a fault. Besides,
-training and preparation are killed at random moments. Prints a table and every loss; exits with 1
-for any.
+them): a kill at every call, the other faults in rotation, at every first to eighth call. After it
+nothing may be lost or half-written, and the error is one line; then the same command runs
+undisturbed and must end with the same files as a run that never had a fault. Besides, training and
+preparation are killed at random moments. Prints a table and every loss; exits with 1 for any.
 
 For speed two workers import everything once and fork a child for each run, and a state of the
 folder that an earlier fault led to is not continued again. Linux only, with a C compiler; a TMPDIR
@@ -52,7 +52,7 @@ from common.settings import config_from_constants, run_script  # noqa: E402
 case = ""  # names of cases, separated by commas; "": all
 fault = ""  # names of faults, separated by commas; "": all
 call = 0  # number of the call; 0: all
-every = 0  # each fault at each `every`th call only; 0: as many as the case's time allows
+every = 0  # faults other than "kill" at each `every`th call only; 0: as the case's time allows
 sample = 0  # faults of each case, drawn at random; 0: all
 kills = 100  # of training at random moments, and of preparation
 seed = 0  # of the sample and the moments
@@ -92,7 +92,7 @@ class Case:
     settings: dict[str, Any]
     earlier: dict[str, Any] | None = None  # settings of an earlier run, whose result is replaced
     imports: tuple[str, ...] = ()  # before the fork, for speed
-    every: int = 1  # each fault is tried at each `every`th call, and each call with some fault
+    every: int = 1  # a fault other than "kill" is tried at each `every`th call
     kills: int = 0  # at random moments, in place of faults
     ranks: int = 1  # processes that share the work then
     box: Path = Path()  # the current folder of the runs; beside it "old", "new", "output", "calls"
@@ -402,7 +402,8 @@ def choose(case: Case, calls: list[str], config: Any, rng: random.Random) -> lis
             skip = fault == "torn" and name not in WRITES
             skip |= FAULTS[fault][1] == errno.ENOSPC and name in NEED_NO_SPACE
             skip |= fault == "delay" and case.script in ("export", "prepare_dataset")  # no threads
-            skip |= (number + i) % every > 0 if not config.call else number != config.call
+            thinned = fault != "kill" and (number + i) % every > 0  # killed at every call
+            skip |= thinned if not config.call else number != config.call
             skip |= config.fault != "" and fault not in config.fault.split(",")
             if not skip:
                 pairs.append((number, fault))

@@ -335,6 +335,15 @@ def test_a_dataset_without_its_shards_has_an_owner(source):
     refused("texts holds a dataset of prepare_dataset.py", source, "texts")
 
 
+def test_what_an_earlier_version_left_is_not_taken_for_the_other_script_s(tokenizer):
+    """Both scripts once had the same staging folder."""
+    made(Path("out/.preparing"))
+    Path("out/.preparing/train.npz").write_bytes(b"of a killed prepare_dataset.py")
+    Path("in.txt").write_text("one<|endoftext|>two")
+    text = ["--input_file_path=in.txt", "--val_split=0.5", "--output_dir=out"]
+    assert prepare_dataset.main(text) == 0 and Path("out/train.npz").exists()
+
+
 def test_a_run_that_prepared_nothing_leaves_the_folder_to_others(tokenizer):
     write("in/a.parquet")
     with pytest.raises(UserError, match="no column 'int_score'"):

@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from checkpoint import CheckpointWriter, TrainingState, checkpoints_in, load_che
 from common.errors import UserError
 from common.signals import SIGNALS
 from training import setup
-from training.metrics import Metrics, Progress, last_metrics
+from training.metrics import Metrics, Progress, last_metrics, read_metrics
 from training.trainer import Trainer
 
 SHORT = {"max_steps": 2, "warmup_iters": 0, "eval_interval": 100, "sample_tokens": 0}
@@ -135,6 +136,25 @@ def test_neither_a_picture_nor_a_log_ends_a_run(text_data, tmp_path, monkeypatch
     assert error.count("cannot write metrics (IsADirectoryError") == 1
     for name in ("picture", "log"):
         assert (tmp_path / name / "ckpt_0000002.pt").exists()
+
+
+def test_a_tracker_that_fails_does_not_end_a_run(tmp_path, monkeypatch, capsys):
+    class Wandb(types.ModuleType):
+        def init(self, **settings):
+            return self
+
+        def log(self, values, step):
+            raise ConnectionError("no network")
+
+        def finish(self):
+            raise ConnectionError("still none")
+
+    monkeypatch.setitem(sys.modules, "wandb", Wandb("wandb"))
+    metrics = Metrics(tmp_path, 0, {"project": "lille"})
+    metrics.log(1, loss=2.0)
+    metrics.close()
+    assert capsys.readouterr().err.count("ConnectionError: no network") == 1
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1]
 
 
 def test_a_terminal_that_is_gone_does_not_end_a_run(monkeypatch):

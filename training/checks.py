@@ -91,11 +91,12 @@ def check_settings(config: Any, world_size: int = 1) -> None:
         maximum = MAXIMA.get(name, 2**63 - 1 if type(value) is int else value)  # PyTorch's
         if value > maximum:
             raise UserError(f"{flag_name(config, name)}={value} must be at most {maximum}")
-    if config.learning_rate * config.weight_decay > 1:
-        raise UserError(
-            f"weight_decay={config.weight_decay} times {flag_name(config, 'learning_rate')}="
-            f"{config.learning_rate} is above 1, more than a whole weight each step: lower one"
-        )
+    for name in ("learning_rate", "embedding_learning_rate"):
+        if getattr(config, name) * config.weight_decay > 1:
+            raise UserError(
+                f"weight_decay={config.weight_decay} times {flag_name(config, name)}="
+                f"{getattr(config, name)} is above 1, more than a whole weight each step: lower one"
+            )
     if not config.out_dir:
         raise UserError(f"{flag_name(config, 'out_dir')} is empty: name a folder, such as '.'")
     for name in ("learning_rate", "rho", "distributed_timeout_minutes"):

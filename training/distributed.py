@@ -143,7 +143,10 @@ def ranks_of_environment() -> Ranks:
 
 
 def rendezvous_store(timeout: timedelta) -> Any:
-    """The key-value store that all ranks share, torchrun's or rank 0's; a new one on a restart."""
+    """The key-value store that all ranks share, torchrun's or rank 0's.
+
+    A restart by torchrun, on one machine, sees nothing of what the ranks before have written.
+    """
     store = next(dist.rendezvous("env://", timeout=timeout))[0]
     return dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
 

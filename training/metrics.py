@@ -108,7 +108,8 @@ class Metrics:
 
     def close(self) -> None:
         if self.wandb is not None:
-            self.wandb.finish()
+            with self.reported_once():
+                self.wandb.finish()
 
 
 def draw_losses(axes: Any, rows: list[dict[str, Any]], title: str) -> None:
