@@ -87,11 +87,14 @@ if triton is not None:
     @triton.jit
     def step_kernel(
         table_ptr, block_rows_ptr, scale_ptr, counters_ptr,
-        lr, weight_decay, beta1, rho_bs, eps,
+        lr, weight_decay, beta1, rho_bs, eps, cautious: tl.constexpr,
         PARAM: tl.constexpr, GRAD: tl.constexpr, MOMENT: tl.constexpr,
         ALIGNED: tl.constexpr, BLOCK_SIZE: tl.constexpr, COUNTERS: tl.constexpr,
     ):  # fmt: skip
-        """m = beta1 m + (1 - beta1) s g; p = p (1 - lr wd) - lr clip(m / max(rho bs h, eps), 1)."""
+        """m = beta1 m + (1 - beta1) s g; p = p (1 - lr wd) - lr u, where u is the update.
+
+        u = clip(m / max(rho bs h, eps), 1), or 0 where `cautious` and u s g <= 0.
+        """
         scale = tl.load(scale_ptr)
         row_ptr, start, remaining = locate(table_ptr, block_rows_ptr, scale, ALIGNED, BLOCK_SIZE)
         offsets = tl.arange(0, BLOCK_SIZE)
@@ -106,10 +109,13 @@ if triton is not None:
         m = tl.load(m_ptrs, mask=mask, other=0.0).to(tl.float32)
         h = tl.load(h_ptrs, mask=mask, other=0.0).to(tl.float32)
 
-        m = beta1 * m + (1 - beta1) * (scale * g)
+        g = scale * g
+        m = beta1 * m + (1 - beta1) * g
         bound = rho_bs * h  # compared, not tl.maximum: a NaN propagates
         ratio = m / tl.where(bound < eps, eps, bound)
         update = tl.where(ratio > 1, 1.0, tl.where(ratio < -1, -1.0, ratio))
+        if cautious:
+            update = tl.where(update * g <= 0, 0.0, update)  # a NaN propagates
         p = p * (1 - lr * weight_decay) - lr * update
         unclipped = tl.sum(tl.where(mask, (tl.abs(ratio) < 1).to(tl.int32), 0))
 
@@ -222,7 +228,9 @@ class SophiaG(torch.optim.Optimizer):
     overrides it). `win_rate`, a scalar on the device, is the share of coordinates that the last
     step did not clip: NaN before the first. `bias_correction` divides the Hessian average by
     1 - beta2^updates, as Adam does (the authors do not): without it the average is too small, and
-    nearly every coordinate clipped, while beta2^updates is large. With `state_dtype` bfloat16 the
+    nearly every coordinate clipped, while beta2^updates is large. `cautious` leaves out the
+    coordinates whose update and gradient differ in sign (Liang et al., arXiv 2411.16085, without
+    their rescaling: give about 1.5 times the learning rate). With `state_dtype` bfloat16 the
     moments take half the memory and are rounded stochastically; rounding to nearest would stall,
     since a change under 0.2 to 0.4 % of a value is lost and `hessian` moves by 1 % of the
     difference. Parameters are rounded to nearest: keep them in float32. `backend` "auto" takes the
@@ -241,6 +249,7 @@ class SophiaG(torch.optim.Optimizer):
         maximize: bool = False,
         bs: int = 8192,
         bias_correction: bool = False,
+        cautious: bool = False,
         state_dtype: torch.dtype = torch.float32,
         backend: str = "auto",
     ):
@@ -256,7 +265,8 @@ class SophiaG(torch.optim.Optimizer):
         self.win_rate = torch.tensor(float("nan"))
         self._tables = ParameterTables()
         defaults = dict(lr=lr, betas=betas, rho=rho, weight_decay=weight_decay)
-        defaults |= dict(eps=eps, maximize=maximize, bs=bs, bias_correction=bias_correction)
+        defaults |= dict(eps=eps, maximize=maximize, bs=bs, cautious=cautious)
+        defaults |= dict(bias_correction=bias_correction)
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -305,6 +315,7 @@ class SophiaG(torch.optim.Optimizer):
                 beta1=float(group["betas"][0]),
                 rho_bs=float(rho_bs),
                 eps=float(group["eps"]),
+                cautious=bool(group["cautious"]),
             )
             scale = as_scalar(grad_scale, bucket.device)
             scale = -scale if group["maximize"] else scale
@@ -357,7 +368,8 @@ class SophiaG(torch.optim.Optimizer):
         super().__setstate__(state)
         self._tables = ParameterTables()
         for group in self.param_groups:
-            for name in ("eps", "maximize", "bs", "bias_correction"):  # the authors' lack some
+            # The authors' states lack some of these, as do older ones of this class.
+            for name in ("eps", "maximize", "bs", "cautious", "bias_correction"):
                 group.setdefault(name, self.defaults[name])
         for p, values in self.state.items():
             if "step" in values:  # in old states a number, of shape (1,), or on another device

@@ -20,12 +20,14 @@ from ops.parameter_table import BLOCK_SIZE, Bucket
 SOURCE = Path(__file__).with_name("sophia_step.cpp")
 
 
-def sophia_step(p, g, m, h, lr, weight_decay, beta1, rho_bs, eps):
+def sophia_step(p, g, m, h, lr, weight_decay, beta1, rho_bs, eps, cautious):
     """One step for float32 tensors: new parameter, new momentum, mask of unclipped coordinates."""
     m = beta1 * m + (1 - beta1) * g
     ratio = m / (rho_bs * h).clamp(min=eps)
-    p = p * (1 - lr * weight_decay) - lr * ratio.clamp(-1, 1)  # sign(m) min(|ratio|, 1)
-    return p, m, ratio.abs() < 1
+    update = ratio.clamp(-1, 1)  # sign(m) min(|ratio|, 1)
+    if cautious:
+        update = torch.where(update * g <= 0, 0.0, update)  # a NaN propagates
+    return p * (1 - lr * weight_decay) - lr * update, m, ratio.abs() < 1
 
 
 def sophia_hessian(g, h, decay, gain, squared):
@@ -93,7 +95,7 @@ def cpp_library() -> ctypes.CDLL | None:
     library = native_library(SOURCE, "-ffp-contract=off")  # rounds as PyTorch does
     if library is not None:
         table = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 5 + [ctypes.c_double]
-        library.sophia_step.argtypes = table + [ctypes.c_double] * 5
+        library.sophia_step.argtypes = table + [ctypes.c_double] * 5 + [ctypes.c_int64]
         library.sophia_hessian.argtypes = table + [ctypes.c_double] * 2 + [ctypes.c_int64]
         library.sophia_step.restype, library.sophia_hessian.restype = ctypes.c_int64, None
     return library

@@ -60,26 +60,30 @@ static void store_nearest(bfloat16* at, float x) {  // ties to even
 
 struct StepSettings {
     float lr, keep, beta1, gain, rho_bs, eps, scale;
+    bool cautious;
 };
 struct HessianSettings {
     float decay, gain, scale;
     bool squared;  // the gradients hold squares already
 };
 
-// m = beta1 m + (1 - beta1) s g; p = p (1 - lr wd) - lr clip(m / max(rho bs h, eps), 1).
+// m = beta1 m + (1 - beta1) s g; u = clip(m / max(rho bs h, eps), 1), or 0 where `cautious` and
+// u s g <= 0; p = p (1 - lr wd) - lr u.
 template <class T, class M>
 static int32_t update(
     const StepSettings s, T* __restrict__ p, const T* __restrict__ g, M* __restrict__ m,
     M* __restrict__ h, int64_t n, uint32_t first, uint32_t seed) {
     int32_t unclipped = 0;
     for (int64_t i = 0; i < n; i++) {
-        const float new_m = s.beta1 * load(m[i]) + s.gain * (s.scale * load(g[i]));
+        const float scaled = s.scale * load(g[i]);
+        const float new_m = s.beta1 * load(m[i]) + s.gain * scaled;
         float bound = s.rho_bs * load(h[i]);
         bound = bound < s.eps ? s.eps : bound;  // comparisons let a NaN through
         const float ratio = new_m / bound;
-        const float clipped = ratio > 1 ? 1.0f : ratio < -1 ? -1.0f : ratio;
+        float step = ratio > 1 ? 1.0f : ratio < -1 ? -1.0f : ratio;
+        step = s.cautious && step * scaled <= 0 ? 0.0f : step;
         unclipped += ratio > -1 && ratio < 1;
-        store_nearest(&p[i], load(p[i]) * s.keep - s.lr * clipped);
+        store_nearest(&p[i], load(p[i]) * s.keep - s.lr * step);
         store(&m[i], new_m, hash32((first + uint32_t(i)) ^ seed) & 0xffff);
     }
     return unclipped;
@@ -132,10 +136,10 @@ static int64_t run(
 extern "C" int64_t sophia_step(
     const Row* rows, const int32_t* block_rows, int64_t n_blocks, int64_t block_size,
     int64_t param_type, int64_t moment_type, int64_t threads, double scale,
-    double lr, double weight_decay, double beta1, double rho_bs, double eps) {
+    double lr, double weight_decay, double beta1, double rho_bs, double eps, int64_t cautious) {
     const StepSettings settings = {
         float(lr), float(1 - lr * weight_decay), float(beta1), float(1 - beta1), float(rho_bs),
-        float(eps), float(scale)};
+        float(eps), float(scale), cautious != 0};
     const Table table = {rows, block_rows, n_blocks, block_size, threads};
     return run(table, settings, param_type, moment_type, 0);
 }

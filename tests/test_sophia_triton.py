@@ -36,23 +36,27 @@ needs_compiler = pytest.mark.skipif(not COMPILED, reason="needs a C++ compiler")
 class NumpySophiaG:
     """Algorithm 3 with the GNB estimator, in float64, one array at a time."""
 
-    def __init__(self, theta, lr, rho, betas, bs, weight_decay, correct=False):
+    def __init__(
+        self, theta, lr, rho, betas, bs, weight_decay, bias_correction=False, cautious=False
+    ):
         self.theta = theta.astype(np.float64)
         self.m, self.h = np.zeros_like(self.theta), np.zeros_like(self.theta)
         self.lr, self.rho, self.betas, self.bs, self.wd = lr, rho, betas, bs, weight_decay
         self.clipped = self.unclipped = 0
-        self.correct, self.updates = correct, 0
+        self.correct, self.cautious, self.updates = bias_correction, cautious, 0
 
     def update_hessian(self, g):
         self.updates += 1
         self.h = self.betas[1] * self.h + (1 - self.betas[1]) * g.astype(np.float64) ** 2
 
     def step(self, g):
-        self.m = self.betas[0] * self.m + (1 - self.betas[0]) * g.astype(np.float64)
+        g = g.astype(np.float64)
+        self.m = self.betas[0] * self.m + (1 - self.betas[0]) * g
         h = self.h / (1 - self.betas[1] ** self.updates) if self.correct else self.h
         ratio = np.abs(self.m) / np.maximum(self.rho * self.bs * h, 1e-15)
         self.theta -= self.lr * self.wd * self.theta
-        self.theta -= self.lr * np.sign(self.m) * np.minimum(ratio, 1)
+        agrees = np.sign(self.m) == np.sign(g) if self.cautious else 1
+        self.theta -= self.lr * np.sign(self.m) * np.minimum(ratio, 1) * agrees
         self.unclipped, self.clipped = np.sum(ratio < 1), np.sum(ratio >= 1)
 
 
@@ -97,19 +101,15 @@ def assert_identical(first, second):
 
 
 def compare_with_numpy(
-    backend, device="cpu", shapes=SHAPES, steps=12, scale=None, sign=1.0, correct=False
+    backend, device="cpu", shapes=SHAPES, steps=12, scale=None, sign=1.0, **options
 ):
     """Runs both on seeded gradients; parameters, moments and win rate agree, both branches hit."""
     params = parameters(shapes, device=device)
     groups = [dict(params=[p], weight_decay=0.2 * (p.dim() == 2)) for p in params]
-    settings = SETTINGS | ({"rho": SETTINGS["rho"] / 50} if correct else {})  # some clip again
-    optimizer = SophiaG(
-        groups, **settings, backend=backend, maximize=sign < 0, bias_correction=correct
-    )
+    settings = SETTINGS | options
+    optimizer = SophiaG(groups, **settings, backend=backend, maximize=sign < 0)
     theirs = [
-        NumpySophiaG(
-            p.detach().cpu().numpy(), **settings, weight_decay=0.2 * (p.dim() == 2), correct=correct
-        )
+        NumpySophiaG(p.detach().cpu().numpy(), **settings, weight_decay=0.2 * (p.dim() == 2))
         for p in params
     ]
     rng = np.random.default_rng(5)
@@ -154,8 +154,10 @@ def test_matches_the_paper(backend, scale):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_bias_corrected_hessian(backend):
-    compare_with_numpy(backend, shapes=SHAPES[:4], correct=True)
+@pytest.mark.parametrize("cautious", [False, True])
+def test_bias_corrected_hessian_and_cautious_updates(backend, cautious):
+    options = {"bias_correction": True, "cautious": cautious, "rho": 1e-3}  # some clip again
+    compare_with_numpy(backend, shapes=SHAPES[:4], scale=0.5, **options)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -230,11 +232,12 @@ def test_a_nonfinite_scale_changes_nothing(backend, scale, state_dtype):
     assert not torch.equal(before[1], snapshot(optimizer)[1])
 
 
+@pytest.mark.parametrize("cautious", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_an_undefined_ratio_is_no_update(backend):
+def test_an_undefined_ratio_is_no_update(backend, cautious):
     """m = h = 0 stays put; h = 0 alone moves by the full lr; a NaN gradient is not hidden."""
     p = torch.nn.Parameter(torch.ones(3))
-    optimizer = SophiaG([p], lr=0.1, weight_decay=0.0, backend=backend)
+    optimizer = SophiaG([p], lr=0.1, weight_decay=0.0, backend=backend, cautious=cautious)
     p.grad = torch.tensor([0.0, 2.0, NAN])
     optimizer.step()
     assert p[0] == 1 and p[1] == torch.tensor(1.0) - 0.1 and p[2].isnan()
@@ -287,7 +290,7 @@ def test_old_states_are_upgraded():
     optimizer = SophiaG(parameters(SHAPES[:2]), **SETTINGS)
     advance(optimizer, 2)
     old = copy.deepcopy(optimizer.state_dict())
-    for name in ("eps", "bs", "maximize", "bias_correction"):
+    for name in ("eps", "bs", "maximize", "cautious", "bias_correction"):
         del old["param_groups"][0][name]
     old["param_groups"][0]["capturable"] = True
     old["state"][0]["step"], old["state"][1]["step"] = 2, torch.tensor([2.0])
@@ -312,14 +315,16 @@ def test_old_states_are_upgraded():
 @needs_compiler
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("param_dtype", [torch.float32, torch.bfloat16])
-def test_cpp_equals_pytorch_bit_for_bit(param_dtype, state_dtype):
+@pytest.mark.parametrize("cautious", [False, True])
+def test_cpp_equals_pytorch_bit_for_bit(cautious, param_dtype, state_dtype):
     """With any number of threads, and where gradients are NaN, infinite or zero."""
     full_nan = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
     special = torch.tensor([full_nan, torch.inf, -torch.inf, 0.0, -0.0, 1e38, 1e-45])
     runs = []
     for backend, threads in (("eager", 1), ("cpp", 1), ("cpp", 3)):
         params = parameters([(300, 301), (5,), (BLOCK_SIZE * 40,)], param_dtype)
-        optimizer = SophiaG(params, **SETTINGS, backend=backend, state_dtype=state_dtype)
+        options = {"backend": backend, "state_dtype": state_dtype, "cautious": cautious}
+        optimizer = SophiaG(params, **SETTINGS, **options)
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
@@ -658,7 +663,9 @@ def test_kernels_compile_for_an_h100(moment, squared):
     from triton.compiler import ASTSource, compile
 
     constants = dict(PARAM=tl.float32, GRAD=tl.float32, MOMENT=getattr(tl, moment), ALIGNED=True)
-    constants |= dict(squared=squared, BLOCK_SIZE=BLOCK_SIZE, COUNTERS=sophia_triton.COUNTERS)
+    constants |= dict(
+        squared=squared, cautious=squared, BLOCK_SIZE=BLOCK_SIZE, COUNTERS=sophia_triton.COUNTERS
+    )
     kinds = dict(table_ptr="*i64", block_rows_ptr="*i32", counters_ptr="*i32", n_rows="i32")
     n_moment = 2 if moment == "float32" else 1
     accesses = dict(
@@ -684,7 +691,8 @@ def test_on_the_device(backend, scale):
     if INTERPRET or not torch.cuda.is_available():
         pytest.skip("needs a CUDA device and compiled Triton")
     scale = None if scale is None else torch.tensor(scale, device="cuda")
-    compare_with_numpy(backend, device="cuda", shapes=[*SHAPES, (1024, 640)], scale=scale)
+    shapes, options = [*SHAPES, (1024, 640)], {"scale": scale, "cautious": scale is not None}
+    compare_with_numpy(backend, device="cuda", shapes=shapes, **options)
 
 
 @pytest.mark.gpu
