@@ -34,11 +34,11 @@ DTYPES = {"hf": write_hf.DTYPES, "onnx": write_onnx.DTYPES, "gguf": write_gguf.D
 RENAMED = {"output": "output_dir"}
 # Settings of a training run for the model card: no paths and no names.
 CARD_SETTINGS = (
-    "optimizer learning_rate embedding_learning_rate min_lr_ratio warmup_iters weight_decay beta1 "
-    "beta2 rho hess_interval adamw_beta1 adamw_beta2 grad_clip batch_size "
-    "gradient_accumulation_steps num_epochs max_steps dropout finetune dtype seed"
+    "optimizer embedding_optimizer learning_rate embedding_learning_rate min_lr_ratio warmup_iters "
+    "weight_decay beta1 beta2 rho cautious hess_interval adamw_beta1 adamw_beta2 grad_clip "
+    "batch_size gradient_accumulation_steps num_epochs max_steps dropout finetune dtype seed"
 ).split()
-SOPHIAG_SETTINGS = ("beta", "rho", "hess_")  # beginnings of their names
+SOPHIAG_SETTINGS = ("beta", "rho", "cautious", "hess_")  # beginnings of their names
 
 
 def export_target(model: str, output_dir: str, format: str) -> Path:
@@ -69,7 +69,7 @@ def training_facts(state: dict[str, Any]) -> dict[str, str]:
     if settings.get("optimizer") in ("adamw", "muon"):
         unused = SOPHIAG_SETTINGS
     elif settings.get("optimizer") == "sophiag" and not settings.get("embedding_learning_rate"):
-        unused = ("adamw_",)
+        unused = ("adamw_", "embedding_learning_rate")
     names = [name for name in CARD_SETTINGS if name in settings and not name.startswith(unused)]
     return facts | {f"Training: {name}": str(settings[name]) for name in names}
 

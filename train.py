@@ -52,15 +52,17 @@ num_epochs = 1  # passes over the data
 max_steps = 0  # limit of steps; 0: none, num_epochs alone decides
 
 # Optimizer
-optimizer = "sophiag"  # "sophiag", or PyTorch's "adamw" or "muon"
-learning_rate = 1e-3  # peak of the schedule
-embedding_learning_rate = 0.0  # peak for embedding and norms, with AdamW; 0: as all others
+optimizer = "sophiag"  # of the hidden matrices: "sophiag", or PyTorch's "adamw" or "muon"
+embedding_optimizer = "adamw"  # of embedding and norms; "same": one optimizer and rate for all
+learning_rate = 0.0  # peak of the hidden matrices' schedule; 0: by training/learning_rates.py
+embedding_learning_rate = 0.0  # peak of the embedding's and the norms'; 0: by the same rule
 min_lr_ratio = 0.1  # the cosine schedule ends at this share of the peak
-warmup_iters = 2000  # steps of linear warm-up
+warmup_iters = 0  # steps of linear warm-up; 0: a tenth of the run, at most 2,000
 weight_decay = 0.1  # on matrices; norms have none
-beta1 = 0.965  # SophiaG: gradient average
-beta2 = 0.99  # SophiaG: Hessian average
-rho = 0.05  # SophiaG: clipping threshold; watch the win rate, 0.5 to 0.9 in good runs
+beta1 = 0.9  # SophiaG: gradient average
+beta2 = 0.95  # SophiaG: Hessian average
+rho = 0.8  # SophiaG: clipping threshold; watch the win rate, 0.5 to 0.9 in good runs
+cautious = True  # SophiaG: leave out coordinates whose update and gradient differ in sign
 hess_interval = 10  # SophiaG: steps between Hessian estimates
 hess_batches = 1  # SophiaG: micro-batches of an estimate; with 8, each of 8 GPUs makes one
 optimizer_state_dtype = "float32"  # SophiaG: moments' dtype; "bfloat16" halves their 1 GB
@@ -73,8 +75,8 @@ finetune = False  # use the finetune_* values in place of their namesakes above
 model = "checkpoints/best_model.pt"  # the .pt checkpoint that a fine-tune starts from
 finetune_data_dir = "data/finetune"  # shards of conversations
 finetune_out_dir = "checkpoints_ft"  # another folder than out_dir
-finetune_learning_rate = 1e-4  # peak of the schedule
-finetune_embedding_learning_rate = 0.0  # peak for embedding and norms, with AdamW; 0: as all others
+finetune_learning_rate = 1e-4  # peak of the hidden matrices' schedule
+finetune_embedding_learning_rate = 1e-3  # peak of the embedding's and the norms'
 finetune_num_epochs = 3  # passes over the conversations
 finetune_warmup_iters = 20  # steps of linear warm-up
 finetune_gradient_accumulation_steps = 1  # micro-batches per step
@@ -136,7 +138,7 @@ def loop(run: TrainingRun) -> None:
     """Trains until `total_steps`, evaluating, logging and saving; on a signal saves and raises."""
     config, trainer, ranks = run.config, run.trainer, run.ranks
     alone = ranks.world_size == 1
-    schedule = (config.learning_rate, config.warmup_iters, run.total_steps, config.min_lr_ratio)
+    schedule = (config.learning_rate, run.warmup_steps, run.total_steps, config.min_lr_ratio)
     wandb = {"project": config.wandb_project, "config": dataclasses.asdict(config)}
     metrics = Metrics(run.out_dir, run.step, wandb if config.wandb_log else None, ranks.is_main)
     size = (run.step, run.total_steps, trainer.model.flops_per_token())

@@ -5,8 +5,16 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.learning_recipes import ADAMW, MUON, SOPHIAG, SOPHIAG_TWO_RATES, TWO_RATES
+from benchmarks.learning_recipes import OPTIMIZERS, RECIPES
 from common.files import atomic_file
+from training.learning_rates import EMBEDDING, HIDDEN
+
+SIZE = ("n_embd", "n_layers", "batch_size", "gradient_accumulation_steps", "block_size", "steps")
+
+
+def of_one_size(lines: list[dict[str, Any]], size: dict[str, Any]) -> list[dict[str, Any]]:
+    """The lines of runs whose settings have the values of `size`."""
+    return [line for line in lines if size.items() <= line["settings"].items()]
 
 
 def best_runs(lines: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -28,18 +36,21 @@ def mean(runs: list[dict[str, Any]], key: str) -> float:
 
 def study_table(lines: list[dict[str, Any]]) -> list[list[str]]:
     """Cells of the study's table, its header first; see report.py."""
-    columns = ["", "rate", "rho", "seeds", "loss", "std", "loss of document starts"]
-    rows = [columns + ["labels/positions", "win rate"]]
+    columns = ["", "rate", "embedding's", "rho", "seeds", "loss", "std", "bits per byte"]
+    rows = [columns + ["loss of document starts", "labels/positions", "win rate"]]
     for name, runs in best_runs(lines).items():
         settings, losses = runs[0]["settings"], [run["loss"] for run in runs]
+        bits = [run["bits_per_byte"] for run in runs if "bits_per_byte" in run]
         rows.append(
             [
                 name,
                 f"{settings['learning_rate']:g}",
+                f"{settings.get('embedding_learning_rate', 0) or settings['learning_rate']:g}",
                 str(settings.get("rho", "")),
                 str(len(runs)),
                 f"{statistics.fmean(losses):.4f}",
                 f"{statistics.stdev(losses):.4f}" if len(runs) > 1 else "",
+                f"{statistics.fmean(bits):.4f}" if bits else "",
                 f"{mean(runs, 'loss_of_document_starts'):.4f}",
                 f"{mean(runs, 'labels') / runs[0]['curve'][-1][0]:.3f}",
                 str(runs[0].get("win_rate", "")),
@@ -48,28 +59,49 @@ def study_table(lines: list[dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
+def sizes_table(lines: list[dict[str, Any]]) -> list[list[str]]:
+    """Cells of a table of the best rates by optimizer and size, beside those of the rule."""
+    rows = [["", "width", "tokens a step", "steps", "runs", "best rates", "loss", "rule's", "loss"]]
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for line in lines:
+        settings = line["settings"]
+        if settings["name"] in OPTIMIZERS and settings["seed"] == 0 and line["loss"] is not None:
+            size = tuple(settings[name] for name in SIZE)
+            groups.setdefault((settings["name"], *size), []).append(line)
+    for (name, width, _, batch, accumulation, block, steps), runs in groups.items():
+        tokens = batch * accumulation * block
+        optimizer = RECIPES[name].get("optimizer", "sophiag")
+        rule = HIDDEN[optimizer].at(width, tokens), EMBEDDING.at(width, tokens)
+        best = min(runs, key=lambda run: run["loss"])
+        losses = {rates_of(run): run["loss"] for run in runs}
+        size = [f"{width}", f"{tokens:,}", f"{steps}", f"{len(runs)}"]
+        at_rule = f"{losses[rule]:.3f}" if rule in losses else ""
+        cells = ["{:g}, {:g}".format(*rates_of(best)), f"{best['loss']:.3f}"]
+        rows.append([name, *size, *cells, "{:g}, {:g}".format(*rule), at_rule])
+    return rows
+
+
+def rates_of(run: dict[str, Any]) -> tuple[float, float]:
+    return run["settings"]["learning_rate"], run["settings"]["embedding_learning_rate"]
+
+
 def draw(lines: list[dict[str, Any]], picture: Path) -> None:
-    """Two panels, recipes and optimizers: the mean over seeds in a band from lowest to highest."""
+    """The learning curves: the mean over seeds in a band from lowest to highest."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
     for number, (name, runs) in enumerate(best_runs(lines).items()):
-        panels = [left, right] if name in (SOPHIAG, ADAMW) else [left]
-        panels = [right] if name in (MUON, TWO_RATES, SOPHIAG_TWO_RATES) else panels
         tokens = [n / 1e6 for n, _ in runs[0]["curve"]]
         losses = list(zip(*([loss for _, loss in run["curve"]] for run in runs), strict=True))
         lows, highs = list(map(min, losses)), list(map(max, losses))
         label = f"{name} ({len(runs)} seed{'s' * (len(runs) > 1)})"
         style = {"color": f"C{number}", "ls": "-" if len(runs) > 1 else "--", "label": label}
-        for axes in panels:
-            axes.plot(tokens, list(map(statistics.fmean, losses)), **style)
-            axes.fill_between(tokens, lows, highs, color=style["color"], alpha=0.2, linewidth=0)
-    left.set(title="The original's recipe and ours", ylabel="validation loss (nats per token)")
-    right.set(title="Optimizers on our batches")
-    for axes in (left, right):
-        axes.set(xlabel="million token positions, padding included")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        axes.plot(tokens, list(map(statistics.fmean, losses)), **style)
+        axes.fill_between(tokens, lows, highs, color=style["color"], alpha=0.2, linewidth=0)
+    axes.set(ylabel="validation loss (nats per token)")
+    axes.set(xlabel="million token positions, padding included")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
     with atomic_file(picture) as file:
         figure.savefig(file, dpi=110, format="png")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.inputs import Documents
+from benchmarks.inputs import Documents, train_config
 from benchmarks.peers import beginnings
 from dataset import open_split
 from hastings.build import build_json
@@ -25,42 +25,58 @@ from training.optimizers import gradient_scale
 from training.packing import Batch
 from training.trainer import Trainer
 
-SOPHIAG, ADAMW, MUON, ORIGINAL = "ours, SophiaG", "ours, AdamW", "ours, Muon", "original"
-TWO_RATES = "ours, AdamW, two rates"  # as free as Muon, which is not on the embedding
-SOPHIAG_TWO_RATES = "ours, SophiaG, two rates"
+OURS, ADAMW, MUON = OPTIMIZERS = ("ours", "AdamW", "Muon")
+ONE_RATE, ORIGINAL, ORIGINAL_TWO_RATES = ("SophiaG one rate", "original", "original two rates")
+PADDED, ROPE = ("ours padded", "ours lille RoPE")
+ORIGINAL_SETTINGS = {
+    "batches": "padded",
+    "rope_style": "lille",
+    "dropout": 0.1,
+    "hessian": "original",
+    "cautious": False,
+    "beta1": 0.9,
+    "beta2": 0.95,
+    "rho": 0.04,
+}
 RECIPES: dict[str, dict[str, Any]] = {  # what differs from train.py's constants
-    SOPHIAG: {},
+    OURS: {},
     ADAMW: {"optimizer": "adamw"},
     MUON: {"optimizer": "muon"},
-    TWO_RATES: {"optimizer": "adamw", "hidden_rate": 0.125},
-    SOPHIAG_TWO_RATES: {  # not tuned here: what single runs on seed 0 had found
-        "learning_rate": 2e-3,
-        "embedding_learning_rate": 3.2e-2,
-        "rho": 0.8,
-        "beta1": 0.9,
-        "beta2": 0.95,
+    ONE_RATE: {  # train.py's until 2026-11
+        "embedding_optimizer": "same",
+        "cautious": False,
+        "beta1": 0.965,
+        "beta2": 0.99,
     },
-    ORIGINAL: {
-        "batches": "padded",
-        "rope_style": "lille",
-        "dropout": 0.1,
-        "hessian": "original",
-        "beta1": 0.9,
-        "beta2": 0.95,
-        "rho": 0.04,
-    },
+    ORIGINAL: {"embedding_optimizer": "same"} | ORIGINAL_SETTINGS,
+    ORIGINAL_TWO_RATES: ORIGINAL_SETTINGS,
+    PADDED: {"batches": "padded"},
+    ROPE: {"rope_style": "lille"},
 }
-CHANGES_OF_ANY = {
-    "padded batches": {"batches": "padded"},
-    "lille RoPE": {"rope_style": "lille"},
-    "dropout 0.1": {"dropout": 0.1},
+# Where the tuning of each recipe begins at 64 wide and 4,096 positions a step, in its order.
+TUNED: dict[str, dict[str, float]] = {
+    OURS: {"learning_rate": 3e-3, "embedding_learning_rate": 3.2e-2},
+    ADAMW: {"learning_rate": 4e-3, "embedding_learning_rate": 3.2e-2},
+    MUON: {"learning_rate": 1.6e-2, "embedding_learning_rate": 3.2e-2},
+    ONE_RATE: {"learning_rate": 2e-3, "rho": 0.2},
+    ORIGINAL: {"learning_rate": 1e-3, "rho": 0.04},
+    ORIGINAL_TWO_RATES: {"learning_rate": 1e-3, "embedding_learning_rate": 3.2e-2},
 }
-CHANGES_OF_SOPHIAG = {
-    "original's Hessian": {"hessian": "original"},
-    "betas 0.9, 0.95": {"beta1": 0.9, "beta2": 0.95},
-}
-# Single settings of the original's in our recipe
-CHANGES = {SOPHIAG: CHANGES_OF_ANY | CHANGES_OF_SOPHIAG, ADAMW: CHANGES_OF_ANY}
+VARIANTS = {PADDED: OURS, ROPE: OURS}  # at the settings of another recipe
+
+
+# train.py's constants that are recorded with each run: a study goes on with those it began with.
+RECORDED = ("min_lr_ratio", "weight_decay", "grad_clip")
+RECORDED_OF_SOPHIAG = ("beta1", "beta2", "rho", "cautious", "hess_interval", "hess_batches")
+
+
+def settings(name: str) -> dict[str, Any]:
+    """The settings of a recipe, those of train.py that it leaves alone included."""
+    recipe, defaults = RECIPES[name], vars(train_config())
+    names = RECORDED
+    if recipe.get("optimizer", defaults["optimizer"]) == "sophiag":
+        names += RECORDED_OF_SOPHIAG
+    return {name: defaults[name] for name in names} | recipe
 
 
 class PaddedStarts:
@@ -93,8 +109,10 @@ class OriginalTrainer(Trainer):
 
     def __init__(self, model: GPT, config: Any, device: torch.device, dtype: torch.dtype):
         super().__init__(model, config, device, dtype)
-        for group in self.optimizer.param_groups:
+        self.sophiag = getattr(self.optimizer, "hidden", self.optimizer)
+        for group in self.sophiag.param_groups:
             group["bs"] *= config.gradient_accumulation_steps
+            group["bias_correction"] = False
 
     def update_hessian(self, batch: Batch) -> None:
         everywhere = dataclasses.replace(batch, targets=torch.zeros_like(batch.targets))

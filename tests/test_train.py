@@ -282,7 +282,10 @@ def test_resume_names_harmless_changes(finished, text_data, tmp_path, capsys):
         ({"beta1": 1.0}, "beta1=1.0"),
         ({"learning_rate": 1e300}, "learning_rate=1e.300 must be at most 1$"),
         ({"weight_decay": 1e300}, "weight_decay=1e.300 times learning_rate=0.003 is above 1"),
-        ({"embedding_learning_rate": 1, "weight_decay": 2}, "embedding_learning_rate=1.* is above 1"),
+        (
+            {"embedding_learning_rate": 1, "weight_decay": 2},
+            "embedding_learning_rate=1.* is above 1",
+        ),
         ({"rho": 1e300}, "rho=1e.300 must be at most"),
         ({"seed": 10**26}, "seed=1(0){26} must be at most"),
         ({"n_embd": 2**31}, "n_embd must be at least 1 and at most 1048576"),

@@ -27,7 +27,8 @@ FINETUNE_NAMES = (
 )
 MINIMA = {
     **dict.fromkeys(("max_steps", "warmup_iters", "sample_tokens", "seed"), 0),
-    **dict.fromkeys(("weight_decay", "grad_clip", "embedding_learning_rate"), 0),
+    **dict.fromkeys(("weight_decay", "grad_clip"), 0),
+    **dict.fromkeys(("learning_rate", "embedding_learning_rate"), 0),
     **dict.fromkeys(("batch_size", "gradient_accumulation_steps", "num_epochs", "hess_batches"), 1),
     **dict.fromkeys(("eval_interval", "eval_rows", "log_interval", "hess_interval"), 1),
     "keep_checkpoints": 1,
@@ -42,6 +43,7 @@ MAXIMA = {
 }
 CHOICES = {
     "optimizer": ("sophiag", "adamw", "muon"),
+    "embedding_optimizer": ("adamw", "same"),
     "optimizer_state_dtype": ("float32", "bfloat16"),
     "device": ("auto", "cuda", "mps", "cpu"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
@@ -56,6 +58,9 @@ PATH_SETTINGS = (
     "finetune_out_dir",
     "resume_checkpoint",
 )
+# Settings that an earlier train.py had other values of.
+RECIPE = ("embedding_optimizer", "learning_rate", "embedding_learning_rate", "warmup_iters")
+RECIPE += ("beta1", "beta2", "rho", "cautious")
 # Parts of the messages of PyTorch's CPU allocator, whose errors have no type of their own.
 OUT_OF_MEMORY_SIGNS = ("DefaultCPUAllocator", "Storage size calculation overflowed")
 EARLIER = ": start from an earlier checkpoint (move this one away)"
@@ -99,7 +104,7 @@ def check_settings(config: Any, world_size: int = 1) -> None:
             )
     if not config.out_dir:
         raise UserError(f"{flag_name(config, 'out_dir')} is empty: name a folder, such as '.'")
-    for name in ("learning_rate", "rho", "distributed_timeout_minutes"):
+    for name in ("rho", "distributed_timeout_minutes"):
         if (value := getattr(config, name)) <= 0:
             raise UserError(f"{flag_name(config, name)}={value} must be above 0")
     for name in ("beta1", "beta2", "adamw_beta1", "adamw_beta2"):
@@ -110,11 +115,17 @@ def check_settings(config: Any, world_size: int = 1) -> None:
     for name, choices in CHOICES.items():
         if getattr(config, name) not in choices:
             raise UserError(f"{name}={getattr(config, name)!r} must be one of {', '.join(choices)}")
-    if config.optimizer == "muon" and not config.embedding_learning_rate:
-        raise UserError(
-            "optimizer='muon' is for the hidden matrices alone: give the embedding and the norms "
-            f"{flag_name(config, 'embedding_learning_rate')}, such as 3e-3, for AdamW"
-        )
+    if config.embedding_optimizer == "same":
+        rates = [flag_name(config, name) for name in ("learning_rate", "embedding_learning_rate")]
+        if config.optimizer == "muon":
+            raise UserError(
+                "optimizer='muon' is for the hidden matrices alone: set embedding_optimizer='adamw'"
+            )
+        if not config.learning_rate or config.embedding_learning_rate:
+            raise UserError(
+                "embedding_optimizer='same' is one optimizer with one rate, for which there is no "
+                f"rule: set {rates[0]}, such as 1e-3, and {rates[1]}=0"
+            )
     if config.optimizer_state_dtype != "float32" and config.optimizer != "sophiag":
         raise UserError(
             f"optimizer_state_dtype={config.optimizer_state_dtype!r} needs optimizer='sophiag': "
@@ -241,9 +252,7 @@ def check_resume(old: TrainingState, new: TrainingState, name: Path) -> list[str
     old_config, new_config = old.config, new.config
     required = {key: (old_config.get(key), new_config[key]) for key in FIXED_SETTINGS}
     required |= {key: (old.model_args.get(key), arg) for key, arg in new.model_args.items()}
-    rates = [settings.get("embedding_learning_rate", 0.0) for settings in (old_config, new_config)]
-    if (rates[0] > 0) != (rates[1] > 0):  # other optimizers
-        required["embedding_learning_rate"] = rates
+    check_embedding_optimizer(old_config, new_config, name)
     for key in ("data", "base"):
         if getattr(old, key) and getattr(new, key):
             required[key] = (getattr(old, key), getattr(new, key))
@@ -262,6 +271,25 @@ def check_resume(old: TrainingState, new: TrainingState, name: Path) -> list[str
         for key, value in new_config.items()
         if key in old_config and old_config[key] != value and key not in PATH_SETTINGS
     ]
+
+
+def check_embedding_optimizer(old: dict[str, Any], new: dict[str, Any], name: Path) -> None:
+    """Refuses a checkpoint with other parameter groups; UserError has the flags to continue it."""
+    used = old.get("embedding_optimizer")
+    if used is None:  # saved before the setting was
+        used = "adamw" if old.get("embedding_learning_rate") else "same"
+        old = old | {"embedding_optimizer": used, "cautious": False}
+    if used == new["embedding_optimizer"]:
+        return
+    flags = [
+        f"--{'finetune_' * (new['finetune'] and key in FINETUNE_NAMES)}{key}={old[key]}"
+        for key in RECIPE
+        if key in old and old[key] != new[key]
+    ]
+    raise UserError(
+        f"{name} was trained with another optimizer for embedding and norms: to continue it add "
+        f"{' '.join(flags)}, or start anew in another output folder"
+    )
 
 
 def check_tensors(old: TrainingState, new: TrainingState, name: Path) -> None:

@@ -1,8 +1,7 @@
 """The optimizers of a training run: parameter groups, learning rates, one protocol for all kinds.
 
-The tied embedding, which is also the head, wants larger steps than the hidden matrices: with an
-`embedding_learning_rate` it and the norms have AdamW, and only the hidden matrices the optimizer of
-the configuration.
+The tied embedding, which is also the head, wants larger steps than the hidden matrices: it and the
+norms have AdamW with a rate of their own, and only the hidden matrices the configured optimizer.
 
 Protocol: `step(grad_scale=...)`. `grad_scale`, a scalar tensor on the device, multiplies every
 gradient; where it is not finite the step changes nothing: no parameter, no moment, no step count.
@@ -115,16 +114,15 @@ class OptimizerPair:
 def make_optimizer(model: GPT, config: Any) -> OptimizerPair | SophiaG | AdamW:
     """The optimizer as configured, with weight decay on matrices only.
 
-    With an `embedding_learning_rate` the hidden matrices have the configured optimizer, and the
-    tied embedding and the norms have AdamW. SophiaG is then bias-corrected. Without one, a single
-    optimizer has all parameters.
+    The hidden matrices have `config.optimizer`; SophiaG is bias-corrected. The tied embedding and
+    the norms have AdamW; with `embedding_optimizer` "same" a single optimizer has all parameters.
     """
     parameters, decay = list(model.parameters()), {"weight_decay": config.weight_decay}
     matrices = [p for p in parameters if p.dim() >= 2]
     norms = {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}
-    ratio = config.embedding_learning_rate / config.learning_rate
-    if not ratio:
+    if config.embedding_optimizer == "same":
         return make_one([{"params": matrices} | decay, norms], model, config)
+    ratio = config.embedding_learning_rate / config.learning_rate
     embedding = model.tok_embeddings.weight
     hidden = [p for p in matrices if p is not embedding]
     others = [{"params": [embedding]} | decay, norms]
@@ -144,7 +142,8 @@ def make_one(groups: list[dict[str, Any]], model: GPT, config: Any) -> SophiaG |
         betas=(config.beta1, config.beta2),
         rho=config.rho,
         bs=config.batch_size * model.config.block_size,  # a Hessian estimate's: one micro-batch
-        bias_correction=config.embedding_learning_rate > 0,
+        bias_correction=config.embedding_optimizer != "same",
+        cautious=config.cautious,
         state_dtype=getattr(torch, config.optimizer_state_dtype),
     )
 

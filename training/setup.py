@@ -37,6 +37,7 @@ from training.checks import (
     flag_name,
 )
 from training.distributed import SINGLE_PROCESS, Ranks, init_distributed
+from training.learning_rates import warmup_steps, with_peak_rates
 from training.optimizers import first_moments
 from training.packing import ChatFormat, PackedRows
 from training.trainer import Trainer, prefetch_steps, prompt_ids
@@ -74,6 +75,10 @@ class TrainingRun:
     @property
     def end_row(self) -> int:
         return self.rows.rows_per_epoch * self.config.num_epochs
+
+    @property
+    def warmup_steps(self) -> int:
+        return warmup_steps(self.config.warmup_iters, self.total_steps)
 
     def advance(self) -> None:
         """Counts one step."""
@@ -140,11 +145,7 @@ class TrainingRun:
             f"({str(trainer.dtype)[6:]}), {config.optimizer}, {self.total_steps:,} steps of "
             f"{tokens_per_step:,} tokens{ranks}"
         )
-        if config.embedding_learning_rate:
-            print(
-                f"peak learning rates: {config.learning_rate:g} for the hidden matrices, "
-                f"{config.embedding_learning_rate:g} for embedding and norms (AdamW)"
-            )
+        print(f"peak learning rates: {self.peak_rates()}, after {self.warmup_steps} steps")
         print(
             f"{config.data_dir}: {rows.description}; {rows.rows_per_epoch:,} rows of "
             f"{rows.block_size}, {rows.fill:.2%} full, {epochs:.3g} epochs; validation on "
@@ -155,6 +156,12 @@ class TrainingRun:
                 f"{rows.n_shortened} conversations longer than {rows.block_size} tokens keep their "
                 f"most recent turns; {rows.n_dropped} whose last turn alone is too long are dropped"
             )
+
+    def peak_rates(self) -> str:
+        hidden, others = self.config.learning_rate, self.config.embedding_learning_rate
+        if self.config.embedding_optimizer == "same":
+            return f"{hidden:g} for all parameters"
+        return f"{hidden:g} for the hidden matrices, {others:g} for embedding and norms (AdamW)"
 
     def result(self) -> str:
         """The last line of a run."""
@@ -211,6 +218,7 @@ def build_run(config: Any, pretrain_data_dir: str, ranks: Ranks) -> TrainingRun:
     if path is None and ranks.broadcast(lambda: base_checkpoint_hash(config)) != base:
         raise UserError(f"{config.model} was replaced while it was read: run again")
     block_size = model.config.block_size
+    config = with_peak_rates(config, model.config.n_embd, block_size)
     rows = open_rows(config.data_dir, "train", tokenizer, block_size, config.seed, config.finetune)
     validation = open_validation(config, pretrain_data_dir, tokenizer, block_size)
     max_segments = max(split.max_segments for split in (rows, *validation.values()))

@@ -1,0 +1,51 @@
+"""The rule for learning rates: peaks and warm-up by optimizer, width and tokens of a step.
+
+A rate is stated at a reference size and multiplied by powers of the width and of the tokens of a
+step, found by `python -m benchmarks.learning --study=sizes`; LOG.md has the runs. They are not
+measured above a width of 256 and 16,384 tokens: train.py's own size is extrapolated.
+"""
+
+import dataclasses
+from typing import Any
+
+REFERENCE_WIDTH, REFERENCE_TOKENS = 64, 4096
+MAX_WARMUP = 2000  # steps
+
+
+@dataclasses.dataclass(frozen=True)
+class PeakRate:
+    """reference * (n_embd / 64)^width * (tokens of a step / 4,096)^tokens."""
+
+    reference: float
+    width: float
+    tokens: float
+
+    def at(self, n_embd: int, tokens_per_step: int) -> float:
+        """The peak at a size, to three digits."""
+        width, tokens = n_embd / REFERENCE_WIDTH, tokens_per_step / REFERENCE_TOKENS
+        return float(f"{self.reference * width**self.width * tokens**self.tokens:.3g}")
+
+
+HIDDEN = {  # by the optimizer of the hidden matrices
+    "sophiag": PeakRate(3e-3, -1.0, 0.5),
+    "adamw": PeakRate(4e-3, -1.0, 0.5),
+    "muon": PeakRate(2e-2, -1.0, 0.5),
+}
+EMBEDDING = PeakRate(3.2e-2, -1.0, 0.5)  # of the tied embedding and the norms, which have AdamW
+
+
+def with_peak_rates(config: Any, n_embd: int, block_size: int) -> Any:
+    """`config` with the rule's rates in place of those that are 0."""
+    tokens = config.batch_size * config.gradient_accumulation_steps * block_size
+    rules = {"learning_rate": HIDDEN[config.optimizer], "embedding_learning_rate": EMBEDDING}
+    if config.embedding_optimizer == "same":
+        rules = {}
+    rates = {
+        name: rule.at(n_embd, tokens) for name, rule in rules.items() if not getattr(config, name)
+    }
+    return dataclasses.replace(config, **rates)
+
+
+def warmup_steps(warmup_iters: int, total_steps: int) -> int:
+    """`warmup_iters`, or if that is 0 a tenth of the run, at most MAX_WARMUP."""
+    return warmup_iters or max(1, min(MAX_WARMUP, round(total_steps / 10)))
