@@ -24,7 +24,7 @@ import torch
 
 from benchmarks import decoding, optimizer, report, tokenizing, training_step
 from benchmarks.inputs import model_config
-from benchmarks.learning_plot import study_table
+from benchmarks.learning_plot import tables
 from benchmarks.timing import free_memory, limits
 from common.errors import UserError
 from common.files import atomic_file
@@ -99,7 +99,7 @@ def check_settings(config: Any) -> list[str]:
 
 def write_readme(path: Path) -> None:
     """Writes the README.md beside the results at `path`."""
-    study = study_table(report.read_records(path.with_name("learning.jsonl")))
+    study = tables(report.read_records(path.with_name("learning.jsonl")))
     with atomic_file(path.with_name("README.md")) as file:
         file.write(report.readme_text(report.read_records(path), study).encode())
 

@@ -29,22 +29,19 @@ output_dir = "checkpoints_demo"  # checkpoints, metrics and loss curves
 picture = ""  # also draw both loss curves here; README.md's is docs/demo.png
 
 MODEL_SHAPE = {"n_layers": 4, "n_embd": 128, "n_heads": 4, "n_kv_heads": 2, "block_size": 128}
-# SophiaG is far behind AdamW at batches as small as these: see LOG.md.
-SMALL_STEPS = {"optimizer": "adamw", "compile": False}
-PRETRAIN = SMALL_STEPS | {
+PRETRAIN = {
+    "compile": False,
     "batch_size": 16,
     "gradient_accumulation_steps": 1,
     "max_steps": 250,
-    "learning_rate": 3e-3,
-    "warmup_iters": 30,
     "eval_interval": 50,
     "sample_prompt": "Return the",
 }
-FINETUNE = SMALL_STEPS | {
+FINETUNE = {
+    "compile": False,
     "finetune": True,
     "batch_size": 8,
     "finetune_num_epochs": 12,
-    "finetune_learning_rate": 1e-3,
     "eval_interval": 100,
     "finetune_sample_prompt": HELD_OUT_QUESTION,
 }

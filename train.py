@@ -65,7 +65,7 @@ rho = 0.8  # SophiaG: clipping threshold; watch the win rate, 0.5 to 0.9 in good
 cautious = True  # SophiaG: leave out coordinates whose update and gradient differ in sign
 hess_interval = 10  # SophiaG: steps between Hessian estimates
 hess_batches = 1  # SophiaG: micro-batches of an estimate; with 8, each of 8 GPUs makes one
-optimizer_state_dtype = "float32"  # SophiaG: moments' dtype; "bfloat16" halves their 1 GB
+optimizer_state_dtype = "float32"  # SophiaG: moments' dtype; "bfloat16" halves their 0.85 GB
 adamw_beta1 = 0.9  # AdamW: gradient average
 adamw_beta2 = 0.95  # AdamW: squared gradient average
 grad_clip = 1.0  # largest norm of the gradient; 0: no clipping
@@ -75,10 +75,10 @@ finetune = False  # use the finetune_* values in place of their namesakes above
 model = "checkpoints/best_model.pt"  # the .pt checkpoint that a fine-tune starts from
 finetune_data_dir = "data/finetune"  # shards of conversations
 finetune_out_dir = "checkpoints_ft"  # another folder than out_dir
-finetune_learning_rate = 1e-4  # peak of the hidden matrices' schedule
-finetune_embedding_learning_rate = 1e-3  # peak of the embedding's and the norms'
+finetune_learning_rate = 0.0  # peak of the hidden matrices' schedule; 0: a share of the rule's
+finetune_embedding_learning_rate = 0.0  # peak of the embedding's and the norms'; 0: likewise
 finetune_num_epochs = 3  # passes over the conversations
-finetune_warmup_iters = 20  # steps of linear warm-up
+finetune_warmup_iters = 0  # steps of linear warm-up; 0: a tenth of the run
 finetune_gradient_accumulation_steps = 1  # micro-batches per step
 
 # Evaluation and logging

@@ -6,7 +6,7 @@
     python -m benchmarks.learning --plot             # tables and picture of the runs in `results`
 
 Every recipe is tuned in the same way (`tune`) on seed 0: its rate first, then its second setting,
-each by factors of 2 until the best value is not at the edge. Then it is trained with `seeds` seeds:
+each by factors of 2 until the best value is not at the edge by more than TOLERANCE. Then it is trained with `seeds` seeds:
 all on equally many token positions (padding included), all judged by the same packed rows of
 held-out documents. The corpus is what our recipe reads in one epoch. The tokenizer is Hastings cut
 to its first merges: with all of them most of a small model's time would go to its head. Kill it at
@@ -63,6 +63,7 @@ SIZES: tuple[dict[str, int], ...] = (
     {"n_embd": 256, "n_heads": 8, "n_kv_heads": 4},
 )
 MAX_TRIALS = 6  # values of a setting
+TOLERANCE = 0.01  # nats: an edge that is less than this better than its neighbour will do
 NOT_OF_A_RUN = ("data_dir", "results", "picture", "plot", "study", "only", "seeds")
 
 
@@ -165,8 +166,10 @@ class Study:
                 value = float(f"{middle * factor**power:.4g}")
                 losses[power] = self.run(name, **best | {setting: value})
                 at = min(losses, key=losses.get)
-                if not candidates and at in (min(losses), max(losses)):
-                    candidates = [at - 1 if at == min(losses) else at + 1]
+                step = -1 if at == min(losses) else 1
+                is_edge = not candidates and at in (min(losses), max(losses))
+                if is_edge and losses[at] < losses[at - step] - TOLERANCE:
+                    candidates = [at + step]
             best[setting] = float(f"{middle * factor**at:.4g}")
         return best
 

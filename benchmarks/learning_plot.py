@@ -17,6 +17,19 @@ def of_one_size(lines: list[dict[str, Any]], size: dict[str, Any]) -> list[dict[
     return [line for line in lines if size.items() <= line["settings"].items()]
 
 
+def tables(lines: list[dict[str, Any]]) -> dict[str, list[list[str]]]:
+    """All tables of the study by their titles: the recipes at each size, the rates by size."""
+    found = {}
+    for size in dict.fromkeys(tuple(line["settings"][name] for name in SIZE) for line in lines):
+        runs = of_one_size(lines, dict(zip(SIZE, size, strict=True)))
+        if {run["settings"]["name"] for run in runs} - set(OPTIMIZERS):
+            width, layers, batch, accumulation, block, steps = size
+            title = f"{layers} layers of {width}, {steps} steps of {batch * accumulation * block:,}"
+            found[f"{title} positions"] = study_table(runs)
+    by_size = sizes_table(lines)
+    return found | ({"Best rates of each optimizer by size": by_size} if len(by_size) > 1 else {})
+
+
 def best_runs(lines: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """The seeds of each recipe at the settings that have most of them, then the lowest loss."""
     groups: dict[str, dict[str, list[dict[str, Any]]]] = {}
@@ -71,13 +84,13 @@ def sizes_table(lines: list[dict[str, Any]]) -> list[list[str]]:
     for (name, width, _, batch, accumulation, block, steps), runs in groups.items():
         tokens = batch * accumulation * block
         optimizer = RECIPES[name].get("optimizer", "sophiag")
-        rule = HIDDEN[optimizer].at(width, tokens), EMBEDDING.at(width, tokens)
+        rule = tuple(rate.at(width, tokens) for rate in (HIDDEN[optimizer], EMBEDDING))
         best = min(runs, key=lambda run: run["loss"])
         losses = {rates_of(run): run["loss"] for run in runs}
         size = [f"{width}", f"{tokens:,}", f"{steps}", f"{len(runs)}"]
         at_rule = f"{losses[rule]:.3f}" if rule in losses else ""
         cells = ["{:g}, {:g}".format(*rates_of(best)), f"{best['loss']:.3f}"]
-        rows.append([name, *size, *cells, "{:g}, {:g}".format(*rule), at_rule])
+        rows.append([name, *size, *cells, "{:.3g}, {:.3g}".format(*rule), at_rule])
     return rows
 
 

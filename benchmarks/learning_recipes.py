@@ -26,8 +26,9 @@ from training.packing import Batch
 from training.trainer import Trainer
 
 OURS, ADAMW, MUON = OPTIMIZERS = ("ours", "AdamW", "Muon")
-ONE_RATE, ORIGINAL, ORIGINAL_TWO_RATES = ("SophiaG one rate", "original", "original two rates")
-PADDED, ROPE = ("ours padded", "ours lille RoPE")
+NOT_CAUTIOUS, PADDED, ROPE = ("ours not cautious", "ours padded", "ours lille RoPE")
+ONE_RATE, ADAMW_ONE_RATE = ("SophiaG one rate", "AdamW one rate")
+ORIGINAL, ORIGINAL_TWO_RATES = ("original", "original two rates")
 ORIGINAL_SETTINGS = {
     "batches": "padded",
     "rope_style": "lille",
@@ -42,6 +43,8 @@ RECIPES: dict[str, dict[str, Any]] = {  # what differs from train.py's constants
     OURS: {},
     ADAMW: {"optimizer": "adamw"},
     MUON: {"optimizer": "muon"},
+    NOT_CAUTIOUS: {"cautious": False},
+    ADAMW_ONE_RATE: {"optimizer": "adamw", "embedding_optimizer": "same"},
     ONE_RATE: {  # train.py's until 2026-11
         "embedding_optimizer": "same",
         "cautious": False,
@@ -58,7 +61,9 @@ TUNED: dict[str, dict[str, float]] = {
     OURS: {"learning_rate": 3e-3, "embedding_learning_rate": 3.2e-2},
     ADAMW: {"learning_rate": 4e-3, "embedding_learning_rate": 3.2e-2},
     MUON: {"learning_rate": 1.6e-2, "embedding_learning_rate": 3.2e-2},
+    NOT_CAUTIOUS: {"learning_rate": 2e-3, "embedding_learning_rate": 3.2e-2},
     ONE_RATE: {"learning_rate": 2e-3, "rho": 0.2},
+    ADAMW_ONE_RATE: {"learning_rate": 4e-3},
     ORIGINAL: {"learning_rate": 1e-3, "rho": 0.04},
     ORIGINAL_TWO_RATES: {"learning_rate": 1e-3, "embedding_learning_rate": 3.2e-2},
 }

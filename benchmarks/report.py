@@ -149,8 +149,8 @@ def hardware_name(record: dict[str, Any]) -> str:
     return hardware["gpu"] or cpu
 
 
-def readme_text(records: list[dict[str, Any]], study: list[list[str]]) -> str:
-    """benchmarks/README.md: the newest tables, and the cells of the learning study's table."""
+def readme_text(records: list[dict[str, Any]], study: dict[str, list[list[str]]]) -> str:
+    """benchmarks/README.md: the newest tables, and the learning study's cells by title."""
     newest: dict[str, dict[tuple[int, str], tuple[dict, dict]]] = {}
     for record in records:
         tables = newest.setdefault(hardware_name(record), {})
@@ -167,11 +167,13 @@ def readme_text(records: list[dict[str, Any]], study: list[list[str]]) -> str:
                 f"`{record['command']}`, {record['date'][:10]}, commit {commit}, torch "
                 f"{record['versions']['torch']}, load before it {number_text(record['load'])}\n",
             ]
-    if len(study) > 1:
+    if study:
         parts += [
             "## Learning per token\n",
-            "`python -m benchmarks.learning`: nats per token of the same held-out text.\n",
-            markdown_table(study) + "\n",
+            "`python -m benchmarks.learning`: nats per token of the same held-out text. Rates are "
+            "those of the hidden matrices, then of the embedding.\n",
             "![curves](learning.png)\n",
         ]
+    for title, cells in study.items():
+        parts += [f"**{title}**\n", markdown_table(cells) + "\n"]
     return "\n".join(parts)

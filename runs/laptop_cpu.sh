@@ -29,12 +29,10 @@ python prepare_dataset.py --input_file_path="$2" --output_dir="$data/chats" --va
 # num_epochs: a small text is repeated until max_steps.
 python train.py --data_dir="$data/pretrain" --out_dir="$out/pretrain" --n_layers=4 --n_embd=128 \
     --n_heads=4 --n_kv_heads=2 --block_size=256 --batch_size=8 --gradient_accumulation_steps=1 \
-    --optimizer=adamw --learning_rate=3e-3 --warmup_iters=15 --num_epochs=1000 \
-    --max_steps="${STEPS:-250}" --eval_interval=100 --eval_rows=64 --compile=False
+    --num_epochs=1000 --max_steps="${STEPS:-250}" --eval_interval=100 --eval_rows=64 --compile=False
 python train.py --finetune --model="$out/pretrain/best_model.pt" --data_dir="$data/pretrain" \
     --finetune_data_dir="$data/chats" --finetune_out_dir="$out/finetune" --batch_size=4 \
-    --finetune_num_epochs="${EPOCHS:-16}" --finetune_learning_rate=1e-3 --optimizer=adamw \
-    --eval_interval=100 --eval_rows=64 --compile=False
+    --finetune_num_epochs="${EPOCHS:-16}" --eval_interval=100 --eval_rows=64 --compile=False
 python inference.py --model="$out/finetune/best_model.pt" --prompt="What is the capital of France?"
 # GGUF needs requirements/export.txt
 python export.py --model="$out/finetune/best_model.pt" --format=gguf --dtype=f16

@@ -13,8 +13,9 @@
 #             H100 (989 TFLOP/s) 6 h, A100 (312) 19 h, RTX 4090 (165) 36 h.
 #   loss      not measured at this size. ln(32768) = 10.4 at the start.
 #
-# The learning rates are untested at full size. Look at win_rate in checkpoints/metrics.jsonl:
-# healthy is 0.1 to 0.5. Interrupted in any way, the same command continues.
+# The rates at this size are extrapolated (training/learning_rates.py). Look at win_rate in
+# checkpoints/metrics.jsonl:
+# good small runs had 0.5 to 0.95. Interrupted in any way, the same command continues.
 set -eu
 cd "$(dirname "$0")/.."
 PATH="$PWD/.venv/bin:$PATH" # made by `make`; otherwise the python of your environment

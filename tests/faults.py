@@ -133,10 +133,10 @@ def make_cases(inputs: Path, n_kills: int) -> list[Case]:
         Case("prepare", "prepare_dataset", local, local | {"seed": 1}, parquet),
     ]
     if n_kills:
-        half, third = -(-n_kills // 2), -(-n_kills // 3)
-        for name in ("sophiag", "adamw"):
+        third = -(-n_kills // 3)
+        for name in ("sophiag", "adamw", "muon"):
             settings = many_steps | {"optimizer": name}
-            cases.append(Case(f"kill-{name}", "train", settings, None, figure, kills=half))
+            cases.append(Case(f"kill-{name}", "train", settings, None, figure, kills=third))
         cases += [
             Case("kill-fineweb", fineweb, twelve, None, parquet, kills=third),
             Case("kill-fineweb-by-3", fineweb, twelve, None, parquet, kills=third, ranks=3),
@@ -156,7 +156,7 @@ def make_inputs(directory: Path, rng: random.Random) -> None:
     for n in (2, 12):
         make_source(directory / str(n), n, rng, 200)
     for name, n in (("old", 1), ("new", 2)):
-        settings = TINY | {"data_dir": directory / "shards", "max_steps": n, "warmup_iters": 0}
+        settings = TINY | {"data_dir": directory / "shards", "max_steps": n, "warmup_iters": 1}
         arguments = [f"--{k}={v}" for k, v in (settings | {"out_dir": directory / name}).items()]
         assert train.main(arguments) == 0
         os.replace(directory / name / "best_model.pt", directory / f"{name}.pt")

@@ -107,7 +107,8 @@ def assert_the_same_run(ours: Path, theirs: Path, weights: float = 5e-3) -> None
     for state in (a, b):
         moments = state["optimizer_state_dict"]["state"].values()
         tensors.append([*state["model_state_dict"].values()])
-        tensors[-1] += [value for values in moments for value in values.values() if value.dim()]
+        values = [value for values in moments for value in values.values()]
+        tensors[-1] += [v for v in values if isinstance(v, torch.Tensor) and v.dim()]
     for one, other in zip(*tensors, strict=True):
         assert (one - other).norm() <= weights * other.norm()
 
@@ -118,6 +119,14 @@ def whole(text_data, tmp_path_factory) -> Path:
     out_dir = tmp_path_factory.mktemp("whole")
     alone(text_data, out_dir, hess_batches=2)
     return out_dir
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_two_ranks_are_one_run_with_the_other_optimizers(optimizer, text_data, tmp_path):
+    settings = {"optimizer": optimizer, "max_steps": 6, "dropout": 0.0}
+    alone(text_data, tmp_path / "one", **settings)
+    torchrun(2, text_data, tmp_path / "two", **settings)
+    assert_the_same_run(tmp_path / "two", tmp_path / "one")
 
 
 def test_two_ranks_then_one_then_four_are_one_run(whole, text_data, tmp_path):
@@ -216,7 +225,7 @@ def test_what_ranks_must_have_in_common(whole, text_data, chat_data, tmp_path, m
         "model": whole / "best_model.pt",
         "finetune_data_dir": chat_data,
         "finetune_out_dir": tmp_path,
-        "finetune_warmup_iters": 0,
+        "finetune_warmup_iters": 1,
         "max_steps": 1,
     }
     alone(text_data, whole, **changes)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import numpy as np
 import pytest
@@ -12,16 +13,22 @@ import train
 from benchmarks import learning
 from benchmarks.inputs import Documents
 from benchmarks.learning_recipes import (
+    OPTIMIZERS,
+    ORIGINAL,
+    ORIGINAL_TWO_RATES,
+    RECIPES,
     OriginalTrainer,
     PaddedStarts,
     small_tokenizer,
 )
+from benchmarks.learning_recipes import settings as recipe_settings
 from common.errors import UserError
 from common.settings import config_from_constants
 from model import GPT, GPTConfig
 from ops.cross_entropy import IGNORE_INDEX
 from ops.sampling import sample
 from tokenizer import load_tokenizer
+from training.learning_rates import EMBEDDING
 
 SHAPE = dict(n_layers=2, n_embd=16, n_heads=2, n_kv_heads=1, block_size=8, vocab_size=300)
 LENGTHS = (3, 8, 20, 5)
@@ -61,17 +68,23 @@ def test_documents_are_drawn_with_replacement():
 
 def settings(**changes) -> object:
     constants = config_from_constants(vars(train), [])
-    return dataclasses.replace(constants, batch_size=3, gradient_accumulation_steps=2, **changes)
+    changes = {name: value for name, value in changes.items() if hasattr(constants, name)}
+    shape = {"block_size": 8, "batch_size": 3, "gradient_accumulation_steps": 2}
+    rates = {"learning_rate": 1e-3, "embedding_learning_rate": 1e-2}
+    return dataclasses.replace(constants, **shape | rates | changes)
 
 
-def test_the_originals_hessian():
+@pytest.mark.parametrize("two_rates", [False, True])
+def test_the_originals_hessian(two_rates):
     """Labels drawn at padding too, the gradient clipped to norm 1, bs of the whole step."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(**SHAPE))
     with torch.no_grad():
         model.lm_head.weight.mul_(20)  # so that the clip acts
-    trainer = OriginalTrainer(model, settings(block_size=8), torch.device("cpu"), torch.float32)
-    assert {group["bs"] for group in trainer.optimizer.param_groups} == {3 * 2 * 8}
+    config = settings(**RECIPES[ORIGINAL_TWO_RATES if two_rates else ORIGINAL])
+    trainer = OriginalTrainer(model, config, torch.device("cpu"), torch.float32)
+    assert {group["bs"] for group in trainer.sophiag.param_groups} == {3 * 2 * 8}
+    assert not any(group["bias_correction"] for group in trainer.sophiag.param_groups)
     batch = PaddedStarts([documents()], 8, PAD).batch([0, 2, 3])
 
     torch.manual_seed(5)
@@ -82,20 +95,46 @@ def test_the_originals_hessian():
     assert norm > 1
     torch.manual_seed(5)
     trainer.update_hessian(batch)
+    checked = 0
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
-        expected = (1 - 0.99) * (gradient / norm).square()
-        hessian = trainer.optimizer.state[parameter]["hessian"]
-        torch.testing.assert_close(hessian, expected, rtol=1e-3, atol=1e-9)
+        if parameter in trainer.sophiag.state:
+            expected = (1 - 0.95) * (gradient / norm).square()
+            hessian = trainer.sophiag.state[parameter]["hessian"]
+            torch.testing.assert_close(hessian, expected, rtol=1e-3, atol=1e-9)
+            checked += 1
         assert parameter.grad is None
+    assert checked == len(gradients) - two_rates * 6  # five norms and the embedding
 
 
-def test_the_rate_of_a_study_with_two_is_the_embeddings():
-    """So it was recorded before train.py had an embedding_learning_rate."""
-    shape = SHAPE | {"block_size": 8, "batch_size": 2, "seed": 0, "learning_rate": 0.01}
-    for changes, hidden in (({"optimizer": "muon"}, 0.01), ({"hidden_rate": 0.125}, 0.00125)):
-        trainer = learning.make_trainer(shape | {"optimizer": "adamw"} | changes)
-        assert trainer.config.learning_rate == hidden
-        assert trainer.config.embedding_learning_rate == 0.01
+def test_each_recipe_is_what_it_is_called():
+    """Its optimizers and settings; rates that are not given follow the rule."""
+    shape = SHAPE | {"batch_size": 2, "gradient_accumulation_steps": 1, "seed": 0}
+    kinds = {}
+    for name in RECIPES:
+        trainer = learning.make_trainer(shape | recipe_settings(name) | {"learning_rate": 0.01})
+        parts = getattr(trainer.optimizer, "optimizers", (trainer.optimizer,))
+        kinds[name] = [type(part).__name__ for part in parts]
+        if "SophiaG" in kinds[name]:
+            group = parts[0].param_groups[0]
+            kinds[name] += [group[key] for key in ("cautious", "bias_correction", "rho", "betas")]
+        config = trainer.config
+        rate = float(f"{EMBEDDING.at(16, 16):.3g}") if config.embedding_optimizer == "adamw" else 0
+        assert (config.learning_rate, config.embedding_learning_rate) == (0.01, rate)
+        assert config.dropout == trainer.model.config.dropout == 0.1 * ("original" in name)
+    ours = ["SophiaG", "AdamW", True, True, 0.8, (0.9, 0.95)]
+    original = [False, False, 0.04, (0.9, 0.95)]
+    assert kinds == {
+        "ours": ours,
+        "ours padded": ours,
+        "ours lille RoPE": ours,
+        "ours not cautious": ours[:2] + [False] + ours[3:],
+        "AdamW": ["AdamW", "AdamW"],
+        "AdamW one rate": ["AdamW"],
+        "Muon": ["Muon", "AdamW"],
+        "SophiaG one rate": ["SophiaG", False, False, 0.8, (0.965, 0.99)],
+        "original": ["SophiaG", *original],
+        "original two rates": ["SophiaG", "AdamW", *original],
+    }
 
 
 def test_the_tokenizer_cut_short_spells_the_same_text():
@@ -105,32 +144,61 @@ def test_the_tokenizer_cut_short_spells_the_same_text():
     assert len(ids) > len(load_tokenizer().encode(text))
 
 
-def test_tuning_leaves_the_edge_of_the_grid_and_runs_nothing_twice(tmp_path, monkeypatch):
-    rates = []
+def test_tuning_leaves_the_edge_and_runs_nothing_twice(tmp_path, monkeypatch):
+    """One setting after the other, from values that fit the size."""
+    tried = []
 
     def pretend(data_dir, settings):
-        rates.append(settings["learning_rate"])
-        return {"settings": settings, "loss": abs(settings["learning_rate"] - 0.0011)}
+        rates = settings["learning_rate"], settings["embedding_learning_rate"]
+        tried.append(rates)
+        loss = abs(math.log(rates[0] / 1.1e-3)) + abs(math.log(rates[1] / 3e-2))
+        return {"settings": settings, "loss": None if rates[0] > 5e-3 else loss}
 
     monkeypatch.setattr(learning, "train_once", pretend)
     config = config_from_constants(vars(learning), [f"--results={tmp_path}/new/r.jsonl"])
     study = learning.Study(config)
-    grid = learning.FIRST_RATES
-    assert study.tune("ours, AdamW", "learning_rate", grid) == 1e-3
-    assert rates == [2e-3, 4e-3, 8e-3, 1e-3, 5e-4]
-    assert learning.Study(config).tune("ours, AdamW", "learning_rate", grid) == 1e-3
-    assert len(rates) == 5
-    learning.Study(config).run("ours, AdamW", seed=1, learning_rate=1e-3)
+    best = {"learning_rate": 1e-3, "embedding_learning_rate": 3.2e-2}
+    assert study.tune("AdamW") == best
+    assert [rates for rates, _ in tried] == [4e-3, 2e-3, 8e-3, 1e-3, 5e-4] + 2 * [1e-3]
+    assert [rates for _, rates in tried] == 5 * [3.2e-2] + [1.6e-2, 6.4e-2]
+    assert learning.Study(config).tune("AdamW") == best
+    assert len(tried) == 7
+    learning.Study(config).run("AdamW", seed=1, **best)
     longer = dataclasses.replace(config, steps=config.steps + 1)
-    learning.Study(longer).run("ours, AdamW", learning_rate=1e-3)
-    assert len(rates) == 7
+    learning.Study(longer).run("AdamW", **best)
+    assert len(tried) == 9
+    wide = learning.Study(dataclasses.replace(config, n_embd=128, batch_size=16))
+    assert wide.first_values("AdamW") == {"learning_rate": 4e-3, "embedding_learning_rate": 3.2e-2}
+    assert wide.first_values("SophiaG one rate") == {"learning_rate": 2e-3, "rho": 0.2}
+
+
+def test_the_study_of_sizes(tmp_path, monkeypatch, capsys):
+    """Three optimizers at every size; the table has the best rates and those of the rule."""
+
+    def pretend(data_dir, settings):
+        best = 1e-3 * 64 / settings["n_embd"], EMBEDDING.at(settings["n_embd"], 4096)
+        rates = settings["learning_rate"], settings["embedding_learning_rate"]
+        off = sum(abs(math.log(rate / at)) for rate, at in zip(rates, best, strict=True))
+        return {"settings": settings, "loss": 4 + off}
+
+    monkeypatch.setattr(learning, "train_once", pretend)
+    results = tmp_path / "r.jsonl"
+    assert learning.main([f"--results={results}", "--study=sizes"]) == 0
+    lines = [json.loads(line)["settings"] for line in results.read_text().splitlines()]
+    sizes = {(s["name"], s["n_embd"], s["batch_size"] * s["steps"]) for s in lines}
+    widths = ((64, 1024), (64, 1024), (128, 1024), (256, 1024))
+    assert sizes == {(name, *size) for name in OPTIMIZERS for size in widths}
+    assert len({json.dumps(s, sort_keys=True) for s in lines}) == len(lines)
+    table = [row.split("|") for row in capsys.readouterr().out.splitlines() if row[:1] == "|"]
+    assert len(table) == 2 + 3 * len(learning.SIZES)
+    assert all(len(row) == len(table[0]) for row in table)
 
 
 def test_the_whole_study_and_its_picture(text_data, tmp_path, monkeypatch, capsys):
     """Every recipe trains, once; a run that is cut off leaves the finished ones alone."""
     results, picture = tmp_path / "r.jsonl", tmp_path / "r.png"
     shape = {**SHAPE, "block_size": 32, "vocab_size": 400, "batch_size": 2}
-    shape |= dict(steps=2, warmup_iters=1, eval_points=2, eval_rows=4, seeds=2)
+    shape |= dict(steps=2, eval_points=2, eval_rows=4, seeds=2)
     arguments = [f"--{name}={value}" for name, value in shape.items()]
     arguments += [f"--data_dir={text_data}", f"--results={results}", f"--picture={picture}"]
     monkeypatch.setattr(learning, "MAX_TRIALS", 3)
@@ -166,8 +234,8 @@ def test_the_whole_study_and_its_picture(text_data, tmp_path, monkeypatch, capsy
     assert learning.main([*arguments, "--plot"]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG") and results.read_text() == after
     printed = capsys.readouterr().out.splitlines()
-    (row,) = (line.split("|") for line in printed if line.startswith("| ours, Muon"))
-    losses = [line["loss"] for line in lines if line["settings"]["name"] == "ours, Muon"]
-    assert min(losses) - 1e-4 <= float(row[5]) <= max(losses) + 1e-4
+    (row,) = (line.split("|") for line in printed if line.startswith("| Muon"))
+    losses = [line["loss"] for line in lines if line["settings"]["name"] == "Muon"]
+    assert min(losses) - 1e-4 <= float(row[6]) <= max(losses) + 1e-4
     with pytest.raises(UserError, match="no finished run"):
         learning.main(["--plot", f"--results={tmp_path / 'none.jsonl'}"])

@@ -1,6 +1,7 @@
 """Parameter groups: who updates what at which rate, and that a run with them resumes exactly."""
 
 import copy
+import dataclasses
 import re
 
 import pytest
@@ -13,6 +14,13 @@ from checkpoint import load_checkpoint
 from common.errors import UserError
 from model import GPT, GPTConfig
 from sophia_triton import SophiaG
+from training.learning_rates import (
+    EMBEDDING,
+    FINETUNE_SHARE,
+    HIDDEN,
+    warmup_steps,
+    with_peak_rates,
+)
 from training.optimizers import first_moments, make_optimizer, set_learning_rate
 
 SHAPE = {"n_layers": 2, "n_embd": 16, "n_heads": 2, "n_kv_heads": 1, "block_size": 8}
@@ -46,7 +54,8 @@ def test_each_parameter_has_its_optimizer_and_rate(name):
     assert len(hidden) == 10 and len(norms) == 5
     adamw = {"betas": (0.9, 0.95), "weight_decay": 0.1}
     if name == "sophiag":
-        expected = SophiaG(hidden, 3e-3, (0.965, 0.99), rho=0.05, bs=24, bias_correction=True)
+        options = {"rho": 0.8, "bs": 24, "bias_correction": True, "cautious": True}
+        expected = SophiaG(hidden, 3e-3, (0.9, 0.95), **options)
     elif name == "muon":
         expected = torch.optim.Muon(hidden, 3e-3, adjust_lr_fn="match_rms_adamw")
     else:
@@ -124,20 +133,76 @@ def test_a_run_with_two_rates_resumes_bit_for_bit(name, text_data, tmp_path):
     assert difference(*states) is None
 
 
-def test_a_checkpoint_of_one_rate_keeps_it(text_data, tmp_path):
-    """Also one that does not name the setting; and the other way round."""
-    train.train(config_of(text_data, tmp_path, max_steps=4, sample_tokens=0))
+def test_a_checkpoint_of_one_optimizer_goes_on_with_it(text_data, tmp_path):
+    """One of an earlier version, which did not have the settings."""
+    one = {"embedding_optimizer": "same", "cautious": False, "rho": 0.05}
+    train.train(config_of(text_data, tmp_path, max_steps=4, sample_tokens=0, **one))
     path = newest(tmp_path)
     state = load_checkpoint(path)
-    del state["config"]["embedding_learning_rate"]
+    for name in ("embedding_optimizer", "cautious"):
+        del state["config"][name]
     torch.save(state, path)
-    message = "trained with embedding_learning_rate=0.0 and this run has 0.02: change it back"
-    with pytest.raises(UserError, match=re.escape(message)):
-        train.train(config_of(text_data, tmp_path, max_steps=5, embedding_learning_rate=0.02))
-    train.train(config_of(text_data, tmp_path, max_steps=5, sample_tokens=0))
+    flags = "--embedding_optimizer=same --rho=0.05 --cautious=False"
+    with pytest.raises(UserError, match=re.escape(f"to continue it add {flags}, or start anew")):
+        train.train(config_of(text_data, tmp_path, max_steps=5))
+    given = dict(flag.removeprefix("--").split("=") for flag in flags.split())
+    train.train(config_of(text_data, tmp_path, max_steps=5, sample_tokens=0, **given))
     assert load_checkpoint(newest(tmp_path))["iter_num"] == 5
 
 
-def test_muon_needs_another_optimizer_for_the_embedding(text_data, tmp_path):
-    with pytest.raises(UserError, match="give the embedding and the norms embedding_learning_rate"):
-        train.train(config_of(text_data, tmp_path, optimizer="muon"))
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optimizer": "muon", "embedding_optimizer": "same"}, "set embedding_optimizer='adamw'"),
+        (
+            {"embedding_optimizer": "same", "learning_rate": 0},
+            "there is no rule: set learning_rate",
+        ),
+        (
+            {"embedding_optimizer": "same", "embedding_learning_rate": 1e-3},
+            "embedding_learning_ra",
+        ),
+    ],
+)
+def test_one_optimizer_for_all_has_limits(changes, message, text_data, tmp_path):
+    with pytest.raises(UserError, match=message):
+        train.train(config_of(text_data, tmp_path, **changes))
+
+
+def test_rates_follow_the_size():
+    """Given ones are kept; a fine-tune has a share; the warm-up is a tenth, within bounds."""
+    at_rest = dict.fromkeys(("learning_rate", "embedding_learning_rate"), 0.0)
+    rates = {}
+    for name in OPTIMIZERS:
+        tokens = {"batch_size": 8, "gradient_accumulation_steps": 2}  # of 256: 4,096
+        settings = config(name, **tokens, **at_rest)
+        found = with_peak_rates(settings, 64, 256)
+        rates[name] = found.learning_rate
+        assert found.learning_rate == HIDDEN[name].reference
+        assert found.embedding_learning_rate == EMBEDDING.reference
+        wide = with_peak_rates(settings, 128, 256)
+        expected = HIDDEN[name].reference * 2 ** HIDDEN[name].width
+        assert wide.learning_rate == pytest.approx(expected, rel=5e-3)
+        long = with_peak_rates(settings, 64, 1024)
+        expected = EMBEDDING.reference * 4**EMBEDDING.tokens
+        assert long.embedding_learning_rate == pytest.approx(expected, rel=5e-3)
+        tuned = with_peak_rates(dataclasses.replace(settings, finetune=True), 64, 256)
+        assert tuned.learning_rate == pytest.approx(FINETUNE_SHARE * found.learning_rate, rel=5e-3)
+        given = dataclasses.replace(settings, learning_rate=0.5)
+        assert with_peak_rates(given, 64, 256).learning_rate == 0.5
+        assert with_peak_rates(given, 64, 256).embedding_learning_rate == EMBEDDING.reference
+    assert len(set(rates.values())) == 3
+    found = [warmup_steps(0, total) for total in (1, 9, 250, 7600, 100_000)]
+    assert found == [1, 1, 25, 760, 2000] and warmup_steps(7, 250) == 7
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_summary_has_the_rates_in_force(name, text_data, tmp_path, capsys):
+    changes = {"optimizer": name, "learning_rate": 0, "warmup_iters": 0, "n_embd": 32}
+    train.train(config_of(text_data, tmp_path, max_steps=2, **changes))
+    tokens = 4 * 2 * 32
+    hidden, embedding = HIDDEN[name].at(32, tokens), EMBEDDING.at(32, tokens)
+    line = f"rates: {hidden:.3g} for the hidden matrices, {embedding:.3g} for embedding and norms"
+    assert line in capsys.readouterr().out
+    saved = load_checkpoint(newest(tmp_path))["config"]
+    assert saved["learning_rate"] == float(f"{hidden:.3g}")

@@ -23,7 +23,7 @@ from training import setup
 from training.metrics import Metrics, Progress, last_metrics, read_metrics
 from training.trainer import Trainer
 
-SHORT = {"max_steps": 2, "warmup_iters": 0, "eval_interval": 100, "sample_tokens": 0}
+SHORT = {"max_steps": 2, "warmup_iters": 1, "eval_interval": 100, "sample_tokens": 0}
 
 
 @pytest.fixture
@@ -202,16 +202,16 @@ def test_step_numbers_of_any_size(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
-RATES_OF = {"sophiag": 0.0, "adamw": 0.0, "muon": 1e-2}  # of the embedding
+EMBEDDING = {"sophiag": "adamw", "adamw": "same", "muon": "adamw"}  # its optimizer
 
 
 @pytest.fixture(scope="module")
 def runs(text_data, tmp_path_factory) -> dict[str, Path]:
     """The last checkpoint of a short run with each optimizer."""
     paths = {}
-    for optimizer, rate in RATES_OF.items():
+    for optimizer, embedding in EMBEDDING.items():
         out_dir = tmp_path_factory.mktemp(optimizer)
-        settings = SHORT | {"optimizer": optimizer, "embedding_learning_rate": rate}
+        settings = SHORT | {"optimizer": optimizer, "embedding_optimizer": embedding}
         train.train(config_of(text_data, out_dir, **settings))
         paths[optimizer] = out_dir / "ckpt_0000002.pt"
     return paths
@@ -280,7 +280,7 @@ def hostile(good: dict, second: str) -> Iterator[tuple[Any, dict]]:
 )
 def test_hostile_checkpoints_are_refused_in_one_line(optimizer, moment, runs, text_data, tmp_path):
     good = load_checkpoint(runs[optimizer])
-    settings = SHORT | {"embedding_learning_rate": RATES_OF[optimizer]}
+    settings = SHORT | {"embedding_optimizer": EMBEDDING[optimizer]}
     config = config_of(text_data, tmp_path / "out", optimizer=optimizer, **settings)
     with setup.open_run(config) as run:
         for what, checkpoint in hostile(good, moment):

@@ -15,6 +15,7 @@ TINY = {  # a training run
     "num_epochs": 2,
     "warmup_iters": 3,
     "learning_rate": 3e-3,
+    "embedding_learning_rate": 3e-2,
     "hess_interval": 3,
     "eval_interval": 2,
     "eval_rows": 8,

@@ -284,7 +284,9 @@ def check_embedding_optimizer(old: dict[str, Any], new: dict[str, Any], name: Pa
     flags = [
         f"--{'finetune_' * (new['finetune'] and key in FINETUNE_NAMES)}{key}={old[key]}"
         for key in RECIPE
-        if key in old and old[key] != new[key]
+        if key in old
+        and old[key] != new[key]
+        and (used, key) != ("same", "embedding_learning_rate")
     ]
     raise UserError(
         f"{name} was trained with another optimizer for embedding and norms: to continue it add "

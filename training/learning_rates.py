@@ -10,6 +10,7 @@ from typing import Any
 
 REFERENCE_WIDTH, REFERENCE_TOKENS = 64, 4096
 MAX_WARMUP = 2000  # steps
+FINETUNE_SHARE = 0.3  # of the rates, in a fine-tune
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,9 +22,9 @@ class PeakRate:
     tokens: float
 
     def at(self, n_embd: int, tokens_per_step: int) -> float:
-        """The peak at a size, to three digits."""
+        """The peak at a size."""
         width, tokens = n_embd / REFERENCE_WIDTH, tokens_per_step / REFERENCE_TOKENS
-        return float(f"{self.reference * width**self.width * tokens**self.tokens:.3g}")
+        return self.reference * width**self.width * tokens**self.tokens
 
 
 HIDDEN = {  # by the optimizer of the hidden matrices
@@ -35,14 +36,14 @@ EMBEDDING = PeakRate(3.2e-2, -1.0, 0.5)  # of the tied embedding and the norms, 
 
 
 def with_peak_rates(config: Any, n_embd: int, block_size: int) -> Any:
-    """`config` with the rule's rates in place of those that are 0."""
+    """`config` with the rule's rates in place of those that are 0, less of them in a fine-tune."""
     tokens = config.batch_size * config.gradient_accumulation_steps * block_size
     rules = {"learning_rate": HIDDEN[config.optimizer], "embedding_learning_rate": EMBEDDING}
     if config.embedding_optimizer == "same":
         rules = {}
-    rates = {
-        name: rule.at(n_embd, tokens) for name, rule in rules.items() if not getattr(config, name)
-    }
+    share = FINETUNE_SHARE if config.finetune else 1.0
+    rates = {name: share * rule.at(n_embd, tokens) for name, rule in rules.items()}
+    rates = {name: float(f"{r:.3g}") for name, r in rates.items() if not getattr(config, name)}
     return dataclasses.replace(config, **rates)
 
 
