@@ -6,11 +6,11 @@
     python -m benchmarks.learning --plot             # tables and picture of the runs in `results`
 
 Every recipe is tuned in the same way (`tune`) on seed 0: its rate first, then its second setting,
-each by factors of 2 until the best value is not at the edge by more than TOLERANCE. Then it is trained with `seeds` seeds:
-all on equally many token positions (padding included), all judged by the same packed rows of
-held-out documents. The corpus is what our recipe reads in one epoch. The tokenizer is Hastings cut
-to its first merges: with all of them most of a small model's time would go to its head. Kill it at
-any time: the next start begins with the run that was cut off.
+each by factors of 2 until the edge of the grid is no better than its neighbour by TOLERANCE. Then
+it is trained with `seeds` seeds: all on equally many token positions (padding included), all judged
+by the same packed rows of held-out documents. The corpus is what our recipe reads in one epoch. The
+tokenizer is Hastings cut to its first merges: with all of them most of a small model's time would
+go to its head. Kill it at any time: the next start begins with the run that was cut off.
 """
 
 import common.threads  # noqa: F401  before torch, which reads what it sets
