@@ -3,6 +3,8 @@
     python prepare_dataset_fineweb.py --source="my/*.parquet" --output_dir=data/learning
     OMP_NUM_THREADS=1 python -m benchmarks.learning                 # every recipe
     OMP_NUM_THREADS=1 python -m benchmarks.learning --study=sizes   # the best rates by size
+    OMP_NUM_THREADS=1 python -m benchmarks.learning --study=untuned --data_dir=data/other \
+        --results=other.jsonl                        # on other text, at the rule's rates
     python -m benchmarks.learning --plot             # tables and picture of the runs in `results`
 
 Every recipe is tuned in the same way (`tune`) on seed 0: its rate first, then its second setting,
@@ -40,7 +42,7 @@ data_dir = "data/learning"  # shards with a train and a val split
 results = "benchmarks/learning.jsonl"  # a line for each finished run
 picture = "benchmarks/learning.png"  # the learning curves
 plot = False  # True: train nothing
-study = "recipes"  # "recipes": all at one size; "sizes": the rates of three optimizers at SIZES
+study = "recipes"  # all of them, tuned; "sizes": three optimizers' rates at SIZES; "untuned"
 only = ""  # names of recipes, separated by commas; "": all
 
 n_layers = 4  # transformer blocks
@@ -64,6 +66,7 @@ SIZES: tuple[dict[str, int], ...] = (
 )
 MAX_TRIALS = 6  # values of a setting
 TOLERANCE = 0.01  # nats: an edge that is less than this better than its neighbour will do
+ACCUMULATION = "gradient_accumulation_steps"
 NOT_OF_A_RUN = ("data_dir", "results", "picture", "plot", "study", "only", "seeds")
 
 
@@ -154,6 +157,15 @@ class Study:
             for setting, value in recipes.TUNED[name].items()
         }
 
+    def untuned(self, name: str) -> dict[str, float]:
+        """The rule's rates, or for a recipe that has no rule where its tuning begins."""
+        if name not in recipes.OPTIMIZERS:
+            return self.first_values(name)
+        batches = {key: getattr(self.config, key) for key in ("batch_size", ACCUMULATION)}
+        config = train_config(**recipes.RECIPES[name] | batches)
+        config = with_peak_rates(config, self.config.n_embd, self.config.block_size)
+        return {rate: getattr(config, rate) for rate in recipes.TUNED[name]}
+
     def tune(self, name: str) -> dict[str, float]:
         """The settings with the lowest loss of seed 0, one after the other."""
         best = self.first_values(name)
@@ -183,7 +195,8 @@ class Study:
                     self.config = dataclasses.replace(at_first, **size)
                     self.tune(name)
             return
-        best = {name: self.tune(name) for name in names or recipes.TUNED}
+        choose = self.untuned if self.config.study == "untuned" else self.tune
+        best = {name: choose(name) for name in names or recipes.TUNED}
         for name, base in recipes.VARIANTS.items():
             if base in best:
                 best[name] = best[base]

@@ -17,6 +17,7 @@ from benchmarks.learning_recipes import (
     ORIGINAL,
     ORIGINAL_TWO_RATES,
     RECIPES,
+    TUNED,
     OriginalTrainer,
     PaddedStarts,
     small_tokenizer,
@@ -28,7 +29,7 @@ from model import GPT, GPTConfig
 from ops.cross_entropy import IGNORE_INDEX
 from ops.sampling import sample
 from tokenizer import load_tokenizer
-from training.learning_rates import EMBEDDING
+from training.learning_rates import EMBEDDING, HIDDEN
 
 SHAPE = dict(n_layers=2, n_embd=16, n_heads=2, n_kv_heads=1, block_size=8, vocab_size=300)
 LENGTHS = (3, 8, 20, 5)
@@ -192,6 +193,27 @@ def test_the_study_of_sizes(tmp_path, monkeypatch, capsys):
     table = [row.split("|") for row in capsys.readouterr().out.splitlines() if row[:1] == "|"]
     assert len(table) == 2 + 3 * len(learning.SIZES)
     assert all(len(row) == len(table[0]) for row in table)
+
+
+def test_an_untuned_study_has_the_rates_of_the_rule(tmp_path, monkeypatch):
+    runs = []
+
+    def pretend(data_dir, settings):
+        runs.append(settings)
+        keys = ("loss", "loss_of_document_starts", "labels")
+        return {"settings": settings, "curve": [[1, 1.0]]} | dict.fromkeys(keys, 1.0)
+
+    monkeypatch.setattr(learning, "train_once", pretend)
+    paths = [f"--results={tmp_path}/r.jsonl", f"--picture={tmp_path}/r.png"]
+    only = "--only=Muon,original two rates"
+    assert learning.main(["--study=untuned", only, "--n_embd=128", "--seeds=2", *paths]) == 0
+    assert [(run["name"], run["seed"]) for run in runs] == [
+        (name, seed) for seed in (0, 1) for name in ("Muon", "original two rates")
+    ]
+    rate = EMBEDDING.at(128, 4096)
+    assert runs[0]["learning_rate"] == pytest.approx(HIDDEN["muon"].at(128, 4096), rel=5e-3)
+    assert runs[0]["embedding_learning_rate"] == pytest.approx(rate, rel=5e-3)
+    assert runs[1]["learning_rate"] == TUNED["original two rates"]["learning_rate"] / 2
 
 
 def test_the_whole_study_and_its_picture(text_data, tmp_path, monkeypatch, capsys):
