@@ -31,8 +31,9 @@ def compare_updates(
     parameters = list(model.to(device).parameters())
     for p in parameters:
         p.grad = torch.randn_like(p) * 1e-3
-    adamw, ours = torch.optim.AdamW(parameters, fused=True), SophiaG(parameters)
-    ours_bf16 = SophiaG(parameters, state_dtype=torch.bfloat16)
+    adamw = torch.optim.AdamW(parameters, fused=True)
+    ours = SophiaG(parameters, cautious=True)
+    ours_bf16 = SophiaG(parameters, cautious=True, state_dtype=torch.bfloat16)
     for optimizer in (ours, ours_bf16):  # a Hessian of zeros would clip every coordinate
         optimizer.update_hessian()
     loss = torch.zeros((), device=device)
@@ -54,7 +55,8 @@ def compare_updates(
         official.update_hessian()
         functions["SophiaG of its authors"] = official.step, SOPHIA
     if muon:
-        two = make_optimizer(model, train_config(optimizer="muon", embedding_learning_rate=1e-3))
+        rates = dict.fromkeys(("learning_rate", "embedding_learning_rate"), 1e-3)
+        two = make_optimizer(model, train_config(optimizer="muon", **rates))
         functions["torch.optim.Muon and AdamW"] = two.step, 0
     functions |= {
         "ours, SophiaG": (ours.step, SOPHIA),

@@ -36,6 +36,7 @@ from training.trainer import Trainer
 
 N_DOCUMENTS = 20_000
 N_STEPS = 2  # different ones, in turn
+ONE_ADAMW = {"optimizer": "adamw", "embedding_optimizer": "same", "learning_rate": 1e-3}
 Steps = list[list[Batch]]  # the micro-batches of each step
 
 
@@ -160,7 +161,6 @@ def run(config: Any, device: torch.device) -> Iterator[dict[str, Any]]:
     tokenizer, small = load_tokenizer(), demo_config()
     full = train_config(
         **{name: getattr(config, name) for name in SHAPE},
-        optimizer="adamw",
         batch_size=config.batch_size or (16 if gpu else 2),
         gradient_accumulation_steps=config.gradient_accumulation_steps or (16 if gpu else 1),
     )
@@ -169,6 +169,7 @@ def run(config: Any, device: torch.device) -> Iterator[dict[str, Any]]:
         ("the demo's model", small, 2 * config.rounds, False),
         ("full model", full, config.rounds, gpu or config.compile),
     ):
+        settings = dataclasses.replace(settings, **ONE_ADAMW)
         rows = PackedRows([documents], settings.block_size, tokenizer.pad_id)
         yield compare_steps(title, settings, rows, documents, device, dtype, rounds, compile)
         torch.compiler.reset()

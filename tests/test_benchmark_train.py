@@ -25,6 +25,7 @@ from benchmarks.peers import (
 )
 from benchmarks.timing import peer
 from benchmarks.training_step import (
+    ONE_ADAMW,
     compare_steps,
     make_steps,
     step_function,
@@ -38,7 +39,7 @@ from training.trainer import Trainer
 
 CPU, PAD, T = torch.device("cpu"), 510, 32
 TINY = dict(n_layers=2, n_embd=64, n_heads=4, n_kv_heads=2, block_size=T)
-CONFIG = train_config(**TINY, batch_size=3, gradient_accumulation_steps=2, optimizer="adamw")
+CONFIG = train_config(**TINY, batch_size=3, gradient_accumulation_steps=2, **ONE_ADAMW)
 
 
 def shape(**changes) -> GPTConfig:
@@ -197,4 +198,4 @@ def test_a_step_that_fails_leaves_no_gradients_to_others():
 def test_the_demo_is_measured_as_it_trains():
     config = demo_config()
     assert (config.n_layers, config.n_embd, config.block_size) == (4, 128, 128)
-    assert (config.batch_size, config.optimizer, config.compile) == (16, "adamw", False)
+    assert (config.batch_size, config.optimizer, config.compile) == (16, "sophiag", False)
