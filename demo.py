@@ -41,7 +41,7 @@ FINETUNE = {
     "compile": False,
     "finetune": True,
     "batch_size": 8,
-    "finetune_num_epochs": 12,
+    "finetune_num_epochs": 8,
     "eval_interval": 100,
     "finetune_sample_prompt": HELD_OUT_QUESTION,
 }

@@ -163,6 +163,7 @@ def test_a_fine_tune_on_two_ranks_is_that_of_one(whole, text_data, chat_data, tm
         "model": whole / "best_model.pt",
         "finetune_data_dir": chat_data,
         "finetune_learning_rate": 1e-4,
+        "finetune_embedding_learning_rate": 1e-3,
         "finetune_gradient_accumulation_steps": 4,
         "finetune_warmup_iters": 2,
         "finetune_num_epochs": 2,

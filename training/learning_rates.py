@@ -10,7 +10,7 @@ from typing import Any
 
 REFERENCE_WIDTH, REFERENCE_TOKENS = 64, 4096
 MAX_WARMUP = 2000  # steps
-FINETUNE_SHARE = 0.3  # of the rates, in a fine-tune
+FINETUNE_SHARE = 0.5  # of the rates, in a fine-tune
 
 
 @dataclasses.dataclass(frozen=True)
