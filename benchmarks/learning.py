@@ -194,6 +194,7 @@ class Study:
                 for size in SIZES:
                     self.config = dataclasses.replace(at_first, **size)
                     self.tune(name)
+                    self.run(name, **self.untuned(name))
             return
         choose = self.untuned if self.config.study == "untuned" else self.tune
         best = {name: choose(name) for name in names or recipes.TUNED}

@@ -84,7 +84,8 @@ def sizes_table(lines: list[dict[str, Any]]) -> list[list[str]]:
     for (name, width, _, batch, accumulation, block, steps), runs in groups.items():
         tokens = batch * accumulation * block
         optimizer = RECIPES[name].get("optimizer", "sophiag")
-        rule = tuple(rate.at(width, tokens) for rate in (HIDDEN[optimizer], EMBEDDING))
+        rates = HIDDEN[optimizer], EMBEDDING
+        rule = tuple(float(f"{rate.at(width, tokens):.3g}") for rate in rates)
         best = min(runs, key=lambda run: run["loss"])
         losses = {rates_of(run): run["loss"] for run in runs}
         size = [f"{width}", f"{tokens:,}", f"{steps}", f"{len(runs)}"]

@@ -189,6 +189,14 @@ def test_the_study_of_sizes(tmp_path, monkeypatch, capsys):
     sizes = {(s["name"], s["n_embd"], s["batch_size"] * s["steps"]) for s in lines}
     widths = ((64, 1024), (64, 1024), (128, 1024), (256, 1024))
     assert sizes == {(name, *size) for name in OPTIMIZERS for size in widths}
+    for s in lines:  # each has a run at the rule's rates
+        tokens = s["batch_size"] * s["gradient_accumulation_steps"] * s["block_size"]
+        rate = float(f"{EMBEDDING.at(s['n_embd'], tokens):.3g}")
+        assert any(
+            line["embedding_learning_rate"] == rate
+            and all(line[key] == s[key] for key in ("name", "n_embd", "batch_size"))
+            for line in lines
+        )
     assert len({json.dumps(s, sort_keys=True) for s in lines}) == len(lines)
     table = [row.split("|") for row in capsys.readouterr().out.splitlines() if row[:1] == "|"]
     assert len(table) == 2 + 3 * len(learning.SIZES)

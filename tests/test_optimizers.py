@@ -135,7 +135,8 @@ def test_a_run_with_two_rates_resumes_bit_for_bit(name, text_data, tmp_path):
 
 def test_a_checkpoint_of_one_optimizer_goes_on_with_it(text_data, tmp_path):
     """One of an earlier version, which did not have the settings."""
-    one = {"embedding_optimizer": "same", "cautious": False, "rho": 0.05}
+    one = {"embedding_optimizer": "same", "embedding_learning_rate": 0.0}
+    one |= {"cautious": False, "rho": 0.05}
     train.train(config_of(text_data, tmp_path, max_steps=4, sample_tokens=0, **one))
     path = newest(tmp_path)
     state = load_checkpoint(path)
@@ -146,6 +147,7 @@ def test_a_checkpoint_of_one_optimizer_goes_on_with_it(text_data, tmp_path):
     with pytest.raises(UserError, match=re.escape(f"to continue it add {flags}, or start anew")):
         train.train(config_of(text_data, tmp_path, max_steps=5))
     given = dict(flag.removeprefix("--").split("=") for flag in flags.split())
+    given |= {"embedding_learning_rate": 0.0}  # as it is by default
     train.train(config_of(text_data, tmp_path, max_steps=5, sample_tokens=0, **given))
     assert load_checkpoint(newest(tmp_path))["iter_num"] == 5
 
@@ -183,9 +185,10 @@ def test_rates_follow_the_size():
         wide = with_peak_rates(settings, 128, 256)
         expected = HIDDEN[name].reference * 2 ** HIDDEN[name].width
         assert wide.learning_rate == pytest.approx(expected, rel=5e-3)
-        long = with_peak_rates(settings, 64, 1024)
-        expected = EMBEDDING.reference * 4**EMBEDDING.tokens
-        assert long.embedding_learning_rate == pytest.approx(expected, rel=5e-3)
+        for block_size in (1024, 4096):  # 16,384 tokens, and more: no more than there
+            long = with_peak_rates(settings, 64, block_size)
+            expected = EMBEDDING.reference * 4**EMBEDDING.tokens
+            assert long.embedding_learning_rate == pytest.approx(expected, rel=5e-3)
         tuned = with_peak_rates(dataclasses.replace(settings, finetune=True), 64, 256)
         assert tuned.learning_rate == pytest.approx(FINETUNE_SHARE * found.learning_rate, rel=5e-3)
         given = dataclasses.replace(settings, learning_rate=0.5)
@@ -198,7 +201,8 @@ def test_rates_follow_the_size():
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_summary_has_the_rates_in_force(name, text_data, tmp_path, capsys):
-    changes = {"optimizer": name, "learning_rate": 0, "warmup_iters": 0, "n_embd": 32}
+    changes = {"optimizer": name, "warmup_iters": 0, "n_embd": 32}
+    changes |= dict.fromkeys(("learning_rate", "embedding_learning_rate"), 0)
     train.train(config_of(text_data, tmp_path, max_steps=2, **changes))
     tokens = 4 * 2 * 32
     hidden, embedding = HIDDEN[name].at(32, tokens), EMBEDDING.at(32, tokens)

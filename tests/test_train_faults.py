@@ -202,16 +202,17 @@ def test_step_numbers_of_any_size(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
-EMBEDDING = {"sophiag": "adamw", "adamw": "same", "muon": "adamw"}  # its optimizer
+RATES = {"sophiag": {}, "muon": {}}  # the settings of the embedding
+RATES["adamw"] = {"embedding_optimizer": "same", "embedding_learning_rate": 0.0}
 
 
 @pytest.fixture(scope="module")
 def runs(text_data, tmp_path_factory) -> dict[str, Path]:
     """The last checkpoint of a short run with each optimizer."""
     paths = {}
-    for optimizer, embedding in EMBEDDING.items():
+    for optimizer, rates in RATES.items():
         out_dir = tmp_path_factory.mktemp(optimizer)
-        settings = SHORT | {"optimizer": optimizer, "embedding_optimizer": embedding}
+        settings = SHORT | {"optimizer": optimizer} | rates
         train.train(config_of(text_data, out_dir, **settings))
         paths[optimizer] = out_dir / "ckpt_0000002.pt"
     return paths
@@ -280,7 +281,7 @@ def hostile(good: dict, second: str) -> Iterator[tuple[Any, dict]]:
 )
 def test_hostile_checkpoints_are_refused_in_one_line(optimizer, moment, runs, text_data, tmp_path):
     good = load_checkpoint(runs[optimizer])
-    settings = SHORT | {"embedding_optimizer": EMBEDDING[optimizer]}
+    settings = SHORT | RATES[optimizer]
     config = config_of(text_data, tmp_path / "out", optimizer=optimizer, **settings)
     with setup.open_run(config) as run:
         for what, checkpoint in hostile(good, moment):

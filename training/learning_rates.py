@@ -1,21 +1,23 @@
 """The rule for learning rates: peaks and warm-up by optimizer, width and tokens of a step.
 
 A rate is stated at a reference size and multiplied by powers of the width and of the tokens of a
-step, found by `python -m benchmarks.learning --study=sizes`; LOG.md has the runs. They are not
-measured above a width of 256 and 16,384 tokens: train.py's own size is extrapolated.
+step, found by `python -m benchmarks.learning --study=sizes`; LOG.md has the runs. Nothing is
+measured above a width of 256 and 16,384 tokens, nor for other depths than 4: the full model's rates
+are extrapolated, and above 16,384 tokens they stay what they are there.
 """
 
 import dataclasses
 from typing import Any
 
 REFERENCE_WIDTH, REFERENCE_TOKENS = 64, 4096
+MAX_TOKENS = 16_384  # the largest step that was measured: rates do not rise further above it
 MAX_WARMUP = 2000  # steps
 FINETUNE_SHARE = 0.5  # of the rates, in a fine-tune
 
 
 @dataclasses.dataclass(frozen=True)
 class PeakRate:
-    """reference * (n_embd / 64)^width * (tokens of a step / 4,096)^tokens."""
+    """reference * (n_embd / 64)^width * (tokens of a step, at most 16,384 / 4,096)^tokens."""
 
     reference: float
     width: float
@@ -23,16 +25,17 @@ class PeakRate:
 
     def at(self, n_embd: int, tokens_per_step: int) -> float:
         """The peak at a size."""
-        width, tokens = n_embd / REFERENCE_WIDTH, tokens_per_step / REFERENCE_TOKENS
+        width = n_embd / REFERENCE_WIDTH
+        tokens = min(tokens_per_step, MAX_TOKENS) / REFERENCE_TOKENS
         return self.reference * width**self.width * tokens**self.tokens
 
 
 HIDDEN = {  # by the optimizer of the hidden matrices
-    "sophiag": PeakRate(3e-3, -1.0, 0.5),
-    "adamw": PeakRate(4e-3, -1.0, 0.5),
-    "muon": PeakRate(2e-2, -1.0, 0.5),
+    "sophiag": PeakRate(2.5e-3, -1.0, 0.4),
+    "adamw": PeakRate(4e-3, -1.0, 0.25),
+    "muon": PeakRate(2e-2, -1.0, 0.25),
 }
-EMBEDDING = PeakRate(3.2e-2, -1.0, 0.5)  # of the tied embedding and the norms, which have AdamW
+EMBEDDING = PeakRate(4e-2, -1.0, 0.5)  # of the tied embedding and the norms, which have AdamW
 
 
 def with_peak_rates(config: Any, n_embd: int, block_size: int) -> Any:
