@@ -65,7 +65,7 @@ TUNED: dict[str, dict[str, float]] = {
     ONE_RATE: {"learning_rate": 2e-3, "rho": 0.2},
     ADAMW_ONE_RATE: {"learning_rate": 4e-3},
     ORIGINAL: {"learning_rate": 1e-3, "rho": 0.04},
-    ORIGINAL_TWO_RATES: {"learning_rate": 1e-3, "embedding_learning_rate": 3.2e-2},
+    ORIGINAL_TWO_RATES: {"learning_rate": 2e-3, "embedding_learning_rate": 6.4e-2},
 }
 VARIANTS = {PADDED: OURS, ROPE: OURS}  # at the settings of another recipe
 
