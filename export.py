@@ -69,7 +69,9 @@ def training_facts(state: dict[str, Any]) -> dict[str, str]:
     if settings.get("optimizer") in ("adamw", "muon"):
         unused = SOPHIAG_SETTINGS
     elif settings.get("optimizer") == "sophiag" and not settings.get("embedding_learning_rate"):
-        unused = ("adamw_", "embedding_learning_rate")
+        unused = ("adamw_",)
+    if not settings.get("embedding_learning_rate"):
+        unused += ("embedding_learning_rate",)
     names = [name for name in CARD_SETTINGS if name in settings and not name.startswith(unused)]
     return facts | {f"Training: {name}": str(settings[name]) for name in names}
 

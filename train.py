@@ -55,7 +55,7 @@ max_steps = 0  # limit of steps; 0: none, num_epochs alone decides
 optimizer = "sophiag"  # of the hidden matrices: "sophiag", or PyTorch's "adamw" or "muon"
 embedding_optimizer = "adamw"  # of embedding and norms; "same": one optimizer and rate for all
 learning_rate = 0.0  # peak of the hidden matrices' schedule; 0: by training/learning_rates.py
-embedding_learning_rate = 0.0  # peak of the embedding's and the norms'; 0: by the same rule
+embedding_learning_rate = 0.0  # peak of the embedding's and the norms'; 0: in proportion to it
 min_lr_ratio = 0.1  # the cosine schedule ends at this share of the peak
 warmup_iters = 0  # steps of linear warm-up; 0: a tenth of the run, at most 2,000
 weight_decay = 0.1  # on matrices; norms have none
@@ -76,7 +76,7 @@ model = "checkpoints/best_model.pt"  # the .pt checkpoint that a fine-tune start
 finetune_data_dir = "data/finetune"  # shards of conversations
 finetune_out_dir = "checkpoints_ft"  # another folder than out_dir
 finetune_learning_rate = 0.0  # peak of the hidden matrices' schedule; 0: a share of the rule's
-finetune_embedding_learning_rate = 0.0  # peak of the embedding's and the norms'; 0: likewise
+finetune_embedding_learning_rate = 0.0  # peak of the embedding's and the norms'; 0: in proportion
 finetune_num_epochs = 3  # passes over the conversations
 finetune_warmup_iters = 0  # steps of linear warm-up; 0: a tenth of the run
 finetune_gradient_accumulation_steps = 1  # micro-batches per step
@@ -138,7 +138,7 @@ def loop(run: TrainingRun) -> None:
     """Trains until `total_steps`, evaluating, logging and saving; on a signal saves and raises."""
     config, trainer, ranks = run.config, run.trainer, run.ranks
     alone = ranks.world_size == 1
-    schedule = (config.learning_rate, run.warmup_steps, run.total_steps, config.min_lr_ratio)
+    schedule = (config.learning_rate, config.warmup_iters, run.total_steps, config.min_lr_ratio)
     wandb = {"project": config.wandb_project, "config": dataclasses.asdict(config)}
     metrics = Metrics(run.out_dir, run.step, wandb if config.wandb_log else None, ranks.is_main)
     size = (run.step, run.total_steps, trainer.model.flops_per_token())

@@ -4,15 +4,16 @@
     OMP_NUM_THREADS=1 python -m benchmarks.learning                 # every recipe
     OMP_NUM_THREADS=1 python -m benchmarks.learning --study=sizes   # the best rates by size
     OMP_NUM_THREADS=1 python -m benchmarks.learning --study=untuned --data_dir=data/other \
-        --results=other.jsonl                        # on other text, at the rule's rates
+        --results=other.jsonl     # on other text: at the rule's rates, or those TUNED begins with
     python -m benchmarks.learning --plot             # tables and picture of the runs in `results`
 
 Every recipe is tuned in the same way (`tune`) on seed 0: its rate first, then its second setting,
-each by factors of 2 until the edge of the grid is no better than its neighbour by TOLERANCE. Then
-it is trained with `seeds` seeds: all on equally many token positions (padding included), all judged
-by the same packed rows of held-out documents. The corpus is what our recipe reads in one epoch. The
-tokenizer is Hastings cut to its first merges: with all of them most of a small model's time would
-go to its head. Kill it at any time: the next start begins with the run that was cut off.
+each by factors of 2 (rho: 4) until the edge of the grid is no better than its neighbour by
+TOLERANCE. Then it is trained with `seeds` seeds: all on equally many token positions (padding
+included), all judged by the same packed rows of held-out documents. The corpus is what our recipe
+reads in one epoch. The tokenizer is Hastings cut to its first merges: with all of them most of a
+small model's time would go to its head. Kill it at any time: the next start begins with the run
+that was cut off.
 """
 
 import common.threads  # noqa: F401  before torch, which reads what it sets
@@ -135,7 +136,7 @@ class Study:
         settings = dataclasses.asdict(self.config) | {"name": name, "seed": seed}
         settings = {k: v for k, v in settings.items() if k not in NOT_OF_A_RUN}
         settings |= recipes.settings(name) | changes
-        settings["warmup_iters"] = warmup_steps(0, self.config.steps)
+        settings["warmup_iters"] = warmup_steps(self.config.steps)
         for line in self.lines:
             if line["settings"] == settings:
                 return math.inf if line["loss"] is None else line["loss"]
@@ -185,22 +186,27 @@ class Study:
             best[setting] = float(f"{middle * factor**at:.4g}")
         return best
 
+    def names(self) -> list[str]:
+        """The recipes of `only`; UserError for an unknown one."""
+        known = [*recipes.TUNED, *recipes.VARIANTS]
+        names = [name.strip() for name in self.config.only.split(",") if name.strip()]
+        if unknown := [name for name in names if name not in known]:
+            raise UserError(f"--only={unknown[0]!r} is not one of {', '.join(known)}")
+        return names or known
+
     def work(self) -> None:
         """All runs of the study."""
-        names = [name for name in recipes.TUNED if name in self.config.only.split(",")]
+        names = self.names()
         if self.config.study == "sizes":
             at_first = self.config
-            for name in names or recipes.OPTIMIZERS:
+            for name in [name for name in names if name in recipes.OPTIMIZERS]:
                 for size in SIZES:
                     self.config = dataclasses.replace(at_first, **size)
                     self.tune(name)
                     self.run(name, **self.untuned(name))
             return
         choose = self.untuned if self.config.study == "untuned" else self.tune
-        best = {name: choose(name) for name in names or recipes.TUNED}
-        for name, base in recipes.VARIANTS.items():
-            if base in best:
-                best[name] = best[base]
+        best = {name: choose(recipes.VARIANTS.get(name, name)) for name in names}
         for seed in range(self.config.seeds):
             for name, changes in best.items():
                 self.run(name, seed, **changes)
@@ -208,6 +214,8 @@ class Study:
 
 def main(argv: list[str] | None = None) -> int:
     config = config_from_constants(globals(), argv)
+    if config.study not in ("recipes", "sizes", "untuned"):
+        raise UserError(f"--study={config.study!r} must be one of recipes, sizes, untuned")
     study = Study(config)
     if not config.plot:
         study.work()

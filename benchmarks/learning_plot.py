@@ -34,7 +34,7 @@ def best_runs(lines: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """The seeds of each recipe at the settings that have most of them, then the lowest loss."""
     groups: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for line in lines:
-        if line["loss"] is not None:
+        if None not in [loss for _, loss in line["curve"]]:
             settings = json.dumps(line["settings"] | {"seed": None}, sort_keys=True)
             groups.setdefault(line["settings"]["name"], {}).setdefault(settings, []).append(line)
     return {

@@ -5,7 +5,7 @@
 # give the same steps of 131,072 tokens. hess_batches keeps 8,192 tokens in a Hessian estimate.
 #   GPU memory  the same sum as in runs/pretrain_one_gpu.sh, with 4,096 and 2,048 tokens at once:
 #             12 GB: 2.0 + 0.5 + 0.3 + 2.8 + 1 = 6.6 GB (16 rows: 9.4, if no window needs the card)
-#              8 GB: 1.5 + 0.5 + 0.3 + 1.4 + 1 = 4.7 GB (bfloat16 moments save 0.5 GB; they are
+#              8 GB: 1.5 + 0.5 + 0.3 + 1.4 + 1 = 4.7 GB (bfloat16 moments save 0.4 GB; they are
 #                    rounded stochastically, and a long run with them has not been compared)
 #   disk      as runs/pretrain_one_gpu.sh: 32 GB while preparing, 21 and 6 GB afterwards
 #   time      20,000 steps, 2.6 B tokens, about 20 a parameter, are 2.2e18 FLOPs. At 40 % of the

@@ -171,32 +171,55 @@ def test_one_optimizer_for_all_has_limits(changes, message, text_data, tmp_path)
         train.train(config_of(text_data, tmp_path, **changes))
 
 
-def test_rates_follow_the_size():
-    """Given ones are kept; a fine-tune has a share; the warm-up is a tenth, within bounds."""
-    at_rest = dict.fromkeys(("learning_rate", "embedding_learning_rate"), 0.0)
-    rates = {}
-    for name in OPTIMIZERS:
-        tokens = {"batch_size": 8, "gradient_accumulation_steps": 2}  # of 256: 4,096
-        settings = config(name, **tokens, **at_rest)
-        found = with_peak_rates(settings, 64, 256)
-        rates[name] = found.learning_rate
-        assert found.learning_rate == HIDDEN[name].reference
-        assert found.embedding_learning_rate == EMBEDDING.reference
-        wide = with_peak_rates(settings, 128, 256)
-        expected = HIDDEN[name].reference * 2 ** HIDDEN[name].width
-        assert wide.learning_rate == pytest.approx(expected, rel=5e-3)
-        for block_size in (1024, 4096):  # 16,384 tokens, and more: no more than there
-            long = with_peak_rates(settings, 64, block_size)
-            expected = EMBEDDING.reference * 4**EMBEDDING.tokens
-            assert long.embedding_learning_rate == pytest.approx(expected, rel=5e-3)
-        tuned = with_peak_rates(dataclasses.replace(settings, finetune=True), 64, 256)
-        assert tuned.learning_rate == pytest.approx(FINETUNE_SHARE * found.learning_rate, rel=5e-3)
-        given = dataclasses.replace(settings, learning_rate=0.5)
-        assert with_peak_rates(given, 64, 256).learning_rate == 0.5
-        assert with_peak_rates(given, 64, 256).embedding_learning_rate == EMBEDDING.reference
-    assert len(set(rates.values())) == 3
-    found = [warmup_steps(0, total) for total in (1, 9, 250, 7600, 100_000)]
-    assert found == [1, 1, 25, 760, 2000] and warmup_steps(7, 250) == 7
+SIZES = {  # n_embd, tokens a step: rates of sophiag, adamw, muon and the embedding
+    (64, 4096): (2.5e-3, 4e-3, 2e-2, 4e-2),
+    (256, 4096): (6.25e-4, 1e-3, 5e-3, 1e-2),
+    (64, 16_384): (4.35e-3, 5.66e-3, 2.83e-2, 8e-2),
+    (640, 131_072): (4.35e-4, 5.66e-4, 2.83e-3, 8e-3),
+}
+
+
+def rates_at(settings, n_embd: int, tokens: int) -> tuple[float, float]:
+    sizes = {"batch_size": 8, "gradient_accumulation_steps": 2}
+    found = with_peak_rates(dataclasses.replace(settings, **sizes), n_embd, tokens // 16)
+    return found.learning_rate, found.embedding_learning_rate
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_rates_follow_the_size(number):
+    """A fine-tune has a share of them; one that is given is kept and the other in proportion."""
+    free = config(OPTIMIZERS[number], learning_rate=0, embedding_learning_rate=0)
+    for size, expected in SIZES.items():
+        hidden, embedding = expected[number], expected[3]
+        assert rates_at(free, *size) == (hidden, embedding)
+        tuned = rates_at(dataclasses.replace(free, finetune=True), *size)
+        half = FINETUNE_SHARE * hidden, FINETUNE_SHARE * embedding
+        assert tuned == pytest.approx(half, rel=5e-3) and FINETUNE_SHARE < 1
+        for finetune in (False, True):
+            some = dataclasses.replace(free, finetune=finetune, learning_rate=hidden / 10)
+            expected_rates = (hidden / 10, embedding / 10)
+            assert rates_at(some, *size) == pytest.approx(expected_rates, rel=1e-2)
+            some = dataclasses.replace(free, finetune=finetune, embedding_learning_rate=0.5)
+            expected_rates = (hidden * 0.5 / embedding, 0.5)
+            assert rates_at(some, *size) == pytest.approx(expected_rates, rel=1e-2)
+    both = config(OPTIMIZERS[number])
+    assert rates_at(both, 64, 4096) == (RATES["learning_rate"], RATES["embedding_learning_rate"])
+
+
+def test_rates_of_the_rule_are_checked_too(text_data, tmp_path):
+    changes = {"learning_rate": 0, "embedding_learning_rate": 0, "weight_decay": 60}
+    with pytest.raises(UserError, match="weight_decay=60.0 times embedding_learning_rate=.* above"):
+        train.train(config_of(text_data, tmp_path, **changes))
+
+
+def test_the_warm_up_is_a_tenth_and_stays(text_data, tmp_path, capsys):
+    """Also in a run that is continued for longer."""
+    assert [warmup_steps(total) for total in (1, 9, 250, 7600, 100_000)] == [1, 1, 25, 760, 2000]
+    changes = {"warmup_iters": 0, "sample_tokens": 0, "eval_interval": 100}
+    train.train(config_of(text_data, tmp_path, max_steps=20, **changes))
+    train.train(config_of(text_data, tmp_path, max_steps=26, **changes))
+    assert capsys.readouterr().out.count("; warm-up 2 steps") == 2
+    assert load_checkpoint(newest(tmp_path))["config"]["warmup_iters"] == 2
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -267,6 +267,7 @@ def test_resume_names_harmless_changes(finished, text_data, tmp_path, capsys):
         ({"finetune": True, "finetune_learning_rate": -1.0}, "finetune_learning_rate=-1.0 must"),
         ({"resume_checkpoint": "."}, "is a folder"),
         ({"warmup_iters": 5000}, "warmup_iters=5000 takes up all"),
+        ({"batch_size": 3 * 10**8, "warmup_iters": 0}, "=2 are more rows than the run's"),
         ({"optimizer": "lion"}, "one of sophiag, adamw"),
         ({"dtype": "bfloat16"}, "needs a CUDA GPU"),
         ({"device": "cuda"}, "PyTorch sees no GPU"),

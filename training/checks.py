@@ -35,8 +35,6 @@ MINIMA = {
     "block_size": 2,
 }
 MAXIMA = {
-    "embedding_learning_rate": 1,
-    "learning_rate": 1,  # a step changes each weight by up to this
     "rho": 1e6,
     "distributed_timeout_minutes": 1e6,  # 2 years
     "n_layers": 10_000,
@@ -59,8 +57,8 @@ PATH_SETTINGS = (
     "resume_checkpoint",
 )
 # Settings that an earlier train.py had other values of.
-RECIPE = ("embedding_optimizer", "learning_rate", "embedding_learning_rate", "warmup_iters")
-RECIPE += ("beta1", "beta2", "rho", "cautious")
+RECIPE_OF_SOPHIAG = ("beta1", "beta2", "rho", "cautious")
+RECIPE = ("embedding_optimizer", "learning_rate", "embedding_learning_rate", *RECIPE_OF_SOPHIAG)
 # Parts of the messages of PyTorch's CPU allocator, whose errors have no type of their own.
 OUT_OF_MEMORY_SIGNS = ("DefaultCPUAllocator", "Storage size calculation overflowed")
 EARLIER = ": start from an earlier checkpoint (move this one away)"
@@ -96,12 +94,7 @@ def check_settings(config: Any, world_size: int = 1) -> None:
         maximum = MAXIMA.get(name, 2**63 - 1 if type(value) is int else value)  # PyTorch's
         if value > maximum:
             raise UserError(f"{flag_name(config, name)}={value} must be at most {maximum}")
-    for name in ("learning_rate", "embedding_learning_rate"):
-        if getattr(config, name) * config.weight_decay > 1:
-            raise UserError(
-                f"weight_decay={config.weight_decay} times {flag_name(config, name)}="
-                f"{getattr(config, name)} is above 1, more than a whole weight each step: lower one"
-            )
+    check_rates(config)
     if not config.out_dir:
         raise UserError(f"{flag_name(config, 'out_dir')} is empty: name a folder, such as '.'")
     for name in ("rho", "distributed_timeout_minutes"):
@@ -151,6 +144,19 @@ def check_settings(config: Any, world_size: int = 1) -> None:
         )
 
 
+def check_rates(config: Any) -> None:
+    """Refuses rates that are too high; of a run that follows the rule, when they are known."""
+    for name in ("learning_rate", "embedding_learning_rate"):
+        rate, flag = getattr(config, name), flag_name(config, name)
+        if rate > 1:  # a step changes each weight by up to this
+            raise UserError(f"{flag}={rate} must be at most 1")
+        if rate * config.weight_decay > 1:
+            raise UserError(
+                f"weight_decay={config.weight_decay} times {flag}={rate} is above 1, more than a "
+                "whole weight each step: lower one"
+            )
+
+
 def check_sample_prompt(config: Any, n_tokens: int, block_size: int) -> None:
     """Refuses a prompt that could not be continued at the first evaluation."""
     if config.sample_tokens and not 0 < n_tokens <= block_size:
@@ -161,18 +167,18 @@ def check_sample_prompt(config: Any, n_tokens: int, block_size: int) -> None:
 
 
 def check_schedule(config: Any, total_steps: int, rows_per_step: int, n_rows: int) -> None:
-    """UserError if the warm-up takes the whole run, so that the learning rate would only rise.
+    """UserError for less data than a step, and for a warm-up that takes the whole run.
 
     `n_rows` are the rows of all epochs together.
     """
-    if 0 < total_steps <= config.warmup_iters:
-        if rows_per_step > n_rows:
-            raise UserError(
-                f"batch_size={config.batch_size} times "
-                f"{flag_name(config, 'gradient_accumulation_steps')}="
-                f"{config.gradient_accumulation_steps} are more rows than the run's {n_rows:,}: "
-                "lower them"
-            )
+    if total_steps and rows_per_step > n_rows:
+        raise UserError(
+            f"batch_size={config.batch_size} times "
+            f"{flag_name(config, 'gradient_accumulation_steps')}="
+            f"{config.gradient_accumulation_steps} are more rows than the run's {n_rows:,}: "
+            "lower them"
+        )
+    if 1 < total_steps <= config.warmup_iters:
         name, epochs = flag_name(config, "warmup_iters"), flag_name(config, "num_epochs")
         raise UserError(
             f"{name}={config.warmup_iters} takes up all of the run's {total_steps} steps: lower it "
@@ -181,13 +187,12 @@ def check_schedule(config: Any, total_steps: int, rows_per_step: int, n_rows: in
         )
 
 
-def check_disk(directory: Path, model: GPT, keep: int, state_bytes: int) -> None:
-    """Refuses to start when the checkpoints cannot fit.
-
-    A checkpoint holds float32 weights and two moments of `state_bytes` bytes an element.
-    """
+def check_disk(directory: Path, model: GPT, keep: int, moments: dict[int, Any]) -> None:
+    """Refuses to start when the checkpoints cannot fit, of float32 weights and `moments`."""
     replaced = sum(path.stat().st_size for path in checkpoints_in(directory))
-    checkpoint = (4 + 2 * state_bytes) * model.n_parameters()
+    tensors = [v for values in moments.values() for v in values.values()]
+    tensors = [value for value in tensors if isinstance(value, torch.Tensor)]
+    checkpoint = 4 * model.n_parameters() + sum(tensor.nbytes for tensor in tensors)
     needed = checkpoint * (keep + 2)  # the last ones, the best, and one being written
     advice = f"free some space, lower keep_checkpoints (now {keep}) or change the folder"
     check_free_space(directory, needed - replaced, "the checkpoints need", advice)
@@ -249,10 +254,9 @@ def check_resume(old: TrainingState, new: TrainingState, name: Path) -> list[str
     if unfit:
         raise UserError(f"{name}: its {unfit[0]} is missing or impossible{EARLIER}")
     check_tokenizer(old.tokenizer_sha256, name, new.tokenizer_sha256)
-    old_config, new_config = old.config, new.config
+    old_config, new_config = with_embedding_optimizer(old.config), new.config
     required = {key: (old_config.get(key), new_config[key]) for key in FIXED_SETTINGS}
     required |= {key: (old.model_args.get(key), arg) for key, arg in new.model_args.items()}
-    check_embedding_optimizer(old_config, new_config, name)
     for key in ("data", "base"):
         if getattr(old, key) and getattr(new, key):
             required[key] = (getattr(old, key), getattr(new, key))
@@ -265,6 +269,7 @@ def check_resume(old: TrainingState, new: TrainingState, name: Path) -> list[str
                 f"{name} was trained with {key}={old_value} and this run has {value}: change it "
                 f"back to continue{without}, or start anew in another output folder"
             )
+    check_embedding_optimizer(old_config, new_config, name)
     check_tensors(old, new, name)
     return [
         f"{key} {old_config[key]!r} -> {value!r}"
@@ -273,17 +278,21 @@ def check_resume(old: TrainingState, new: TrainingState, name: Path) -> list[str
     ]
 
 
+def with_embedding_optimizer(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a checkpoint, with what they lack where they are of an earlier version."""
+    embedding = "adamw" if settings.get("embedding_learning_rate") else "same"
+    return {"embedding_optimizer": embedding, "cautious": False} | settings
+
+
 def check_embedding_optimizer(old: dict[str, Any], new: dict[str, Any], name: Path) -> None:
     """Refuses a checkpoint with other parameter groups; UserError has the flags to continue it."""
-    used = old.get("embedding_optimizer")
-    if used is None:  # saved before the setting was
-        used = "adamw" if old.get("embedding_learning_rate") else "same"
-        old = old | {"embedding_optimizer": used, "cautious": False}
+    used = old["embedding_optimizer"]
     if used == new["embedding_optimizer"]:
         return
+    recipe = RECIPE[: -len(RECIPE_OF_SOPHIAG)] if new["optimizer"] != "sophiag" else RECIPE
     flags = [
         f"--{'finetune_' * (new['finetune'] and key in FINETUNE_NAMES)}{key}={old[key]}"
-        for key in RECIPE
+        for key in recipe
         if key in old
         and old[key] != new[key]
         and (used, key) != ("same", "embedding_learning_rate")

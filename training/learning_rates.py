@@ -39,17 +39,25 @@ EMBEDDING = PeakRate(4e-2, -1.0, 0.5)  # of the tied embedding and the norms, wh
 
 
 def with_peak_rates(config: Any, n_embd: int, block_size: int) -> Any:
-    """`config` with the rule's rates in place of those that are 0, less of them in a fine-tune."""
-    tokens = config.batch_size * config.gradient_accumulation_steps * block_size
-    rules = {"learning_rate": HIDDEN[config.optimizer], "embedding_learning_rate": EMBEDDING}
+    """`config` with rates in place of those that are 0.
+
+    They are the rule's, in a fine-tune FINETUNE_SHARE of them. If one of the two is given, the
+    other is as many times the rule's as it.
+    """
     if config.embedding_optimizer == "same":
-        rules = {}
+        return config
+    tokens = config.batch_size * config.gradient_accumulation_steps * block_size
+    hidden, embedding = HIDDEN[config.optimizer].at(n_embd, tokens), EMBEDDING.at(n_embd, tokens)
     share = FINETUNE_SHARE if config.finetune else 1.0
-    rates = {name: share * rule.at(n_embd, tokens) for name, rule in rules.items()}
+    if config.learning_rate:
+        share = config.learning_rate / hidden
+    elif config.embedding_learning_rate:
+        share = config.embedding_learning_rate / embedding
+    rates = {"learning_rate": share * hidden, "embedding_learning_rate": share * embedding}
     rates = {name: float(f"{r:.3g}") for name, r in rates.items() if not getattr(config, name)}
     return dataclasses.replace(config, **rates)
 
 
-def warmup_steps(warmup_iters: int, total_steps: int) -> int:
-    """`warmup_iters`, or if that is 0 a tenth of the run, at most MAX_WARMUP."""
-    return warmup_iters or max(1, min(MAX_WARMUP, round(total_steps / 10)))
+def warmup_steps(total_steps: int) -> int:
+    """A tenth of the run, at most MAX_WARMUP."""
+    return max(1, min(MAX_WARMUP, round(total_steps / 10)))

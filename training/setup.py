@@ -29,6 +29,7 @@ from tokenizer import Tokenizer, load_tokenizer
 from training.checks import (
     FINETUNE_NAMES,
     check_disk,
+    check_rates,
     check_resume,
     check_sample_prompt,
     check_schedule,
@@ -76,10 +77,6 @@ class TrainingRun:
     def end_row(self) -> int:
         return self.rows.rows_per_epoch * self.config.num_epochs
 
-    @property
-    def warmup_steps(self) -> int:
-        return warmup_steps(self.config.warmup_iters, self.total_steps)
-
     def advance(self) -> None:
         """Counts one step."""
         self.step, self.row = self.step + 1, min(self.row + self.rows_per_step, self.end_row)
@@ -109,6 +106,7 @@ class TrainingRun:
             self.source, checkpoint = self.checkpoint
             self.checkpoint = None  # frees its memory
             state = TrainingState.of(checkpoint, self.source)
+            self.keep_warmup(state.config)
             changes = check_resume(state, self.expected_state(state.config), self.source)
             self.trainer.restore(state)
             self.step, self.row, self.best = state.iter_num, state.data_cursor, state.best_val_loss
@@ -119,6 +117,13 @@ class TrainingRun:
         self.total_steps = self.step + steps_left
         if self.config.max_steps:
             self.total_steps = min(self.total_steps, self.config.max_steps)
+        self.keep_warmup({"warmup_iters": warmup_steps(self.total_steps)})
+
+    def keep_warmup(self, settings: Any) -> None:
+        """A warm-up that is not given is that of a continued run, which does not move with it."""
+        saved = settings.get("warmup_iters") if isinstance(settings, dict) else None
+        if not self.config.warmup_iters and type(saved) is int and saved > 0:
+            self.config = dataclasses.replace(self.config, warmup_iters=saved)
 
     def start(self) -> None:
         """The checks that need the number of steps, the summary, and compilation."""
@@ -127,8 +132,10 @@ class TrainingRun:
             self.best = math.inf  # best_model.pt is not here: any model is better
         check_schedule(config, self.total_steps, self.rows_per_step, self.end_row)
         if self.ranks.is_main:
-            state_bytes = getattr(torch, config.optimizer_state_dtype).itemsize
-            check_disk(self.out_dir, self.trainer.model, config.keep_checkpoints, state_bytes)
+            moments = first_moments(
+                self.trainer.optimizer, getattr(torch, config.optimizer_state_dtype)
+            )
+            check_disk(self.out_dir, self.trainer.model, config.keep_checkpoints, moments)
         self.print_summary()
         if config.compile:
             self.trainer.try_compile(self.rows.batch(range(config.batch_size)))
@@ -145,7 +152,7 @@ class TrainingRun:
             f"({str(trainer.dtype)[6:]}), {config.optimizer}, {self.total_steps:,} steps of "
             f"{tokens_per_step:,} tokens{ranks}"
         )
-        print(f"peak learning rates: {self.peak_rates()}, after {self.warmup_steps} steps")
+        print(f"peak learning rates: {self.peak_rates()}; warm-up {config.warmup_iters} steps")
         print(
             f"{config.data_dir}: {rows.description}; {rows.rows_per_epoch:,} rows of "
             f"{rows.block_size}, {rows.fill:.2%} full, {epochs:.3g} epochs; validation on "
@@ -219,6 +226,7 @@ def build_run(config: Any, pretrain_data_dir: str, ranks: Ranks) -> TrainingRun:
         raise UserError(f"{config.model} was replaced while it was read: run again")
     block_size = model.config.block_size
     config = with_peak_rates(config, model.config.n_embd, block_size)
+    check_rates(config)
     rows = open_rows(config.data_dir, "train", tokenizer, block_size, config.seed, config.finetune)
     validation = open_validation(config, pretrain_data_dir, tokenizer, block_size)
     max_segments = max(split.max_segments for split in (rows, *validation.values()))
