@@ -31,16 +31,20 @@ def tables(lines: list[dict[str, Any]]) -> dict[str, list[list[str]]]:
 
 
 def best_runs(lines: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """The seeds of each recipe at the settings that have most of them, then the lowest loss."""
+    """The seeds of each recipe at the settings that have most of them, then the lowest loss.
+
+    Recipes in the order of their mean losses, the highest first.
+    """
     groups: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for line in lines:
         if None not in [loss for _, loss in line["curve"]]:
             settings = json.dumps(line["settings"] | {"seed": None}, sort_keys=True)
             groups.setdefault(line["settings"]["name"], {}).setdefault(settings, []).append(line)
-    return {
+    best = {
         name: min(by_settings.values(), key=lambda runs: (-len(runs), mean(runs, "loss")))
         for name, by_settings in groups.items()
     }
+    return dict(sorted(best.items(), key=lambda item: -mean(item[1], "loss")))
 
 
 def mean(runs: list[dict[str, Any]], key: str) -> float:
@@ -81,7 +85,9 @@ def sizes_table(lines: list[dict[str, Any]]) -> list[list[str]]:
         if settings["name"] in OPTIMIZERS and settings["seed"] == 0 and line["loss"] is not None:
             size = tuple(settings[name] for name in SIZE)
             groups.setdefault((settings["name"], *size), []).append(line)
-    for (name, width, _, batch, accumulation, block, steps), runs in groups.items():
+    for (name, width, _, batch, accumulation, block, steps), runs in sorted(
+        groups.items(), key=lambda item: item[0][1:]
+    ):
         tokens = batch * accumulation * block
         optimizer = RECIPES[name].get("optimizer", "sophiag")
         rates = HIDDEN[optimizer], EMBEDDING
