@@ -52,8 +52,8 @@ num_epochs = 1  # passes over the data
 max_steps = 0  # limit of steps; 0: none, num_epochs alone decides
 
 # Optimizer
-optimizer = "sophiag"  # of the hidden matrices: "sophiag", or PyTorch's "adamw" or "muon"
-embedding_optimizer = "adamw"  # of embedding and norms; "same": one optimizer and rate for all
+optimizer = "sophiag"  # for the hidden matrices: "sophiag", or PyTorch's "adamw" or "muon"
+embedding_optimizer = "adamw"  # for embedding and norms; "same": one optimizer and rate for all
 learning_rate = 0.0  # peak of the hidden matrices' schedule; 0: by training/learning_rates.py
 embedding_learning_rate = 0.0  # peak of the embedding's and the norms'; 0: in proportion to it
 min_lr_ratio = 0.1  # the cosine schedule ends at this share of the peak
