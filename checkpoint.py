@@ -240,7 +240,8 @@ class CheckpointWriter:
             good = next(iter(checkpoints_in(self.directory)), None)
             raise UserError(
                 f"step {state.iter_num}: weights or moments are not finite any more and are not "
-                "saved: lower learning_rate or raise warmup_iters, and "
+                f"saved: lower learning_rate (now {state.config.get('learning_rate')}) or raise "
+                "warmup_iters, and "
                 + (f"continue from {good}, which is good" if good else "start anew")
             )
         thread = threading.Thread(target=self.write, args=(path, snapshot(vars(state)), best))

@@ -149,7 +149,7 @@ class Study:
         return math.inf if line["loss"] is None else line["loss"]
 
     def first_values(self, name: str) -> dict[str, float]:
-        """Where the tuning of a recipe begins, its rates scaled to the study's size."""
+        """Initial values of a recipe's tuning, its rates scaled to the study's size."""
         config = self.config
         tokens = config.batch_size * config.gradient_accumulation_steps * config.block_size
         factor = 64 / config.n_embd * math.sqrt(tokens / 4096)
@@ -159,7 +159,7 @@ class Study:
         }
 
     def untuned(self, name: str) -> dict[str, float]:
-        """The rule's rates, or for a recipe that has no rule where its tuning begins."""
+        """The rule's rates, or for a recipe that has no rule the initial values of its tuning."""
         if name not in recipes.OPTIMIZERS:
             return self.first_values(name)
         batches = {key: getattr(self.config, key) for key in ("batch_size", ACCUMULATION)}

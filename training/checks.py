@@ -58,7 +58,7 @@ PATH_SETTINGS = (
 )
 # Settings that an earlier train.py had other values of.
 RECIPE_OF_SOPHIAG = ("beta1", "beta2", "rho", "cautious")
-RECIPE = ("embedding_optimizer", "learning_rate", "embedding_learning_rate", *RECIPE_OF_SOPHIAG)
+RECIPE = ("embedding_optimizer", "learning_rate", "embedding_learning_rate")
 # Parts of the messages of PyTorch's CPU allocator, whose errors have no type of their own.
 OUT_OF_MEMORY_SIGNS = ("DefaultCPUAllocator", "Storage size calculation overflowed")
 EARLIER = ": start from an earlier checkpoint (move this one away)"
@@ -289,7 +289,7 @@ def check_embedding_optimizer(old: dict[str, Any], new: dict[str, Any], name: Pa
     used = old["embedding_optimizer"]
     if used == new["embedding_optimizer"]:
         return
-    recipe = RECIPE[: -len(RECIPE_OF_SOPHIAG)] if new["optimizer"] != "sophiag" else RECIPE
+    recipe = RECIPE + (RECIPE_OF_SOPHIAG if new["optimizer"] == "sophiag" else ())
     flags = [
         f"--{'finetune_' * (new['finetune'] and key in FINETUNE_NAMES)}{key}={old[key]}"
         for key in recipe

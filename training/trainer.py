@@ -178,8 +178,8 @@ class Trainer:
         if bad_steps >= MAX_BAD_STEPS:
             raise UserError(
                 f"no finite loss or gradient for {bad_steps} steps, none of which changed the "
-                "weights: lower learning_rate or raise warmup_iters, and continue from the last "
-                "checkpoint"
+                f"weights: lower learning_rate (now {self.config.learning_rate:g}) or raise "
+                "warmup_iters, and continue from the last checkpoint"
             )
 
     @torch.no_grad()
