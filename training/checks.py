@@ -274,7 +274,8 @@ def check_resume(old: TrainingState, new: TrainingState, name: Path) -> list[str
     return [
         f"{key} {old_config[key]!r} -> {value!r}"
         for key, value in new_config.items()
-        if key in old_config and old_config[key] != value and key not in PATH_SETTINGS
+        if key in old_config and old_config[key] != value
+        if key not in PATH_SETTINGS and not key.startswith("finetune_")  # in force by plain names
     ]
 
 
