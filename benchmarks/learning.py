@@ -13,7 +13,8 @@ TOLERANCE. Then it is trained with `seeds` seeds: all on equally many token posi
 included), all judged by the same packed rows of held-out documents. The corpus is what our recipe
 reads in one epoch. The tokenizer is Hastings cut to its first merges: with all of them most of a
 small model's time would go to its head. Kill it at any time: the next start begins with the run
-that was cut off.
+that was cut off. Recorded runs of older recipes come from earlier grids: a start trains what they
+lack.
 """
 
 import common.threads  # noqa: F401  before torch, which reads what it sets
@@ -149,7 +150,10 @@ class Study:
         return math.inf if line["loss"] is None else line["loss"]
 
     def first_values(self, name: str) -> dict[str, float]:
-        """Initial values of a recipe's tuning, its rates scaled to the study's size."""
+        """Initial values of a recipe's tuning, its rates scaled roughly to the study's size.
+
+        By one rule for all recipes, so that none begins with what was found for another.
+        """
         config = self.config
         tokens = config.batch_size * config.gradient_accumulation_steps * config.block_size
         factor = 64 / config.n_embd * math.sqrt(tokens / 4096)

@@ -92,8 +92,9 @@ def sizes_table(lines: list[dict[str, Any]]) -> list[list[str]]:
         optimizer = RECIPES[name].get("optimizer", "sophiag")
         rates = HIDDEN[optimizer], EMBEDDING
         rule = tuple(float(f"{rate.at(width, tokens):.3g}") for rate in rates)
-        best = min(runs, key=lambda run: run["loss"])
         losses = {rates_of(run): run["loss"] for run in runs}
+        runs = [run for run in runs if rates_of(run) != rule] or runs  # those of the tuning
+        best = min(runs, key=lambda run: run["loss"])
         size = [f"{width}", f"{tokens:,}", f"{steps}", f"{len(runs)}"]
         at_rule = f"{losses[rule]:.3f}" if rule in losses else ""
         cells = ["{:g}, {:g}".format(*rates_of(best)), f"{best['loss']:.3f}"]

@@ -3,7 +3,9 @@
 A rate is stated at a reference size and multiplied by powers of the width and of the tokens of a
 step, found by `python -m benchmarks.learning --study=sizes`; LOG.md has the runs. Nothing is
 measured above a width of 128 and 16,384 tokens, nor for other depths than 4: the full model's rates
-are extrapolated, and above 16,384 tokens they stay what they are there.
+are extrapolated, and above 16,384 tokens they stay what they are there. Muon's exponents are
+AdamW's, not measured. Powers of the step come from one seed, with twice the tokens in half the
+steps.
 """
 
 import dataclasses
