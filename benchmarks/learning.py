@@ -44,6 +44,7 @@ data_dir = "data/learning"  # shards with a train and a val split
 results = "benchmarks/learning.jsonl"  # a line for each finished run
 picture = "benchmarks/learning.png"  # the learning curves
 plot = False  # True: train nothing
+compile = False  # torch.compile: a quarter less time from a width of 256; losses to rounding
 study = "recipes"  # all of them, tuned; "sizes": three optimizers' rates at SIZES; "untuned"
 only = ""  # names of recipes, separated by commas; "": all
 
@@ -69,7 +70,7 @@ SIZES: tuple[dict[str, int], ...] = (
 MAX_TRIALS = 6  # values of a setting
 TOLERANCE = 0.01  # nats: an edge that is less than this better than its neighbour will do
 ACCUMULATION = "gradient_accumulation_steps"
-NOT_OF_A_RUN = ("data_dir", "results", "picture", "plot", "study", "only", "seeds")
+NOT_OF_A_RUN = ("data_dir", "results", "picture", "plot", "study", "only", "seeds", "compile")
 
 
 def make_trainer(settings: dict[str, Any]) -> Trainer:
@@ -81,11 +82,14 @@ def make_trainer(settings: dict[str, Any]) -> Trainer:
     model = GPT(GPTConfig(**{name: settings[name] for name in fields if name in settings}))
     config = with_peak_rates(config, model.config.n_embd, model.config.block_size)
     kind = recipes.OriginalTrainer if settings.get("hessian") == "original" else Trainer
+    if settings.get("cautious") and config.optimizer != "sophiag":
+        kind = recipes.CautiousTrainer
     return kind(model, config, torch.device("cpu"), torch.float32)
 
 
-def train_once(data_dir: str, settings: dict[str, Any]) -> dict[str, Any]:
+def train_once(config: Any, settings: dict[str, Any]) -> dict[str, Any]:
     """Trains one run; returns its line of `results`."""
+    data_dir, compiled = config.data_dir, config.compile
     trainer = make_trainer(settings)
     config, steps, vocab_size = trainer.config, settings["steps"], settings["vocab_size"]
     rows_per_step = config.batch_size * config.gradient_accumulation_steps
@@ -96,6 +100,8 @@ def train_once(data_dir: str, settings: dict[str, Any]) -> dict[str, Any]:
     kind = recipes.PaddedStarts if settings.get("batches") == "padded" else PackedRows
     rows = kind([corpus], block, tokenizer.pad_id, config.seed)
     validation = PackedRows([held_out], block, tokenizer.pad_id)
+    if compiled:
+        trainer.try_compile(rows.batch(range(config.batch_size)))
     starts = recipes.PaddedStarts([held_out], block, tokenizer.pad_id, seed=None)
 
     def evaluate(rows: PackedRows | recipes.PaddedStarts) -> list[float | None]:
@@ -142,7 +148,7 @@ class Study:
             if line["settings"] == settings:
                 return math.inf if line["loss"] is None else line["loss"]
         print(f"{time.strftime('%H:%M')} {name}, seed {seed}, {changes}", flush=True)
-        line = train_once(self.config.data_dir, settings)
+        line = train_once(self.config, settings)
         line |= {"hardware": f"{processor()}, {torch.get_num_threads()} thread(s)"}
         line |= {"torch": torch.__version__, "commit": git("describe", "--always", "--dirty")}
         self.lines.append(line)
@@ -164,7 +170,7 @@ class Study:
 
     def untuned(self, name: str) -> dict[str, float]:
         """The rule's rates, or for a recipe that has no rule the initial values of its tuning."""
-        if name not in recipes.OPTIMIZERS:
+        if name not in recipes.HAVE_RULE:
             return self.first_values(name)
         batches = {key: getattr(self.config, key) for key in ("batch_size", ACCUMULATION)}
         config = train_config(**recipes.RECIPES[name] | batches)

@@ -9,7 +9,7 @@ AdamW's learning rates fit it: Liu et al., 2502.16982.
 import dataclasses
 import functools
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,8 @@ from training.packing import Batch
 from training.trainer import Trainer
 
 OURS, ADAMW, MUON = OPTIMIZERS = ("ours", "AdamW", "Muon")
+ADAMW_CAUTIOUS, MUON_CAUTIOUS = ("AdamW cautious", "Muon cautious")
+HAVE_RULE = (*OPTIMIZERS, ADAMW_CAUTIOUS, MUON_CAUTIOUS)  # in training/learning_rates.py
 NOT_CAUTIOUS, PADDED, ROPE = ("ours not cautious", "ours padded", "ours lille RoPE")
 ONE_RATE, ADAMW_ONE_RATE = ("SophiaG one rate", "AdamW one rate")
 ORIGINAL, ORIGINAL_TWO_RATES = ("original", "original two rates")
@@ -43,6 +45,8 @@ RECIPES: dict[str, dict[str, Any]] = {  # what differs from train.py's constants
     OURS: {},
     ADAMW: {"optimizer": "adamw"},
     MUON: {"optimizer": "muon"},
+    ADAMW_CAUTIOUS: {"optimizer": "adamw", "cautious": True},
+    MUON_CAUTIOUS: {"optimizer": "muon", "cautious": True},
     NOT_CAUTIOUS: {"cautious": False},
     ADAMW_ONE_RATE: {"optimizer": "adamw", "embedding_optimizer": "same"},
     ONE_RATE: {  # train.py's until 2026-11
@@ -61,6 +65,8 @@ TUNED: dict[str, dict[str, float]] = {
     OURS: {"learning_rate": 3e-3, "embedding_learning_rate": 3.2e-2},
     ADAMW: {"learning_rate": 4e-3, "embedding_learning_rate": 3.2e-2},
     MUON: {"learning_rate": 1.6e-2, "embedding_learning_rate": 3.2e-2},
+    ADAMW_CAUTIOUS: {"learning_rate": 4e-3, "embedding_learning_rate": 3.2e-2},
+    MUON_CAUTIOUS: {"learning_rate": 1.6e-2, "embedding_learning_rate": 3.2e-2},
     NOT_CAUTIOUS: {"learning_rate": 2e-3, "embedding_learning_rate": 3.2e-2},
     ONE_RATE: {"learning_rate": 2e-3, "rho": 0.2},
     ADAMW_ONE_RATE: {"learning_rate": 4e-3},
@@ -126,6 +132,29 @@ class OriginalTrainer(Trainer):
         _, scale = gradient_scale(list(self.model.parameters()), loss, grad_clip=1.0)
         self.optimizer.update_hessian(grad_scale=scale)
         self.optimizer.zero_grad(set_to_none=True)
+
+
+class CautiousTrainer(Trainer):
+    """Trainer with cautious steps of an optimizer that has none itself, on the hidden matrices."""
+
+    def __init__(self, model: GPT, config: Any, device: torch.device, dtype: torch.dtype):
+        super().__init__(model, config, device, dtype)
+        hidden = self.optimizer.hidden
+        hidden.step = functools.partial(cautious_step, hidden, hidden.step)
+
+
+def cautious_step(optimizer: torch.optim.Optimizer, step: Callable, **arguments: Any) -> None:
+    """Steps, then takes back each update that does not go against its gradient.
+
+    Weight decay stays. Liang et al., arXiv 2411.16085, without their rescaling, as in SophiaG.
+    """
+    groups = [(group, p) for group in optimizer.param_groups for p in group["params"]]
+    before = [p.detach().clone() for _, p in groups]
+    step(**arguments)
+    with torch.no_grad():
+        for (group, p), old in zip(groups, before, strict=True):
+            old.mul_(1 - group["lr"] * group["weight_decay"])
+            p.copy_(torch.where((p - old) * p.grad < 0, p, old))
 
 
 @functools.cache
