@@ -1,11 +1,12 @@
 """Table and picture of the learning study, from the lines of its results."""
 
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.learning_recipes import OPTIMIZERS, RECIPES
+from benchmarks.learning_recipes import OPTIMIZERS, ORIGINAL, RECIPES
 from common.files import atomic_file
 from training.learning_rates import EMBEDDING, HIDDEN
 
@@ -54,8 +55,10 @@ def mean(runs: list[dict[str, Any]], key: str) -> float:
 def study_table(lines: list[dict[str, Any]]) -> list[list[str]]:
     """Cells of the study's table, its header first; see report.py."""
     columns = ["", "rate", "embedding's", "rho", "seeds", "loss", "std", "bits per byte"]
-    rows = [columns + ["loss of document starts", "labels/positions", "win rate"]]
-    for name, runs in best_runs(lines).items():
+    columns += ["loss of document starts", "labels/positions", "win rate"]
+    rows, best = [columns + ["positions to the original's loss"]], best_runs(lines)
+    goal = mean(best[ORIGINAL], "loss") if ORIGINAL in best else -math.inf
+    for name, runs in best.items():
         settings, losses = runs[0]["settings"], [run["loss"] for run in runs]
         bits = [run["bits_per_byte"] for run in runs if "bits_per_byte" in run]
         rows.append(
@@ -71,9 +74,21 @@ def study_table(lines: list[dict[str, Any]]) -> list[list[str]]:
                 f"{mean(runs, 'loss_of_document_starts'):.4f}",
                 f"{mean(runs, 'labels') / runs[0]['curve'][-1][0]:.3f}",
                 str(runs[0].get("win_rate", "")),
+                positions_to(goal, runs),
             ]
         )
     return rows
+
+
+def positions_to(goal: float, runs: list[dict[str, Any]]) -> str:
+    """Positions at the first evaluation at which the mean loss of `runs` is at most `goal`."""
+    points = zip(*(run["curve"] for run in runs), strict=True)
+    reached = (
+        f"{point[0][0]:,}"
+        for point in points
+        if statistics.fmean(loss for _, loss in point) <= goal
+    )
+    return next(reached, "")
 
 
 def sizes_table(lines: list[dict[str, Any]]) -> list[list[str]]:
