@@ -26,6 +26,7 @@ from benchmarks import decoding, optimizer, report, tokenizing, training_step
 from benchmarks.inputs import model_config
 from benchmarks.learning_plot import tables
 from benchmarks.timing import free_memory, limits
+from common import records
 from common.errors import UserError
 from common.files import atomic_file
 from common.settings import config_from_constants, run_script
@@ -99,9 +100,9 @@ def check_settings(config: Any) -> list[str]:
 
 def write_readme(path: Path) -> None:
     """Writes the README.md beside the results at `path`."""
-    study = tables(report.read_records(path.with_name("learning.jsonl")))
+    study = tables(records.read_records(path.with_name("learning.jsonl")))
     with atomic_file(path.with_name("README.md")) as file:
-        file.write(report.readme_text(report.read_records(path), study).encode())
+        file.write(report.readme_text(records.read_records(path), study).encode())
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -119,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
         make_folder(path.parent)  # now rather than after the measurements
     config = dataclasses.replace(config, device=device.type, dtype=str(dtype)[6:])
     torch.manual_seed(0)
-    record = report.environment(argv, device) | {"limits": limits(device)}
+    record = records.environment(["benchmark.py", *argv], device) | {"limits": limits(device)}
     rates = ", ".join(f"{name} {rate / 1e9:,.1f}e9/s" for name, rate in limits(device).items())
     print(f"{report.hardware_name(record)}, torch {torch.__version__}, {config.dtype}\n{rates}")
     if record["load"] is not None and record["load"] > 0.3 * (os.cpu_count() or 1):
@@ -132,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
             try:
                 for table in SECTIONS[name](config, device):
                     record["tables"].append({"section": name} | table)
-                    cells = report.markdown_table(report.table_cells(table))
+                    cells = records.markdown_table(report.table_cells(table))
                     print(f"\n{name}: {table['title']}\n{cells}", flush=True)
             except Exception:  # the other sections go on: their measurements are kept
                 traceback.print_exc()
@@ -142,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"\n{name} took {record['seconds'][name]:.0f} s", flush=True)
     finally:  # tables are kept, whatever ends the run
         if config.results and record["tables"]:
-            report.append_record(path, record)
+            records.append_record(path, record)
             print(f"\nadded to {path}")
     if failures:
         print(f"not finished, see above: {', '.join(failures)}", file=sys.stderr)

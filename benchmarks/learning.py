@@ -32,8 +32,8 @@ import train
 from benchmarks import learning_recipes as recipes
 from benchmarks.inputs import train_config
 from benchmarks.learning_plot import SIZE, draw, of_one_size, sizes_table, study_table
-from benchmarks.report import append_record, git, markdown_table, processor, read_records
 from common.errors import UserError
+from common.records import append_record, git, markdown_table, processor, read_records
 from common.settings import config_from_constants, run_script
 from model import GPT, GPTConfig
 from training.learning_rates import warmup_steps, with_peak_rates

@@ -14,6 +14,7 @@ import torch
 import benchmark
 from benchmarks import report, timing, tokenizing
 from benchmarks.learning_plot import tables
+from common import records
 from common.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -117,7 +118,7 @@ def test_sections_are_measured_printed_and_recorded(tmp_path, capsys, monkeypatc
     printed = capsys.readouterr().out
     assert printed.count(f"added to {results}") == 2
 
-    first, second = report.read_records(results)
+    first, second = records.read_records(results)
     assert list(first["seconds"]) == ["data", "decode"]
     assert [*second["seconds"]] == ["decode"] and "--section=decode --results" in second["command"]
     assert (
@@ -125,7 +126,7 @@ def test_sections_are_measured_printed_and_recorded(tmp_path, capsys, monkeypatc
         and first["hardware"]["threads"] >= 1
     )
     assert first["limits"]["copy_bandwidth"] > 0
-    assert first["commit"] == report.git("rev-parse", "HEAD")
+    assert first["commit"] == records.git("rev-parse", "HEAD")
     assert all(table["title"] in printed for table in first["tables"])
     assert "left out" not in printed
 
@@ -158,7 +159,7 @@ sys.exit(benchmark.main({arguments!r}))
     assert result.returncode == 0, result.stderr
     for name in ("sophia_opt", "simple_ai", "onnx"):
         assert len(re.findall(f"^skipped: .*{name}", result.stdout, re.MULTILINE)) == 1, name
-    (record,) = report.read_records(tmp_path / "r.jsonl")
+    (record,) = records.read_records(tmp_path / "r.jsonl")
     sections = 3 * ["train"] + 2 * ["optimizer"] + ["data", "decode"]
     assert [table["section"] for table in record["tables"]] == sections
     assert all(any("ours" in name for name in table["rows"]) for table in record["tables"])
@@ -182,7 +183,7 @@ def test_an_interrupted_run_keeps_what_it_has_measured(tmp_path, monkeypatch):
     path = tmp_path / "r.jsonl"
     with pytest.raises(KeyboardInterrupt):
         benchmark.main([*TINY, "--section=decode", f"--results={path}"])
-    (line,) = report.read_records(path)
+    (line,) = records.read_records(path)
     assert line["tables"] == [{"section": "decode"} | ANSWERS] and line["seconds"] == {}
 
 
@@ -191,7 +192,7 @@ def test_a_section_that_fails_leaves_the_others(tmp_path, monkeypatch, capsys):
     replace_section(monkeypatch, "decode", ANSWERS)
     path = tmp_path / "r.jsonl"
     assert benchmark.main([*TINY, "--section=train, decode", f"--results={path}"]) == 1
-    (line,) = report.read_records(path)
+    (line,) = records.read_records(path)
     assert line["tables"] == [{"section": "decode"} | ANSWERS]
     errors = capsys.readouterr().err
     assert "RuntimeError: no compiler" in errors
@@ -223,11 +224,11 @@ def test_the_readme_has_the_newest_of_each_table_on_each_machine(tmp_path):
         rows = {"theirs": row, "ours": ours | {"rate": 1e5, "share": 0.2}}
         answers = dict(section="decode", title="answers", unit="tokens/s", rows=rows)
         use = dict(section="train", title="rows", rows={"ours": {"filled": 0.5}})
-        record = report.environment(["--section=decode"], torch.device("cpu"))
+        record = records.environment(["benchmark.py", "--section=decode"], torch.device("cpu"))
         record["hardware"] = {"cpu": "a CPU", "cores": 4, "threads": 2, "gpu": gpu}
         record |= {"commit": "0123456789", "changed": True, "load": None, "tables": [answers, use]}
-        report.append_record(path, record)
-    text = report.readme_text(report.read_records(path), {"a": [["", "loss"], ["ours", "1.5"]]})
+        records.append_record(path, record)
+    text = report.readme_text(records.read_records(path), {"a": [["", "loss"], ["ours", "1.5"]]})
     assert text.count("**decode: answers**") == 2 and "| 2.00 |" not in text
     assert (
         "|        | median s |  range | tokens/s | x as fast | of limit |\n"
@@ -250,11 +251,11 @@ def test_the_committed_readme_is_what_the_command_writes(tmp_path):
     committed = (ROOT / "benchmarks" / "README.md").read_text("utf-8")
     hint = "run python benchmark.py --readme"
     assert (tmp_path / "README.md").read_text("utf-8") == committed, hint
-    assert len(tables(report.read_records(tmp_path / "learning.jsonl"))) > 1
+    assert len(tables(records.read_records(tmp_path / "learning.jsonl"))) > 1
 
 
 def test_a_damaged_record_is_named_in_one_line(tmp_path):
     path = tmp_path / "r.jsonl"
     path.write_bytes(b'{"date": "2026"}\n{"date": "20\xff')
     with pytest.raises(UserError, match="r.jsonl, line 2 is no record: delete that line$"):
-        report.read_records(path)
+        records.read_records(path)

@@ -20,6 +20,7 @@ from benchmarks.learning_recipes import (
     TUNED,
     OriginalTrainer,
     PaddedStarts,
+    cautious_step,
     small_tokenizer,
 )
 from benchmarks.learning_recipes import settings as recipe_settings
@@ -30,6 +31,7 @@ from ops.cross_entropy import IGNORE_INDEX
 from ops.sampling import sample
 from tokenizer import load_tokenizer
 from training.learning_rates import EMBEDDING, HIDDEN
+from training.optimizers import AdamW, Muon
 
 SHAPE = dict(n_layers=2, n_embd=16, n_heads=2, n_kv_heads=1, block_size=8, vocab_size=300)
 LENGTHS = (3, 8, 20, 5)
@@ -122,10 +124,14 @@ def test_each_recipe_is_what_it_is_called():
         assert config.learning_rate == 0.01
         assert (config.embedding_learning_rate > 0) == (config.embedding_optimizer == "adamw")
         assert config.dropout == trainer.model.config.dropout == 0.1 * ("original" in name)
+        if name.endswith(" cautious") and name != "ours not cautious":
+            kinds[name].append(trainer.optimizer.hidden.step.func.__name__)
     ours = ["SophiaG", "AdamW", True, True, 0.8, (0.9, 0.95)]
     original = [False, False, 0.04, (0.9, 0.95)]
     assert kinds == {
         "ours": ours,
+        "AdamW cautious": ["AdamW", "AdamW", "cautious_step"],
+        "Muon cautious": ["Muon", "AdamW", "cautious_step"],
         "ours padded": ours,
         "ours lille RoPE": ours,
         "ours not cautious": ours[:2] + [False] + ours[3:],
@@ -227,6 +233,27 @@ def test_an_untuned_study_has_the_rates_of_the_rule(tmp_path, monkeypatch):
     assert runs[1]["learning_rate"] == TUNED["original two rates"]["learning_rate"] / 2
 
 
+@pytest.mark.parametrize("kind", [AdamW, Muon])
+def test_a_cautious_step_keeps_only_updates_against_the_gradient(kind):
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(16, 8))
+    plain = torch.nn.Parameter(p.detach().clone())
+    options = {"lr": 0.1, "weight_decay": 0.1}
+    optimizer, reference = kind([p], **options), kind([plain], **options)
+    shares = []
+    for _ in range(5):
+        before, gradient = p.detach().clone(), torch.randn(16, 8)
+        plain.data.copy_(p.detach())
+        p.grad, plain.grad = gradient.clone(), gradient.clone()
+        cautious_step(optimizer, optimizer.step, grad_scale=torch.tensor(0.5))
+        reference.step(grad_scale=torch.tensor(0.5))
+        decayed = before * (1 - 0.1 * 0.1)
+        kept = (plain.detach() - decayed) * gradient < 0
+        assert torch.equal(p.detach(), torch.where(kept, plain.detach(), decayed))
+        shares.append(kept.float().mean().item())
+    assert 0.6 < min(shares[1:]) and max(shares[1:]) < 0.9
+
+
 def test_the_whole_study_and_its_picture(text_data, tmp_path, monkeypatch, capsys):
     """Every recipe trains, once; a run that is cut off leaves the finished ones alone."""
     results, picture = tmp_path / "r.jsonl", tmp_path / "r.png"
@@ -267,7 +294,7 @@ def test_the_whole_study_and_its_picture(text_data, tmp_path, monkeypatch, capsy
     assert learning.main([*arguments, "--plot"]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG") and results.read_text() == after
     printed = capsys.readouterr().out.splitlines()
-    (row,) = (line.split("|") for line in printed if line.startswith("| Muon"))
+    (row,) = (line.split("|") for line in printed if line.startswith("| Muon  "))
     losses = [line["loss"] for line in lines if line["settings"]["name"] == "Muon"]
     assert min(losses) - 1e-4 <= float(row[6]) <= max(losses) + 1e-4
     with pytest.raises(UserError, match="no finished run"):
