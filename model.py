@@ -252,18 +252,24 @@ class GPT(nn.Module):
         positions: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
         cache: KVCache | None = None,
+        mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Final normalised hidden states (B, T, C); arguments as in `forward`."""
+        """Final normalised hidden states (B, T, C); arguments as in `forward`.
+
+        `mask`, (B, 1, T, T) or (1, 1, T, T), is True where a token attends to another. Given it,
+        `positions` below `block_size` need not rise along the row, which may be longer.
+        """
         T = ids.shape[1]
-        if T > self.config.block_size:
+        if mask is None and T > self.config.block_size:
             raise ValueError(
                 f"{T} tokens do not fit the context of {self.config.block_size}: shorten the text"
             )
         x = self.dropout(self.tok_embeddings(ids))  # (B, T, C)
         autocast = torch.is_autocast_enabled(x.device.type)
         compute_dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-        mask = None
-        if cache is not None:
+        if mask is not None:
+            assert positions is not None and cache is None and cu_seqlens is None
+        elif cache is not None:
             positions, mask = cache.positions_and_mask(T)
         elif positions is None:
             positions = torch.arange(T, device=ids.device)
