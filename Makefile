@@ -38,6 +38,6 @@ $(VENV)/.installed: requirements.txt
 	$(PIP) -r requirements.txt
 	touch $@
 
-$(VENV)/.installed-dev: requirements/dev.txt requirements/export.txt $(VENV)/.installed
+$(VENV)/.installed-dev: requirements/dev.txt requirements/export.txt requirements/eval.txt $(VENV)/.installed
 	$(PIP) -r requirements/dev.txt
 	touch $@
