@@ -1,4 +1,4 @@
-"""End-to-end demo on a CPU in minutes: data, pretraining, fine-tuning, a conversation.
+"""End-to-end demo on a CPU in minutes: data, pretraining, fine-tuning, a question, evaluation.
 
     make demo          # or, in an environment with requirements.txt: python demo.py
 
@@ -9,7 +9,6 @@ is small. After an interruption the same command continues where it stopped.
 import common.threads  # noqa: F401  before torch, which reads what it sets
 
 # isort: split
-import json
 import shlex
 import subprocess
 import sys
@@ -19,9 +18,9 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.files import atomic_file
+from common.records import read_records
 from common.settings import config_from_constants, run_script
-from inference import Lille, lille
-from preparation.demo_data import HELD_OUT_QUESTION, is_right
+from preparation.demo_data import HELD_OUT_QUESTION
 from training.metrics import draw_losses, read_metrics
 
 data_dir = "data/demo"  # texts and shards
@@ -63,6 +62,15 @@ def stages(data: str, out: str) -> list[tuple[str, list[str]]]:
         "finetune_out_dir": tuned,
     }
     question = {"model": f"{tuned}/best_model.pt", "prompt": HELD_OUT_QUESTION, "temperature": 0}
+    evaluation = {
+        "model": f"{tuned}/best_model.pt",
+        "baseline": f"{base}/best_model.pt",
+        "data_dir": f"{data}/evaluation",
+        "out_dir": f"{out}/evaluation",
+        "prompt": "chat",
+        "max_new_tokens": 32,
+        "device": "cpu",
+    }
     commands = [
         ("Collect texts", "-m preparation.demo_data", {"output_dir": data}),
         ("Prepare the texts", "prepare_dataset.py", texts | {"val_split": 0.02}),
@@ -70,6 +78,7 @@ def stages(data: str, out: str) -> list[tuple[str, list[str]]]:
         ("Pretrain", "train.py", train | PRETRAIN),
         ("Fine-tune", "train.py", train | FINETUNE | finetune),
         ("Ask", "inference.py", question),
+        ("Evaluate", "evaluate.py", evaluation),
     ]
     return [
         (title, [*script.split(), *(f"--{name}={value}" for name, value in settings.items())])
@@ -94,20 +103,6 @@ def run_stage(title: str, command: list[str], out: str) -> float:
     return time.perf_counter() - started
 
 
-def held_out_answers(model: Lille, conversations: Path) -> list[tuple[str, bool]]:
-    """Greedy answers to questions in wordings that no training conversation has; which are right.
-
-    HELD_OUT_QUESTION comes first.
-    """
-    answers = []
-    for line in conversations.read_text("utf-8").splitlines():
-        row = json.loads(line)
-        model.reset_chat()
-        answer = model.chat(row["messages"][0]["content"], do_sample=False).strip()
-        answers.append((answer, is_right(answer, row["answer"])))
-    return answers
-
-
 def draw_curves(out: Path, picture: Path) -> None:
     """Draws the losses of both training stages side by side."""
     from matplotlib.figure import Figure
@@ -128,14 +123,12 @@ def main(argv: list[str] | None = None) -> int:
         title: run_stage(title, command, config.output_dir)
         for title, command in stages(config.data_dir, config.output_dir)
     }
-    print("\n=== Ask what was held out", flush=True)
     tuned = f"{config.output_dir}/finetune/best_model.pt"
-    conversations = Path(config.data_dir, "conversations_heldout.jsonl")
-    answers = held_out_answers(lille("torch", tuned, device="cpu"), conversations)
-    n_right = sum(right for _, right in answers)
-    print(f"{n_right} of {len(answers)} questions in wordings it never saw are answered right")
-    print(f"{HELD_OUT_QUESTION} {answers[0][0]}")
-
+    lines = read_records(Path(config.output_dir, "evaluation", "results.jsonl"))
+    record = next(line for line in reversed(lines) if line["model"]["name"] == tuned)
+    right = record["tasks"]["demo_questions"]["metrics"]["right"]
+    n_right = round(right["value"] * right["n"])
+    print(f"\n{n_right} of {right['n']} questions in wordings it never saw are answered right")
     if config.picture:
         draw_curves(Path(config.output_dir), Path(config.picture))
     print("\nSeconds: " + ", ".join(f"{title} {seconds:.0f}" for title, seconds in times.items()))
@@ -144,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
         f'Ask on: python inference.py --model={tuned} --prompt="Who are you?"\n'
         "Next: your own text, python prepare_dataset.py --input_file_path=... and python train.py"
     )
-    if not answers[0][1] or 2 * n_right <= len(answers):
+    if right["value"] <= 0.5:
         print("that is worse than it should be: please report it with the output above")
         return 1
     return 0

@@ -18,6 +18,8 @@ from typing import Any
 
 from checkpoint import load_checkpoint, load_model, model_from_checkpoint
 from common.errors import UserError
+from common.files import file_sha256
+from common.records import read_records
 from common.settings import config_from_constants, run_script
 from common.signals import terminated_as_interrupted
 from formats import write_gguf, write_hf, write_onnx
@@ -28,6 +30,7 @@ from tokenizer import Tokenizer, load_tokenizer
 model = "checkpoints_ft/best_model.pt"  # a .pt, a folder, a hub id, or "130m-instruct"
 format = "hf"  # "hf", "onnx" or "gguf"
 output_dir = ""  # folder to write, gguf: or a .gguf file; "": beside the model, named after it
+evaluations = "evaluations"  # evaluate.py's out_dir: the card shows the model's newest results
 dtype = ""  # hf: float32, float16, bfloat16; onnx: fp32, fp16, int8; gguf: f32, f16, q8_0
 
 DTYPES = {"hf": write_hf.DTYPES, "onnx": write_onnx.DTYPES, "gguf": write_gguf.DTYPES}
@@ -76,6 +79,25 @@ def training_facts(state: dict[str, Any]) -> dict[str, str]:
     return facts | {f"Training: {name}": str(settings[name]) for name in names}
 
 
+def evaluation_facts(path: Path, evaluations: str) -> dict[str, str]:
+    """Rows of the model card about the newest evaluation of a checkpoint on each task."""
+    if not path.is_file():
+        return {}
+    facts, sha256 = {}, file_sha256(path)
+    for line in read_records(Path(evaluations, "results.jsonl")):
+        if line["model"]["sha256"] != sha256:
+            continue
+        n_shots = line["settings"]["n_shots"]
+        for task, result in line["tasks"].items():
+            for metric, e in list(result["metrics"].items())[:1]:
+                chance = result["chance"] if metric.startswith("acc") else None
+                facts[f"Evaluation: {task}, {metric}, {n_shots}-shot"] = (
+                    f"{e['value']:.4f}, 95 % interval {e['low']:.4f} to {e['high']:.4f}, "
+                    f"{e['n']:,} items" + (f", chance {chance:.4f}" if chance else "")
+                )
+    return facts
+
+
 def check_settings(format: str, dtype: str, model: str, target: Path) -> None:
     """Raises UserError for wrong settings before a model is read."""
     if format not in DTYPES:
@@ -115,7 +137,8 @@ def main(argv: list[str] | None = None) -> int:
     with terminated_as_interrupted():
         if config.format == "hf":
             dtype = config.dtype or str(gpt.tok_embeddings.weight.dtype).removeprefix("torch.")
-            write_hf.export_hf(gpt, tokenizer, target, dtype, training_facts(state))
+            facts = training_facts(state) | evaluation_facts(path, config.evaluations)
+            write_hf.export_hf(gpt, tokenizer, target, dtype, facts)
         elif config.format == "onnx":
             write_onnx.export_onnx(gpt, tokenizer, target, config.dtype or "fp32")
         else:

@@ -7,6 +7,7 @@ pretrain.txt                 English that comes with Python: its manual pages an
 conversations.jsonl          questions about a few facts, to fine-tune on
 conversations_heldout.jsonl  the same facts asked in wordings that training never uses; each line
                              has an extra "answer", the words that a right reply contains
+evaluation/demo_*.jsonl      those questions as tasks for evaluate.py, in words and as a choice
 
 The same seed and version of Python give the same bytes. The facts are in demo_topics.json.
 """
@@ -143,6 +144,28 @@ def held_out_conversations() -> list[dict[str, Any]]:
     return lines
 
 
+def evaluation_tasks(seed: int) -> dict[str, list[dict[str, Any]]]:
+    """Tasks of evaluate.py by name: the held-out questions, answered in words and by choice.
+
+    A choice is between four replies of a topic, of which one is right.
+    """
+    rng, tasks = random.Random(seed), {"demo_questions": [], "demo_choices": []}
+    for line in held_out_conversations():
+        question = line["messages"][0]["content"]
+        tasks["demo_questions"].append({"question": question, "answer": line["answer"]})
+    for topic in load_topics().values():
+        answers = sorted(set(topic["facts"].values()))
+        for i, (subject, answer) in enumerate(topic["facts"].items() if len(answers) >= 4 else ()):
+            wordings = questions(topic["held_out"], subject)
+            choices = rng.sample([other for other in answers if other != answer], 3) + [answer]
+            rng.shuffle(choices)
+            replies = [" " + topic["reply"].format(x=subject, answer=choice) for choice in choices]
+            item = {"context": f"Question: {wordings[i % len(wordings)]}\nAnswer:"}
+            item |= {"choices": replies, "answer": choices.index(answer)}
+            tasks["demo_choices"].append(item)
+    return tasks
+
+
 SKIPPED_FOLDERS = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages"}
 COMMENT_BLOCK = re.compile(r"(?:^[ \t]*#.*\n){2,}", re.MULTILINE)
 
@@ -201,8 +224,10 @@ def main(argv: list[str] | None = None) -> None:
         "conversations.jsonl": "".join(json.dumps(line) + "\n" for line in training),
         "conversations_heldout.jsonl": "".join(json.dumps(line) + "\n" for line in held_out),
     }
+    for name, items in evaluation_tasks(config.seed).items():
+        contents[f"evaluation/{name}.jsonl"] = "".join(json.dumps(item) + "\n" for item in items)
     folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "evaluation").mkdir(parents=True, exist_ok=True)
     for name, text in contents.items():
         with atomic_file(folder / name) as file:
             file.write(text.encode())

@@ -57,7 +57,7 @@ def test_two_runs_are_byte_identical_even_with_other_hash_seeds(folder, tmp_path
     environment = os.environ | {"PYTHONHASHSEED": "12345"}
     command = [sys.executable, "-m", "preparation.demo_data", f"--output_dir={tmp_path}"]
     subprocess.run(command, check=True, env=environment, cwd=ROOT)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FILES)  # no temporary files
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*FILES, "evaluation"])
     for name in FILES:
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes(), name
 

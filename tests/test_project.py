@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {
     *("train", "model", "sophia_triton", "prepare_dataset", "prepare_dataset_fineweb", "inference"),
     *("export", "benchmark", "demo", "checkpoint", "tokenizer", "dataset"),
+    *("evaluate", "prepare_evaluation"),
 }
 # Each line imports only from the lines above it; modules of one folder may import each other.
 ORDER = (
@@ -25,8 +26,8 @@ ORDER = (
     ("model", "tokenizer", "dataset", "sophia_triton"),
     ("hastings", "preparation", "formats"),
     ("checkpoint", "prepare_dataset", "prepare_dataset_fineweb"),
-    ("training", "generation", "export"),
-    ("train", "inference"),
+    ("training", "generation", "export", "evaluation"),
+    ("train", "inference", "evaluate", "prepare_evaluation"),
     ("demo",),
     ("benchmarks",),
     ("benchmark",),
@@ -200,6 +201,7 @@ def test_gpu_tests_are_collected_without_optional_packages():
 def test_every_setting_is_explained():
     """--help shows the comment behind a constant: each has one, which reads by itself."""
     scripts = "train prepare_dataset prepare_dataset_fineweb inference export benchmark demo"
+    scripts += " evaluate prepare_evaluation"
     for name in scripts.split():
         module = importlib.import_module(name)
         _, descriptions = read_comments(ROOT / f"{name}.py")
@@ -224,7 +226,7 @@ def test_readme_names_every_script_and_folder():
 
 def test_requirements_are_pinned():
     paths = [ROOT / "requirements.txt", *(ROOT / "requirements").glob("*.txt")]
-    assert len(paths) == 5
+    assert len(paths) == 6
     for path in paths:
         for line in path.read_text().splitlines():
             if line and not line.startswith(("#", "-r")):

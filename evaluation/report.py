@@ -1,0 +1,239 @@
+"""Tables, comparisons, records and pictures of evaluations."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.files import atomic_file
+from evaluation import contamination, intervals
+from evaluation.intervals import Difference, Estimate
+from evaluation.runner import chance, item_values, metrics
+from evaluation.tasks import Item, Task, bare
+
+# Tasks of the mean; OpenBookQA's 500 items are too noisy for it.
+CORE = (
+    "arc_easy arc_challenge hellaswag piqa commonsense_qa social_iqa winogrande mmlu lambada"
+).split()
+LOWER_IS_BETTER = ("bits_per_byte", "gold_bits_per_byte")
+
+
+@dataclass
+class TaskResult:
+    """The results of one model on one task."""
+
+    task: Task
+    results: list[Item]
+    counts: dict[str, int]  # items with shots dropped, contexts cut, and left out
+    metrics: dict[str, Estimate] = field(init=False)
+    chance: float | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.metrics = metrics(self.task, self.results) if self.results else {}
+        ids = {result["id"] for result in self.results}
+        items = [item for item in self.task.items if item["id"] in ids]
+        self.chance = chance(self.task, items) if items else None
+
+    @property
+    def primary(self) -> str:
+        return next(iter(self.metrics), "")
+
+    def record(self) -> dict[str, Any]:
+        """As it stands in results.jsonl."""
+        return {
+            "kind": self.task.kind,
+            "sha256": self.task.sha256,
+            "items": len(self.results),
+            **self.counts,
+            "chance": self.chance,
+            "metrics": {name: finite(estimate) for name, estimate in self.metrics.items()},
+        }
+
+
+def finite(estimate: Estimate) -> dict[str, Any]:
+    """The fields of an estimate; an infinite one, which JSON does not have, is None."""
+    fields = dataclasses.asdict(estimate).items()
+    return {name: None if math.isinf(value) else value for name, value in fields}
+
+
+def core_mean(results: dict[str, TaskResult]) -> Estimate | None:
+    """The unweighted mean of the primary metrics of the CORE tasks, where there are several."""
+    found = [r.metrics[r.primary] for name, r in results.items() if name in CORE and r.metrics]
+    return intervals.macro_mean(found) if len(found) > 1 else None
+
+
+def number(value: float) -> str:
+    return f"{value:.4f}"
+
+
+def results_table(results: dict[str, TaskResult]) -> list[list[str]]:
+    """Cells of the table of one model, its header first."""
+    rows = [["", "metric", "value", "95 % interval", "chance", "items", "gold bits/byte", "cut"]]
+    for name, result in results.items():
+        for metric, e in result.metrics.items():
+            if metric not in (result.primary, "acc", "acc_pmi", "strict", "flexible", "loose"):
+                continue
+            gold = result.metrics.get("gold_bits_per_byte")
+            chance = result.chance if metric.startswith("acc") else None
+            rows.append(
+                [
+                    name,
+                    metric,
+                    number(e.value),
+                    f"{number(e.low)} to {number(e.high)}",
+                    "" if chance is None else number(chance),
+                    f"{e.n:,}",
+                    f"{gold.value:.3f} ± {gold.high - gold.value:.3f}" if gold else "",
+                    counts_text(result.counts),
+                ]
+            )
+    if e := core_mean(results):
+        interval = f"{number(e.low)} to {number(e.high)}"
+        rows.append(["mean of core tasks", "", number(e.value), interval, "", f"{e.n:,}", "", ""])
+    return rows
+
+
+def counts_text(counts: dict[str, int]) -> str:
+    """What did not fit the context, in words."""
+    texts = [f"{n:,} {name.replace('_', ' ')}" for name, n in counts.items() if n]
+    return ", ".join(texts)
+
+
+def compare(
+    first: dict[str, TaskResult], second: dict[str, TaskResult], names: tuple[str, str]
+) -> dict[str, tuple[Difference, float, str]]:
+    """Of each task that both have: the difference on their common items, Holm's p, a sentence.
+
+    The metric is the primary one.
+    """
+    differences = {}
+    for name in first.keys() & second.keys():
+        a, b = first[name], second[name]
+        common = {r["id"] for r in a.results} & {r["id"] for r in b.results}
+        if common and a.metrics:
+            values = [
+                item_values(x.task, [r for r in x.results if r["id"] in common]) for x in (a, b)
+            ]
+            (ours, clusters), (theirs, _) = values
+            metric = a.primary
+            pair = intervals.paired_ratios if isinstance(ours[metric], tuple) else intervals.paired
+            differences[name] = pair(ours[metric], theirs[metric], clusters)
+    names_in_order = [name for name in first if name in differences]
+    adjusted = intervals.holm([differences[name].p_value for name in names_in_order] or [1.0])
+    found = {}
+    for name, p in zip(names_in_order, adjusted, strict=False):
+        metric = first[name].primary
+        sentence = intervals.verdict(
+            differences[name], p, *names, lower_is_better=metric in LOWER_IS_BETTER
+        )
+        found[name] = differences[name], p, f"{name} ({metric}): {sentence}"
+    return found
+
+
+def contamination_items(task: Task, results: dict[str, TaskResult]) -> list[contamination.Item]:
+    """The evaluated items of a task as they may stand in other text, without its template."""
+    ids = {result["id"] for result in results[task.name].results}
+    found = []
+    for item in task.items:
+        if item["id"] not in ids:
+            continue
+        gold = item.get("continuation", "")
+        if task.kind == "choice":
+            question, gold = item["context"], item["choices"][item["answer"]]
+        elif task.kind == "schema":
+            question = item["contexts"][item["answer"]]
+        elif task.kind == "generated":
+            question, gold = item["question"], item["answer"]
+        else:
+            question = item.get("context") or item.get("prompt") or item["text"]
+        found.append(contamination.Item(str(item["id"]), bare(question), gold))
+    return found
+
+
+def contamination_table(
+    results: dict[str, TaskResult], scans: dict[str, contamination.Report]
+) -> list[list[str]]:
+    """Cells of a table: how many items stand in the shards, and the scores with and without."""
+    rows = [
+        ["", "items", "clean", "partly", "dirty", "too short", "with gold", "all", "clean only"]
+    ]
+    rows[0].append("all - clean")
+    for name, scan in scans.items():
+        counts, result = scan.counts(), results[name]
+        held = [match.held for match in scan.matches].count("question and gold")
+        cells = [f"{len(scan.matches):,}", *(f"{n:,}" for n in counts.values()), f"{held:,}"]
+        clean = scan.mask(contamination.CLEAN)
+        value = item_values(result.task, result.results)[0].get(result.primary)
+        if value is not None and clean.any():
+            parts = value if isinstance(value, tuple) else (value, np.ones(len(value)))
+            alone = intervals.ratio(*(part[clean] for part in parts))
+            if not isinstance(value, tuple) and value.dtype == bool:
+                alone = intervals.share(value[clean])
+            e = result.metrics[result.primary]
+            cells += [
+                f"{number(e.value)} ({number(e.low)} to {number(e.high)})",
+                f"{number(alone.value)} ({number(alone.low)} to {number(alone.high)})",
+                f"{e.value - alone.value:+.4f}",
+            ]
+        rows.append([name, *cells, *[""] * (len(rows[0]) - 1 - len(cells))])
+    return rows
+
+
+def contamination_record(scans: dict[str, contamination.Report], data_dir: str) -> dict[str, Any]:
+    """What results.jsonl says of a scan: counts of each task, and the items that are not clean."""
+    tokens = next(iter(scans.values())).tokens
+    tasks = {}
+    for name, scan in scans.items():
+        found = [match for match in scan.matches if match.longest]
+        tasks[name] = scan.counts() | {"found": [dataclasses.asdict(match) for match in found]}
+    return {"data_dir": data_dir, "tokens": tokens, "tasks": tasks}
+
+
+def draw(models: Sequence[tuple[str, int | None, dict[str, TaskResult]]], path: Path) -> None:
+    """A picture: each task's primary metric with its interval and chance line, a mark a model.
+
+    `models` are (name, step, results); where all have a step and there are several, the metric is
+    drawn over the steps instead.
+    """
+    from matplotlib.figure import Figure
+
+    tasks = [name for name, result in models[0][2].items() if result.metrics]
+    steps = [step for _, step, _ in models]
+    over_steps = len(models) > 1 and None not in steps
+    n_columns = min(4, len(tasks)) or 1
+    n_rows = math.ceil(len(tasks) / n_columns) or 1
+    figure = Figure(figsize=(3.2 * n_columns, 2.6 * n_rows), layout="constrained")
+    panels = figure.subplots(n_rows, n_columns, squeeze=False).flat
+    for axes, task in zip(panels, tasks, strict=False):
+        for number_, (name, step, results) in enumerate(models):
+            if task not in results or not results[task].metrics:
+                continue
+            e = results[task].metrics[results[task].primary]
+            error = np.array([[e.value - e.low], [e.high - e.value]])
+            at = step if over_steps else number_
+            color = "C0" if over_steps else f"C{number_}"
+            axes.errorbar(
+                [at], [e.value], yerr=error, fmt="o", ms=4, capsize=3, color=color, label=name
+            )
+        result = models[0][2][task]
+        if result.chance is not None and result.primary.startswith("acc"):
+            axes.axhline(result.chance, color="0.5", ls="--", lw=1)
+        axes.set_title(f"{task} ({result.primary})", fontsize=9)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.3)
+        if over_steps:
+            axes.set_xlabel("step", fontsize=8)
+        else:
+            axes.set_xticks([])
+            axes.set_xlim(-0.6, len(models) - 0.4)
+    for axes in list(panels)[len(tasks) :]:
+        axes.set_visible(False)
+    if not over_steps:
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", fontsize=8)
+    with atomic_file(path) as file:
+        figure.savefig(file, dpi=110, format="png")
