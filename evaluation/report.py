@@ -12,7 +12,7 @@ import numpy as np
 from common.files import atomic_file
 from evaluation import contamination, intervals
 from evaluation.intervals import Difference, Estimate
-from evaluation.runner import chance, item_values, metrics
+from evaluation.runner import chance, estimate_of, item_values, metrics
 from evaluation.tasks import Item, Task, bare
 
 # Tasks of the mean; OpenBookQA's 500 items are too noisy for it.
@@ -158,28 +158,22 @@ def contamination_table(
     results: dict[str, TaskResult], scans: dict[str, contamination.Report]
 ) -> list[list[str]]:
     """Cells of a table: how many items stand in the shards, and the scores with and without."""
-    rows = [
-        ["", "items", "clean", "partly", "dirty", "too short", "with gold", "all", "clean only"]
-    ]
-    rows[0].append("all - clean")
+    columns = ["items", "clean", "partly", "dirty", "too short", "with gold"]
+    rows = [["", *columns, "all", "clean only", "dirty only", "all - clean"]]
     for name, scan in scans.items():
-        counts, result = scan.counts(), results[name]
+        result, whole = results[name], results[name].metrics.get(results[name].primary)
         held = [match.held for match in scan.matches].count("question and gold")
-        cells = [f"{len(scan.matches):,}", *(f"{n:,}" for n in counts.values()), f"{held:,}"]
-        clean = scan.mask(contamination.CLEAN)
-        value = item_values(result.task, result.results)[0].get(result.primary)
-        if value is not None and clean.any():
-            parts = value if isinstance(value, tuple) else (value, np.ones(len(value)))
-            alone = intervals.ratio(*(part[clean] for part in parts))
-            if not isinstance(value, tuple) and value.dtype == bool:
-                alone = intervals.share(value[clean])
-            e = result.metrics[result.primary]
-            cells += [
-                f"{number(e.value)} ({number(e.low)} to {number(e.high)})",
-                f"{number(alone.value)} ({number(alone.low)} to {number(alone.high)})",
-                f"{e.value - alone.value:+.4f}",
-            ]
-        rows.append([name, *cells, *[""] * (len(rows[0]) - 1 - len(cells))])
+        counts = [len(scan.matches), *scan.counts().values(), held]
+        parts = [whole, None, None]
+        values, clusters = item_values(result.task, result.results)
+        for n, status in enumerate((contamination.CLEAN, contamination.DIRTY), 1):
+            if whole and scan.mask(status).any():
+                parts[n] = estimate_of(values[result.primary], clusters, scan.mask(status))
+        change = f"{whole.value - parts[1].value:+.4f}" if parts[1] else ""
+        texts = [
+            f"{number(e.value)} ({number(e.low)} to {number(e.high)})" if e else "" for e in parts
+        ]
+        rows.append([name, *(f"{count:,}" for count in counts), *texts, change])
     return rows
 
 

@@ -246,16 +246,20 @@ def cut(text: str, ends: list[str]) -> str:
 def metrics(task: Task, results: list[Item]) -> dict[str, Estimate]:
     """All metrics of a task by name, the primary one first; empty for a judged task."""
     values, clusters = item_values(task, results)
-    found = {}
-    for name, value in values.items():
-        if isinstance(value, tuple):
-            found[name] = intervals.ratio(*value, clusters=clusters)
-        elif value.dtype == bool:
-            found[name] = intervals.share(value, clusters=clusters)
-        else:
-            found[name] = intervals.mean(value, clusters=clusters)
+    found = {name: estimate_of(value, clusters) for name, value in values.items()}
     primary = PRIMARY.get(task.kind)
     return {name: found[name] for name in sorted(found, key=lambda name: name != primary)}
+
+
+def estimate_of(
+    value: Any, clusters: np.ndarray | None, mask: np.ndarray | slice = slice(None)
+) -> Estimate:
+    """The estimate of a metric from its values by item, of those that `mask` chooses."""
+    clusters = None if clusters is None else clusters[mask]
+    if isinstance(value, tuple):
+        return intervals.ratio(value[0][mask], value[1][mask], clusters)
+    kind = intervals.share if value.dtype == bool else intervals.mean
+    return kind(value[mask], clusters)
 
 
 def item_values(task: Task, results: list[Item]) -> tuple[dict[str, Any], np.ndarray | None]:
