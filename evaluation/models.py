@@ -20,7 +20,7 @@ from checkpoint import check_tokenizer, load_checkpoint, model_from_checkpoint
 from common.errors import UserError, one_line
 from formats.pretrained import gpt_from_folder, quiet_transformers, read_json, resolve_model
 from model import GPT
-from tokenizer import load_tokenizer
+from tokenizer import Tokenizer, load_tokenizer
 
 LONGEST_CONTEXT = 8192  # tokens; of peers that allow more
 
@@ -53,8 +53,8 @@ class LanguageModel(Protocol):
 class Lille:
     """Our model."""
 
-    def __init__(self, gpt: GPT, step: int | None = None):
-        self.gpt, self.tokenizer = gpt.eval(), load_tokenizer()
+    def __init__(self, gpt: GPT, step: int | None = None, tokenizer: Tokenizer | None = None):
+        self.gpt, self.tokenizer = gpt.eval(), tokenizer or load_tokenizer()
         self.facts = {"parameters": gpt.n_parameters(), "step": step}
         self.block_size = gpt.config.block_size
         self.device = gpt.tok_embeddings.weight.device
@@ -175,10 +175,10 @@ def open_model(name: str, device: str = "cpu", dtype: torch.dtype = torch.float3
         return open_peer(name, device, dtype, Path(name).parent, gguf_file=Path(name).name)
     path = resolve_model(name)
     if path.is_file():
-        state = load_checkpoint(path)
-        check_tokenizer(state.get("tokenizer_sha256"), path, load_tokenizer().sha256)
-        step = state.get("iter_num")
-        return Lille(model_from_checkpoint(state, path).to(device, dtype), step)
+        state, tokenizer = load_checkpoint(path), load_tokenizer()
+        check_tokenizer(state.get("tokenizer_sha256"), path, tokenizer.sha256)
+        model = model_from_checkpoint(state, path).to(device, dtype)
+        return Lille(model, state.get("iter_num"), tokenizer)
     if has_our_tokenizer(path):
         return Lille(gpt_from_folder(path).to(device, dtype))
     return open_peer(name, device, dtype, path)

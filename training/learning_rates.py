@@ -2,10 +2,10 @@
 
 A rate is stated at a reference size and multiplied by powers of the width and of the tokens of a
 step, found by `python -m benchmarks.learning --study=sizes`; LOG.md has the runs. Nothing is
-measured above a width of 128 and 16,384 tokens, nor for other depths than 4: the full model's rates
-are extrapolated, and above 16,384 tokens they stay what they are there. Muon's exponents are
-AdamW's, not measured. Powers of the step come from one seed, with twice the tokens in half the
-steps.
+measured above a width of 256 and 16,384 tokens: the full model's rates are extrapolated, and above
+16,384 tokens they stay what they are there. Exponents come from one seed and rates by factors of 2;
+those of the step from 64 wide, with twice the tokens in half the steps, and Muon's there are
+AdamW's, not measured.
 """
 
 import dataclasses
