@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.learning_recipes import OPTIMIZERS, ORIGINAL, RECIPES
+from benchmarks.learning_recipes import OPTIMIZERS, ORIGINAL, OURS, RECIPES
 from common.files import atomic_file
 from training.learning_rates import EMBEDDING, HIDDEN
 
@@ -108,7 +108,9 @@ def sizes_table(lines: list[dict[str, Any]]) -> list[list[str]]:
         rates = HIDDEN[optimizer], EMBEDDING
         rule = tuple(float(f"{rate.at(width, tokens):.3g}") for rate in rates)
         losses = {rates_of(run): run["loss"] for run in runs}
-        runs = [run for run in runs if rates_of(run) != rule] or runs  # those of the tuning
+        runs = [run for run in runs if rates_of(run) != rule]  # those of the tuning
+        if not runs:
+            continue
         best = min(runs, key=lambda run: run["loss"])
         size = [f"{width}", f"{tokens:,}", f"{steps}", f"{len(runs)}"]
         at_rule = f"{losses[rule]:.3f}" if rule in losses else ""
@@ -122,22 +124,30 @@ def rates_of(run: dict[str, Any]) -> tuple[float, float]:
 
 
 def draw(lines: list[dict[str, Any]], picture: Path) -> None:
-    """The learning curves: the mean over seeds in a band from lowest to highest."""
+    """The learning curves: the mean over seeds in a band from lowest to highest.
+
+    Recipes of one seed are left out where others have several.
+    """
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    for number, (name, runs) in enumerate(best_runs(lines).items()):
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes, colors, best = figure.subplots(), colormaps["tab20"].colors, best_runs(lines)
+    several = {name: runs for name, runs in best.items() if len(runs) > 1} or best
+    for number, (name, runs) in enumerate(several.items()):
         tokens = [n / 1e6 for n, _ in runs[0]["curve"]]
         losses = list(zip(*([loss for _, loss in run["curve"]] for run in runs), strict=True))
         lows, highs = list(map(min, losses)), list(map(max, losses))
-        label = f"{name} ({len(runs)} seed{'s' * (len(runs) > 1)})"
-        style = {"color": f"C{number}", "ls": "-" if len(runs) > 1 else "--", "label": label}
+        label = f"{statistics.fmean(run['loss'] for run in runs):.2f} {name}"
+        style = {"color": colors[2 * number % 20 + number // 10], "label": label}
+        style |= {"color": "black", "lw": 2} if name == OURS else {}
         axes.plot(tokens, list(map(statistics.fmean, losses)), **style)
         axes.fill_between(tokens, lows, highs, color=style["color"], alpha=0.2, linewidth=0)
     axes.set(ylabel="validation loss (nats per token)")
     axes.set(xlabel="million token positions, padding included")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    n_seeds = max((len(runs) for runs in several.values()), default=0)
+    title = f"last loss, {n_seeds} seed{'s' * (n_seeds > 1)}"
+    figure.legend(title=title, fontsize=8, title_fontsize=8, loc="outside right upper")
     with atomic_file(picture) as file:
         figure.savefig(file, dpi=110, format="png")
