@@ -24,14 +24,13 @@ import glob
 import hashlib
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from checkpoint import step_in_name
+from checkpoint import CHECKPOINT, step_in_name
 from common import records
 from common.errors import UserError, printable
 from common.files import atomic_file, file_sha256, locked
@@ -73,9 +72,12 @@ judge_workers = 4  # requests at a time
 
 # Machine
 device = ""  # "": cuda or mps where there is one, else cpu
-dtype = "float32"  # bfloat16 and float16 are faster on a GPU, and off by about 0.01 nats a token
+dtype = "float32"  # bfloat16 and float16 are faster on a GPU, and off by some 0.02 nats a token
 row_tokens = 1024  # length of a row of sequences that share their beginnings
 
+# Of a line of results.jsonl; the others are about the run.
+RECORDED = ("model", "settings", "tasks", "core_mean", "contamination", "baseline", "differences")
+RECORDED += ("judge",)
 OPENAI_URL = "https://api.openai.com/v1"
 
 
@@ -84,14 +86,14 @@ class Evaluation:
 
     def __init__(self, name: str, config: Any, settings: Settings):
         self.name, self.config, self.settings = name, config, settings
-        self.path = Path(name) if name.endswith(".gguf") else resolve_model(name)
+        self.path = Path(name) if Path(name).is_file() else resolve_model(name, with_tokenizer=True)
         self.sha256 = weights_sha256(self.path)
         made_of = json.dumps([self.sha256, vars(settings), config.dtype], sort_keys=True)
         key = hashlib.sha256(made_of.encode()).hexdigest()[:10]
-        self.folder = Path(config.out_dir) / f"{self.path.stem}-{key}"
+        self.short_name = self.path.stem if self.path.is_file() else Path(name).name
+        self.folder = Path(config.out_dir) / f"{self.short_name}-{key}"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.results: dict[str, TaskResult] = {}
-        self.seconds = 0.0
 
     @functools.cached_property
     def scorer(self) -> Scorer:
@@ -111,12 +113,12 @@ class Evaluation:
 
     def run(self, task: Task) -> None:
         """Evaluates a task, with a progress bar."""
-        started, bar = time.perf_counter(), None
+        bar = None
 
         def done(parts: int, total: int) -> None:
             nonlocal bar
             if bar is None:
-                name = printable(f"{self.path.stem} {task.name}")
+                name = printable(f"{self.short_name} {task.name}")
                 bar = tqdm(total=total, initial=parts, desc=name, unit="row", leave=False)
             bar.update(parts - bar.n)
 
@@ -124,7 +126,6 @@ class Evaluation:
         results, counts = evaluate_task(scorer, task, self.settings, self.folder, done)
         if bar is not None:
             bar.close()
-        self.seconds += time.perf_counter() - started
         self.results[task.name] = TaskResult(task, results, counts)
 
     def record(self) -> dict[str, Any]:
@@ -139,11 +140,12 @@ class Evaluation:
 
 
 def weights_sha256(path: Path) -> str:
-    """Of a file; of a folder, of its configuration, weights and tokenizer."""
+    """Of a file, or of all files of a folder but documentation."""
     if path.is_file():
         return file_sha256(path)
-    files = [path / "config.json", path / "tokenizer.json", *sorted(path.glob("*.safetensors"))]
-    hashes = [f"{file.name} {file_sha256(file)}" for file in files if file.is_file()]
+    files = [file for file in sorted(path.iterdir()) if file.is_file()]
+    files = [file for file in files if file.suffix != ".md" and file.name[0] != "."]
+    hashes = [f"{file.name} {file_sha256(file)}" for file in files]
     return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 
@@ -164,7 +166,7 @@ def model_names(setting: str) -> list[str]:
     names = []
     for name in (part.strip() for part in setting.split(",")):
         if any(character in name for character in "*?["):
-            found = sorted(glob.glob(name), key=lambda path: (step_in_name(Path(path)), path))
+            found = sorted(glob.glob(name), key=lambda path: (step_of(path), path))
             if not found:
                 raise UserError(f"--model={name}: no file fits this pattern: check the path")
             names += found
@@ -175,11 +177,21 @@ def model_names(setting: str) -> list[str]:
     return names
 
 
+def step_of(path: str) -> int:
+    """The step in a checkpoint's name; other names come last."""
+    return step_in_name(Path(path)) if CHECKPOINT.fullmatch(Path(path).name) else sys.maxsize
+
+
 def load_tasks(config: Any) -> list[Task]:
     """The tasks that are evaluated; of "all" those are left out, with a line, that cannot be."""
     chosen = []
     for path in find_tasks(Path(config.data_dir), config.tasks):
         task = read_task(path)
+        ties = sum(
+            len(set(item.get("choices", ()))) < len(item.get("choices", ())) for item in task.items
+        )
+        if ties:
+            print(f"{task.name}: {ties:,} items have a choice twice, of which the first is taken")
         try:
             check_form(task, config.n_shots, config.form, config.prompt)
             if task.kind == "instructions":
@@ -192,7 +204,9 @@ def load_tasks(config: Any) -> list[Task]:
                 raise
             print(f"left out: {error}")
     if not chosen:
-        raise UserError("no task is left: see the lines above")
+        raise UserError("no task is left to evaluate: set --tasks=all, or see the lines above")
+    if config.judge and not any(task.kind == "judged" for task in chosen):
+        raise UserError("--judge compares answers to a judged task: there is none among --tasks")
     return chosen
 
 
@@ -206,16 +220,26 @@ def check_settings(config: Any) -> None:
             raise UserError(f"--{name}={getattr(config, name)} must be one of {', '.join(allowed)}")
     if config.dtype not in ("float32", "bfloat16", "float16"):
         raise UserError(f"--dtype={config.dtype} must be float32, bfloat16 or float16")
-    for name, least in {"limit": 0, "n_shots": 0, "max_new_tokens": 1, "row_tokens": 1}.items():
+    for name, least in {
+        "limit": 0,
+        "n_shots": 0,
+        "max_new_tokens": 1,
+        "row_tokens": 1,
+        "judge_workers": 1,
+    }.items():
         if getattr(config, name) < least:
             raise UserError(f"--{name}={getattr(config, name)} must be at least {least}")
     if config.judge and not config.baseline:
         raise UserError("--judge compares with the answers of another model: set --baseline")
 
 
-def scan_tasks(tasks: list[Task], evaluation: Evaluation, config: Any) -> dict[str, Report]:
+def scan_tasks(tasks: list[Task], evaluations: list[Evaluation], config: Any) -> dict[str, Report]:
     """Looks for the items that were evaluated in the training shards, all in one pass."""
-    items = {task.name: contamination_items(task, evaluation.results) for task in tasks}
+    items = {}
+    for task in tasks:
+        results = (e.results[task.name].results for e in evaluations)
+        ids = {result["id"] for part in results for result in part}
+        items[task.name] = contamination_items(task, ids)
     with tqdm(desc="looking for items", unit="token", unit_scale=True, leave=False) as bar:
 
         def progress(tokens: int, total: int) -> None:
@@ -273,9 +297,14 @@ def gold_of(item: dict[str, Any]) -> str:
 
 
 def append_once(path: Path, record: dict[str, Any], command: list[str]) -> None:
-    """Adds the record of an evaluation, unless the last one of the same model is equal."""
-    same = [line for line in records.read_records(path) if record.items() <= line.items()]
-    if not same:
+    """Adds the record of an evaluation, unless the last one with the same settings is equal."""
+    record = json.loads(json.dumps(record))
+    kept = [
+        {name: line.get(name) for name in RECORDED}
+        for line in records.read_records(path)
+        if all(line.get(name) == record[name] for name in ("model", "settings"))
+    ]
+    if not kept or kept[-1] != {name: record.get(name) for name in RECORDED}:
         environment = records.environment(["evaluate.py", *command], torch.device("cpu"))
         records.append_record(path, environment | record)
 
@@ -297,7 +326,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"\n{printable(evaluation.name)}, {evaluation.facts['parameters']:,} parameters")
             print(records.markdown_table(report.results_table(evaluation.results)))
             vars(evaluation).pop("scorer", None)  # its memory
-        scans = scan_tasks(tasks, evaluations[0], config) if config.contamination else {}
+        scans = scan_tasks(tasks, evaluations, config) if config.contamination else {}
         for evaluation in evaluations:
             record = evaluation.record()
             if scans:
@@ -305,7 +334,7 @@ def main(argv: list[str] | None = None) -> int:
                 print(records.markdown_table(report.contamination_table(evaluation.results, scans)))
                 record["contamination"] = report.contamination_record(scans, config.contamination)
             if base:
-                both = (evaluation.path.stem, base.path.stem)
+                both = (evaluation.short_name, base.short_name)
                 if both[0] == both[1]:
                     both = (evaluation.name, base.name)
                 found = report.compare(evaluation.results, base.results, both)

@@ -87,14 +87,16 @@ def evaluation_facts(path: Path, evaluations: str) -> dict[str, str]:
     for line in read_records(Path(evaluations, "results.jsonl")):
         if line["model"]["sha256"] != sha256:
             continue
-        n_shots = line["settings"]["n_shots"]
+        settings = line["settings"]
+        how = f"{settings['n_shots']}-shot, {settings['form']}, {settings['prompt']} prompt"
         for task, result in line["tasks"].items():
             for metric, e in list(result["metrics"].items())[:1]:
                 chance = result["chance"] if metric.startswith("acc") else None
-                facts[f"Evaluation: {task}, {metric}, {n_shots}-shot"] = (
-                    f"{e['value']:.4f}, 95 % interval {e['low']:.4f} to {e['high']:.4f}, "
-                    f"{e['n']:,} items" + (f", chance {chance:.4f}" if chance else "")
-                )
+                texts = [f"{e['value']:.4f}"]
+                if None not in (e["low"], e["high"]):
+                    texts.append(f"95 % interval {e['low']:.4f} to {e['high']:.4f}")
+                texts += [f"{e['n']:,} items"] + ([f"chance {chance:.4f}"] if chance else [])
+                facts[f"Evaluation: {task}, {metric}, {how}"] = ", ".join(texts)
     return facts
 
 

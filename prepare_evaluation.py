@@ -201,6 +201,7 @@ def prepare(output: Path, name: str, found: Found, entries: dict[str, Any]) -> N
     if twin.exists():
         raise UserError(f"{twin} is a task of the same name: move it away")
     task = read_task(path)
+    earlier = entries.get(name, {}).get("files", {})
     entries[name] = {
         "kind": task.kind,
         "items": len(task.items),
@@ -215,6 +216,10 @@ def prepare(output: Path, name: str, found: Found, entries: dict[str, Any]) -> N
     with interrupts_deferred():
         for file_name in files:
             os.replace(folder / file_name, output / file_name)
+        for file_name in earlier.keys() - files.keys():  # examples that this source does not have
+            stale = output / file_name
+            if stale.is_file() and file_sha256(stale) == earlier[file_name]:
+                stale.unlink()
         write_manifest(output / "manifest.json", manifest)
     shutil.rmtree(folder)
 

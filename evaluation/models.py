@@ -18,7 +18,7 @@ import torch
 
 from checkpoint import check_tokenizer, load_checkpoint, model_from_checkpoint
 from common.errors import UserError, one_line
-from formats.pretrained import gpt_from_folder, quiet_transformers, read_json, resolve_model
+from formats.pretrained import CONFIG, gpt_from_folder, quiet_transformers, read_json, resolve_model
 from model import GPT
 from tokenizer import Tokenizer, load_tokenizer
 
@@ -98,6 +98,8 @@ class Peer:
         self.check(name)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        if not texts:  # which a fast tokenizer refuses
+            return []
         return self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
 
     def logits(
@@ -113,7 +115,8 @@ class Peer:
         return output.logits[0]
 
     def n_bytes(self, token: int) -> int:
-        return len(self.tokenizer.decode([token]).encode())
+        text = self.tokenizer.decode([token])
+        return 1 if "\ufffd" in text else len(text.encode())  # a part of a character
 
     def prompt_ids(self, text: str, chat: bool) -> list[int]:
         if not chat:
@@ -173,7 +176,7 @@ def open_model(name: str, device: str = "cpu", dtype: torch.dtype = torch.float3
         if not Path(name).is_file():
             raise UserError(f"{name} is not there: give the path of a .gguf file")
         return open_peer(name, device, dtype, Path(name).parent, gguf_file=Path(name).name)
-    path = resolve_model(name)
+    path = resolve_model(name, with_tokenizer=True)
     if path.is_file():
         state, tokenizer = load_checkpoint(path), load_tokenizer()
         check_tokenizer(state.get("tokenizer_sha256"), path, tokenizer.sha256)
@@ -185,11 +188,12 @@ def open_model(name: str, device: str = "cpu", dtype: torch.dtype = torch.float3
 
 
 def has_our_tokenizer(folder: Path) -> bool:
-    """Whether a folder has the vocabulary of Hastings, or no tokenizer at all."""
-    path = folder / "tokenizer.json"
+    """Whether a folder has the vocabulary of Hastings, or one of its size and no tokenizer."""
+    path, tokenizer = folder / "tokenizer.json", load_tokenizer()
     if not path.is_file():
-        return True
-    ours, theirs = json.loads(load_tokenizer().json_text), read_json(path)
+        others = any(folder.glob("tokenizer*")) or (folder / "vocab.json").is_file()
+        return not others and read_json(folder / CONFIG).get("vocab_size") == tokenizer.vocab_size
+    ours, theirs = json.loads(tokenizer.json_text), read_json(path)
     return theirs.get("model", {}).get("vocab") == ours["model"]["vocab"]
 
 

@@ -60,9 +60,13 @@ def finite(estimate: Estimate) -> dict[str, Any]:
     return {name: None if math.isinf(value) else value for name, value in fields}
 
 
+def core_tasks(results: dict[str, TaskResult]) -> list[str]:
+    return [name for name in CORE if name in results and results[name].metrics]
+
+
 def core_mean(results: dict[str, TaskResult]) -> Estimate | None:
     """The unweighted mean of the primary metrics of the CORE tasks, where there are several."""
-    found = [r.metrics[r.primary] for name, r in results.items() if name in CORE and r.metrics]
+    found = [results[name].metrics[results[name].primary] for name in core_tasks(results)]
     return intervals.macro_mean(found) if len(found) > 1 else None
 
 
@@ -74,6 +78,9 @@ def results_table(results: dict[str, TaskResult]) -> list[list[str]]:
     """Cells of the table of one model, its header first."""
     rows = [["", "metric", "value", "95 % interval", "chance", "items", "gold bits/byte", "cut"]]
     for name, result in results.items():
+        if not result.metrics:
+            n = f"{len(result.results):,}"
+            rows.append([name, "", "", "", "", n, "", counts_text(result.counts)])
         for metric, e in result.metrics.items():
             if metric not in (result.primary, "acc", "acc_pmi", "strict", "flexible", "loose"):
                 continue
@@ -93,7 +100,8 @@ def results_table(results: dict[str, TaskResult]) -> list[list[str]]:
             )
     if e := core_mean(results):
         interval = f"{number(e.low)} to {number(e.high)}"
-        rows.append(["mean of core tasks", "", number(e.value), interval, "", f"{e.n:,}", "", ""])
+        name = f"mean of {len(core_tasks(results))} of {len(CORE)} core tasks"
+        rows.append([name, "", number(e.value), interval, "", f"{e.n:,}", "", ""])
     return rows
 
 
@@ -134,9 +142,8 @@ def compare(
     return found
 
 
-def contamination_items(task: Task, results: dict[str, TaskResult]) -> list[contamination.Item]:
-    """The evaluated items of a task as they may stand in other text, without its template."""
-    ids = {result["id"] for result in results[task.name].results}
+def contamination_items(task: Task, ids: set[str | int]) -> list[contamination.Item]:
+    """Items of a task as they may stand in other text, without its template."""
     found = []
     for item in task.items:
         if item["id"] not in ids:
@@ -164,11 +171,12 @@ def contamination_table(
         result, whole = results[name], results[name].metrics.get(results[name].primary)
         held = [match.held for match in scan.matches].count("question and gold")
         counts = [len(scan.matches), *scan.counts().values(), held]
-        parts = [whole, None, None]
+        parts, status = [whole, None, None], {match.id: match.status for match in scan.matches}
+        statuses = np.array([status.get(str(r["id"])) for r in result.results])
         values, clusters = item_values(result.task, result.results)
-        for n, status in enumerate((contamination.CLEAN, contamination.DIRTY), 1):
-            if whole and scan.mask(status).any():
-                parts[n] = estimate_of(values[result.primary], clusters, scan.mask(status))
+        for n, name_of_part in enumerate((contamination.CLEAN, contamination.DIRTY), 1):
+            if whole and (chosen := statuses == name_of_part).any():
+                parts[n] = estimate_of(values[result.primary], clusters, chosen)
         change = f"{whole.value - parts[1].value:+.4f}" if parts[1] else ""
         texts = [
             f"{number(e.value)} ({number(e.low)} to {number(e.high)})" if e else "" for e in parts
@@ -197,7 +205,7 @@ def draw(models: Sequence[tuple[str, int | None, dict[str, TaskResult]]], path: 
 
     tasks = [name for name, result in models[0][2].items() if result.metrics]
     steps = [step for _, step, _ in models]
-    over_steps = len(models) > 1 and None not in steps
+    over_steps = steps[0] is not None and len(set(steps) - {None}) > 1
     n_columns = min(4, len(tasks)) or 1
     n_rows = math.ceil(len(tasks) / n_columns) or 1
     figure = Figure(figsize=(3.2 * n_columns, 2.6 * n_rows), layout="constrained")
@@ -208,6 +216,9 @@ def draw(models: Sequence[tuple[str, int | None, dict[str, TaskResult]]], path: 
                 continue
             e = results[task].metrics[results[task].primary]
             error = np.array([[e.value - e.low], [e.high - e.value]])
+            if over_steps and step is None:  # the baseline
+                axes.axhline(e.value, color="C1", lw=1, label=name)
+                continue
             at = step if over_steps else number_
             color = "C0" if over_steps else f"C{number_}"
             axes.errorbar(

@@ -55,6 +55,7 @@ class Plan:
 
     pairs: list[Pair] = field(default_factory=list)
     owners: list[tuple[int, int]] = field(default_factory=list)
+    n_bytes: dict[int, int] = field(default_factory=dict)  # of a text, that are predicted
     counts: dict[str, int] = field(
         default_factory=lambda: {"shots_dropped": 0, "contexts_cut": 0, "left_out": 0}
     )
@@ -64,12 +65,18 @@ def make_plan(task: Task, items: list[Item], scorer: Scorer, settings: Settings)
     """Pairs that fit the model's context.
 
     If one alternative of an item is too long, all lose whole examples, the first ones first, then
-    the beginning of their contexts; an item with a continuation that is too long is left out.
+    the beginning of their contexts, to one length. Left out are items with a continuation that is
+    too long, or without a token of its own, and chats that are too long.
     """
     plan, block_size = Plan(), scorer.model.block_size
     if task.kind == "text":
         encoded = scorer.model.encode([item["text"] for item in items])
         for number, ids in enumerate(encoded):
+            n_bytes = len(items[number]["text"].encode()) - scorer.model.n_bytes(ids[0])
+            if len(ids) == 1 or n_bytes <= 0:  # nothing is predicted
+                plan.counts["left_out"] += 1
+                continue
+            plan.n_bytes[number] = n_bytes
             for start in range(0, len(ids) - 1, block_size):
                 plan.pairs.append((ids[start : start + 1], ids[start + 1 : start + 1 + block_size]))
                 plan.owners.append((number, 0))
@@ -90,14 +97,18 @@ def make_plan(task: Task, items: list[Item], scorer: Scorer, settings: Settings)
                 too_long.append(i)
                 continue
             plan.counts["shots_dropped"] += n_shots < settings.n_shots
-            if max(len(b) for _, b in pairs) > block_size:
+            room = block_size + 1 - max(len(b) for _, b in pairs)
+            is_cut = any(len(a) > room for a, _ in pairs)
+            if room < 1 or not all(b for _, b in pairs) or (is_cut and settings.prompt == "chat"):
                 plan.counts["left_out"] += 1
                 continue
-            fitted = [scorer.fit(*pair) for pair in pairs]
+            fitted = [(a[-room:], b) for a, b in pairs]
             plan.counts["contexts_cut"] += fitted != pairs
             plan.pairs += fitted
             plan.owners += [(i, alternative) for alternative in range(len(pairs))]
         left = too_long
+        if not left:
+            break
     if settings.pmi and task.kind == "choice":
         kept = sorted({i for i, _ in plan.owners})
         texts = [(i, k, c) for i in kept for k, c in enumerate(items[i]["choices"])]
@@ -112,10 +123,9 @@ def run_parts(path: Path, parts: list[Any], work: Callable[[Any], Any], done: Do
 
     The file has a line for each finished part, in order; a line torn by a kill is dropped.
     """
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    results = [json.loads(line) for line in lines]
+    results = read_lines(path) if path.exists() else []
     with open(path, "r+b" if path.exists() else "wb") as file:
-        file.truncate(sum(len(line) + 1 for line in lines))
+        file.truncate(sum(len(json.dumps(result)) + 1 for result in results))
         file.seek(0, 2)
         done(len(results), len(parts))
         for number in range(len(results), len(parts)):
@@ -124,6 +134,17 @@ def run_parts(path: Path, parts: list[Any], work: Callable[[Any], Any], done: Do
             file.flush()
             done(number + 1, len(parts))
     return results
+
+
+def read_lines(path: Path) -> list[Any]:
+    """The JSON lines of a file up to the first that is torn or damaged."""
+    lines = []
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
 
 
 def evaluate_task(
@@ -138,9 +159,9 @@ def evaluate_task(
     items = task.sample(settings.limit, settings.seed)
     made_of = {"task": task.sha256, "settings": vars(settings)}
     if path.is_file():
-        head, *results = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-        if head["made_of"] == made_of:
-            return results, head["counts"]
+        lines = read_lines(path)
+        if lines and lines[0]["made_of"] == made_of:
+            return lines[1:], lines[0]["counts"]
     scorer = scorer_of()
     begun = made_of | {"row_tokens": scorer.row_tokens}
     started = folder / f"{task.name}.started"
@@ -159,7 +180,7 @@ def evaluate_task(
         raise UserError(f"{task.name}: {error}") from None
     with atomic_file(path) as file:
         for line in ({"made_of": made_of, "counts": counts}, *results):
-            file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+            file.write(json.dumps(line).encode() + b"\n")
     parts_path.unlink()
     started.unlink()
     return results, counts
@@ -175,7 +196,7 @@ def score_items(
     scores = {pair: values for part in scored for pair, *values in part}
     results: dict[int, Item] = {}
     for pair, (i, alternative) in enumerate(plan.owners):
-        logprob, greedy, n_tokens = scores.get(pair, (0.0, True, 0))
+        logprob, greedy, n_tokens = scores[pair]
         result = results.setdefault(i, {"id": items[i]["id"]})
         if alternative < 0:
             result.setdefault("without_context", []).append(logprob)
@@ -185,19 +206,23 @@ def score_items(
             result.setdefault("tokens", []).append(n_tokens)
     for i, result in results.items():
         if task.kind == "choice":
-            result["predicted"] = {k: int(v.argmax()) for k, v in choice_scores(items[i], result)}
+            named = choice_scores(items[i], result, settings.form)
+            result["predicted"] = {name: int(values.argmax()) for name, values in named}
         elif task.kind == "text":
-            first = plan.pairs[plan.owners.index((i, 0))][0][0]
-            result["bytes"] = len(items[i]["text"].encode()) - scorer.model.n_bytes(first)
+            result["bytes"] = plan.n_bytes[i]
     return [results[i] for i in sorted(results)], plan.counts
 
 
-def choice_scores(item: Item, result: Item) -> Iterator[tuple[str, np.ndarray]]:
+def choice_scores(item: Item, result: Item, form: str) -> Iterator[tuple[str, np.ndarray]]:
     """What the prediction of each kind of accuracy is the highest of; ties go to the first.
 
-    Lengths are without the blank that a choice begins with, as in lm-evaluation-harness.
+    Lengths are without the blank that a choice begins with, as in lm-evaluation-harness. Letters
+    have one length.
     """
     logprobs = np.array(result["logprobs"])
+    if form == "letters":
+        yield "acc", logprobs
+        return
     texts = [choice.removeprefix(" ") for choice in item["choices"]]
     yield "acc", logprobs
     yield "acc_norm", logprobs / np.maximum(1, [len(text) for text in texts])
@@ -270,19 +295,21 @@ def item_values(task: Task, results: list[Item]) -> tuple[dict[str, Any], np.nda
     by_id = {item["id"]: item for item in task.items}
     items = [by_id[result["id"]] for result in results]
     clusters = None
-    if any("cluster" in item for item in items):
-        clusters = np.array([str(item.get("cluster", item["id"])) for item in items])
+    if any(item.get("cluster") is not None for item in items):
+        names = [item.get("cluster") for item in items]
+        names = [
+            f"id {r['id']}" if c is None else str(c) for c, r in zip(names, results, strict=True)
+        ]
+        clusters = np.array(names)
     gold = [item.get("answer", 0) for item in items]
     pairs, values = list(zip(items, results, gold, strict=True)), {}
     if task.kind == "choice":
         for name in results[0]["predicted"] if results else ():
             values[name] = np.array([r["predicted"][name] == g for _, r, g in pairs])
         values["gold_prob"] = np.array([softmax(r["logprobs"])[g] for _, r, g in pairs])
-        sizes = [len(item["choices"][g].encode()) for item, _, g in pairs]
-        values["gold_bits_per_byte"] = (
-            bits([r["logprobs"][g] for _, r, g in pairs]),
-            np.array(sizes),
-        )
+        if "acc_norm" in values:
+            sizes = np.array([len(item["choices"][g].encode()) for item, _, g in pairs])
+            values["gold_bits_per_byte"] = bits([r["logprobs"][g] for _, r, g in pairs]), sizes
     elif task.kind == "schema":
         values["acc"] = np.array([int(np.argmax(r["logprobs"])) == g for _, r, g in pairs])
         values["gold_prob"] = np.array([softmax(r["logprobs"])[g] for _, r, g in pairs])

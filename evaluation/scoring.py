@@ -184,7 +184,7 @@ class Scorer:
         at, targets = torch.from_numpy(at).to(device), torch.from_numpy(row.targets).to(device)
         logprobs = logits[at, targets] - logits.logsumexp(dim=1)[at]
         greedy = (logits.argmax(dim=1)[at] == targets).cpu().numpy()
-        logprobs = logprobs.double().cpu().numpy()
+        logprobs = logprobs.cpu().double().numpy()
         pairs, at, counts = np.unique(row.pairs, return_inverse=True, return_counts=True)
         sums = np.bincount(at, logprobs)
         all_greedy = np.bincount(at, greedy) == counts

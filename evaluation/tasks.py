@@ -61,14 +61,14 @@ class Task:
         if not limit or len(self.items) <= limit:
             return self.items
         rank = {item["id"]: hashlib.sha256(f"{seed} {item['id']}".encode()) for item in self.items}
-        chosen = sorted(rank, key=lambda name: rank[name].digest())[:limit]
-        return [item for item in self.items if item["id"] in set(chosen)]
+        chosen = set(sorted(rank, key=lambda name: rank[name].digest())[:limit])
+        return [item for item in self.items if item["id"] in chosen]
 
 
 def read_task(path: Path) -> Task:
     """The task in a file; UserError, with the line, for what is not one."""
     items, kind = [], ""
-    for number, row in enumerate(read_rows(path), 1):
+    for number, row in read_rows(path):
         where = f"{path}, {'line' if path.suffix == '.jsonl' else 'row'} {number}"
         try:
             item_kind = check_item(row)
@@ -77,9 +77,11 @@ def read_task(path: Path) -> Task:
         kind = kind or item_kind
         if item_kind != kind:
             raise UserError(f"{where} is of kind {item_kind}, the first of {kind}: use two files")
-        items.append({"id": f"{path.stem}-{number - 1}"} | row)
+        items.append({"id": f"{path.stem}-{len(items)}"} | row)
     if not items:
         raise UserError(f"{path} holds no item: give at least one line")
+    if kind == "generated" and len({STRICT.search(item["answer"]) is None for item in items}) > 1:
+        raise UserError(f"{path} has answers with and without '#### number': use two files")
     ids = [item["id"] for item in items]
     if repeated := {name for name in ids if ids.count(name) > 1} if len(set(ids)) < len(ids) else 0:
         raise UserError(f"{path}: the id {sorted(map(str, repeated))[0]} stands at two items")
@@ -98,14 +100,14 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path}: not UTF-8 at byte {error.start}: save it as UTF-8") from None
 
 
-def read_rows(path: Path) -> list[Any]:
-    """The objects of a .jsonl or .parquet file, blank lines left out of a .jsonl."""
+def read_rows(path: Path) -> list[tuple[int, Any]]:
+    """The numbered objects of a .jsonl or .parquet file, without the blank lines of a .jsonl."""
     if path.suffix == ".parquet":
         import pyarrow.parquet as pq
         from pyarrow import ArrowException
 
         try:
-            return pq.read_table(path).to_pylist()
+            return list(enumerate(pq.read_table(path).to_pylist(), 1))
         except (ArrowException, OSError) as error:
             raise UserError(
                 f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}"
@@ -114,7 +116,7 @@ def read_rows(path: Path) -> list[Any]:
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
             try:
-                rows.append(json.loads(line))
+                rows.append((number, json.loads(line)))
             except (ValueError, RecursionError) as error:
                 reason = getattr(error, "msg", str(error))
                 raise UserError(f"{path}, line {number}: not JSON ({reason}): correct it") from None
@@ -138,12 +140,14 @@ def check_item(row: Any) -> str:
             raise ValueError("at least two texts are needed to choose from")
         if not 0 <= row["answer"] < len(alternatives):
             raise ValueError(f"answer {row['answer']} is not one of 0 to {len(alternatives) - 1}")
-    texts = alternatives if kind == "choice" else [row.get("continuation", "x")]
-    texts = [*texts, *(row[name] for name in ("text", "question", "prompt") if name in row)]
-    if not all(text.strip() for text in texts):
+    if kind == "generated" and row.keys() & {"choices", "options"}:
+        raise ValueError("choices need a context, such as 'Question: ...\\nAnswer:', and an index")
+    texts = [text for name in KINDS[kind] if isinstance(text := row[name], str)]
+    if not all(text.strip() for text in [*texts, *(alternatives or ())]):
         raise ValueError("a text is empty")
     if not isinstance(row.get("id", ""), str | int):
         raise ValueError("id must be a text or a number")
+    json.dumps(row, ensure_ascii=False, default=str).encode()  # a lone surrogate: UnicodeError
     return kind
 
 
@@ -172,6 +176,8 @@ def check_form(task: Task, n_shots: int, form: str, prompt: str) -> None:
     """UserError where a task has no such shots or form."""
     if prompt == "chat" and n_shots:
         raise UserError("--prompt=chat is without examples: set --n_shots=0")
+    if n_shots and task.kind in ("text", "generated", "instructions", "judged"):
+        raise UserError(f"{task.name} has no examples to put before it: set --n_shots=0")
     if task.kind in ("choice", "schema", "last_word") and n_shots > len(task.shots):
         raise UserError(
             f"{task.name} has {len(task.shots)} examples, fewer than --n_shots={n_shots}: put "
@@ -182,6 +188,8 @@ def check_form(task: Task, n_shots: int, form: str, prompt: str) -> None:
             raise UserError("--form=letters is without examples, which are cloze: set --n_shots=0")
         if not all(item["context"].endswith(CUE) for item in task.items):
             raise UserError(f"{task.name} has no '{CUE.strip()}' to put letters before: use cloze")
+        if max(len(item["choices"]) for item in task.items) > len(LETTERS):
+            raise UserError(f"{task.name} has more choices than there are letters: use cloze")
 
 
 def reply_metrics(item: Item, reply: str) -> dict[str, bool]:

@@ -26,14 +26,17 @@ VERSIONS = {
 }
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # owner/name
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+TOKENIZER_FILES = ("tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json")
+TOKENIZER_FILES += ("chat_template.jinja", "generation_config.json")
 FILE_TYPES = (".pt", ".pth", ".bin", ".safetensors", ".onnx", ".gguf")
 
 
-def resolve_model(name: str | Path) -> Path:
+def resolve_model(name: str | Path, with_tokenizer: bool = False) -> Path:
     """The file or the folder, with a config.json, of a model; downloads it if it is on the Hub.
 
-    `name` is a path, a hub id, or one of VERSIONS; an existing path comes first. Raises UserError
-    for anything else, and when neither the Hub nor the local cache has the model.
+    `name` is a path, a hub id, or one of VERSIONS; an existing path comes first. `with_tokenizer`:
+    its tokenizer is downloaded too. Raises UserError for anything else, and when neither the Hub
+    nor the local cache has the model.
     """
     path = Path(name)
     if path.is_file() or (path / CONFIG).is_file():
@@ -41,7 +44,7 @@ def resolve_model(name: str | Path) -> Path:
     repo_id = VERSIONS.get(str(name), str(name))
     is_path = path.exists() or path.suffix in FILE_TYPES or Path(repo_id).parent.is_dir()
     if HUB_ID.fullmatch(repo_id) and not is_path:
-        return download(repo_id)
+        return download(repo_id, TOKENIZER_FILES if with_tokenizer else ())
     what = "a folder without config.json" if path.is_dir() else "not there"
     raise UserError(
         f"{name} is {what}: give the path of a .pt checkpoint or of an exported folder, a hub "
@@ -107,7 +110,7 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         raise UserError(f"{path.name} is missing: fetch or export it again") from None
 
 
-def download(repo_id: str) -> Path:
+def download(repo_id: str, also: tuple[str, ...] = ()) -> Path:
     """The folder in the local cache with a model's config.json and safetensors, of one commit.
 
     Downloads what the cache lacks, and verifies its sha256; what is cached is enough without a
@@ -126,7 +129,7 @@ def download(repo_id: str) -> Path:
         def __init__(self, *args: Any, **kwargs: Any):
             super().__init__(*args, **kwargs | {"disable": True})
 
-    files = {"allow_patterns": [CONFIG, INDEX, "model*.safetensors"]}
+    files = {"allow_patterns": [CONFIG, INDEX, "model*.safetensors", *also]}
 
     def limit_waiting(request: Any) -> None:  # snapshot_download would wait for ever
         limits = request.extensions["timeout"]

@@ -247,6 +247,8 @@ def test_what_is_too_long_loses_shots_then_its_beginning(folder, tmp_path):
     plan = make_plan(task, task.items, scorer, Settings(n_shots=5))
     assert plan.counts == {"shots_dropped": 3, "contexts_cut": 1, "left_out": 1}
     assert {item for item, _ in plan.owners} == {0, 1}
+    lengths = {len(a) for (a, _), (i, _) in zip(plan.pairs, plan.owners, strict=True) if i == 1}
+    assert len(lengths) == 1  # all alternatives of the item lose the same part
     first = TOKENIZER.decode(plan.pairs[0][0])
     n_kept = first.count("barks")
     assert 0 < n_kept < 5 and first.startswith("Question: Which animal barks")
@@ -267,6 +269,33 @@ def test_letters_put_the_choices_before_the_answer(folder):
         "Question: Which animal has number 0?\n A. the dog\n B. the cat indeed\n"
         " C. the cow indeed indeed\nAnswer:"
     )
+
+
+def test_letters_have_one_length(folder, tmp_path):
+    evaluate.main(arguments(folder, out_dir=tmp_path, tasks="animals", form="letters"))
+    record = json.loads((tmp_path / "results.jsonl").read_text())
+    assert list(record["tasks"]["animals"]["metrics"]) == ["acc", "gold_prob"]
+
+
+def test_any_id_is_read_back(folder, tmp_path):
+    items = [{"id": name, **choice(n)} for n, name in enumerate(("a\u20280", "b\x85", "ü", "7"))]
+    write_task(tmp_path / "tasks", "odd", [*items, {"id": 7, **choice(4)}])
+    for _ in range(2):
+        evaluate.main(
+            arguments(folder, out_dir=tmp_path / "out", data_dir=tmp_path / "tasks", tasks="odd")
+        )
+    (line,) = (tmp_path / "out" / "results.jsonl").read_text().splitlines()
+    assert json.loads(line)["tasks"]["odd"]["items"] == 5
+
+
+def test_the_newest_record_is_of_the_last_run(folder, tmp_path):
+    for n in (9, 4, 9, 9):
+        write_task(tmp_path / "tasks", "animals", TASKS["animals"][:n])
+        evaluate.main(
+            arguments(folder, out_dir=tmp_path, data_dir=tmp_path / "tasks", tasks="animals")
+        )
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [line["tasks"]["animals"]["items"] for line in lines] == [9, 4, 9]
 
 
 @pytest.mark.parametrize(
@@ -354,6 +383,8 @@ def test_a_judge_that_is_a_local_model(folder, tmp_path, capsys):
         ({"context": "a", "choices": [" b"], "answer": 0}, "line 2: at least two texts"),
         ({"context": "a", "choices": [" b", " "], "answer": 0}, "line 2: a text is empty"),
         ({"context": "a", "choices": [" b", " c"], "answer": "0"}, "line 2: answer must be a int"),
+        ({"context": " ", "choices": [" b", " c"], "answer": 0}, "line 2: a text is empty"),
+        ({"question": "a", "choices": ["b", "c"], "answer": "B"}, "line 2: choices need a context"),
         ({"text": "prose"}, "line 2 is of kind text, the first of choice: use two files"),
         ({"words": 1}, "line 2: its columns words are of no kind of task"),
         ([1], "line 2: a list, expected an object"),
@@ -387,6 +418,9 @@ def test_mistakes_in_a_task_are_one_line(folder, tmp_path, row, message):
         ({"n_shots": 1, "form": "letters", "tasks": "animals"}, "set --n_shots=0"),
         ({"tasks": "essays"}, "needs a judge"),
         ({"judge": "x"}, "set --baseline"),
+        ({"judge": "x", "baseline": "y", "tasks": "animals"}, "there is none among --tasks"),
+        ({"judge_workers": 0}, "at least 1"),
+        ({"n_shots": 1, "tasks": "sums"}, "has no examples"),
         ({"device": "nonsense"}, "cannot be used here"),
         ({"limit": -1}, "at least 0"),
         ({"contamination": "/nowhere", "tasks": "animals"}, "/nowhere"),

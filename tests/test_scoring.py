@@ -174,9 +174,17 @@ def test_an_exported_folder_and_transformers_give_the_same(gpt, tmp_path):
 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", attn_implementation="sdpa")
     peer = Scorer(Peer(model, AutoTokenizer.from_pretrained(tmp_path / "hf"), "hf"))
-    assert peer.model.block_size == 64
+    assert peer.model.block_size == 64 and peer.model.encode([]) == []
     expected = ours.loglikelihoods(TEXTS)
     assert_close(peer.loglikelihoods(TEXTS), [(s.logprob, s.greedy) for s in expected])
+
+
+@pytest.mark.parametrize(("vocab_size", "ours"), [(32768, True), (49152, False)])
+def test_a_folder_without_a_tokenizer_is_ours_by_its_size(tmp_path, vocab_size, ours):
+    (tmp_path / "config.json").write_text(f'{{"vocab_size": {vocab_size}}}')
+    assert has_our_tokenizer(tmp_path) is ours
+    (tmp_path / "tokenizer.model").touch()
+    assert not has_our_tokenizer(tmp_path)
 
 
 def test_a_model_that_ignores_the_mask_is_refused(tmp_path):
