@@ -61,14 +61,14 @@ def write_task(folder: Path, name: str, items: list[dict]) -> Path:
     return path
 
 
-def save_model(path: Path, seed: int, step: int) -> Path:
+def save_model(path: Path, seed: int, step: int, config: GPTConfig = CONFIG) -> Path:
     torch.manual_seed(seed)
-    gpt = GPT(CONFIG)
+    gpt = GPT(config)
     with torch.no_grad():
         for parameter in gpt.parameters():
             parameter.mul_(3)
     path.parent.mkdir(exist_ok=True)
-    state = {"model_state_dict": gpt.state_dict(), "model_args": CONFIG.to_dict()}
+    state = {"model_state_dict": gpt.state_dict(), "model_args": config.to_dict()}
     torch.save(state | {"iter_num": step}, path)
     return path
 
@@ -345,6 +345,10 @@ def test_contamination_by_the_shards_of_a_run(folder, tmp_path, capsys):
     rng = random.Random(0)
     texts = [" ".join(rng.choices(WORDS, k=20)) for _ in range(12)]
     items = [{**choice(n), "context": f"Question: {t}?\nAnswer:"} for n, t in enumerate(texts)]
+    items[6]["choices"][0] = " dog" * 40  # too long for the second model
+    small = GPTConfig(n_embd=32, n_layers=1, n_heads=2, n_kv_heads=1, block_size=32)
+    second = save_model(tmp_path / "small.pt", 1, 1, small)
+    models = f"{folder / 'run' / 'ckpt_0000010.pt'},{second}"
     write_task(tmp_path / "tasks", "animals", items)
     planted = [f"Before. {i['context'][10:-8]}{i['choices'][i['answer']]}" for i in items[:4]]
     rows = [{"text": text} for text in [*planted, *(f"another text {n}" * 9 for n in range(40))]]
@@ -353,10 +357,18 @@ def test_contamination_by_the_shards_of_a_run(folder, tmp_path, capsys):
         [f"--input_file_path={source}", f"--output_dir={tmp_path / 'data'}", "--val_split=0.05"]
     )
     evaluate.main(
-        arguments(folder, out_dir=tmp_path / "out", data_dir=tmp_path / "tasks", tasks="all")
-        + [f"--contamination={tmp_path / 'data'}"]
+        arguments(
+            folder,
+            model=models,
+            out_dir=tmp_path / "out",
+            data_dir=tmp_path / "tasks",
+            contamination=tmp_path / "data",
+            tasks="all",
+        )
     )
-    record = json.loads((tmp_path / "out" / "results.jsonl").read_text())
+    lines = (tmp_path / "out" / "results.jsonl").read_text().splitlines()
+    record, other = map(json.loads, lines)
+    assert other["tasks"]["animals"]["left_out"] == 1
     found = record["contamination"]["tasks"]["animals"]
     in_train = {m["id"] for m in found["found"]}
     assert in_train <= {f"animals-{n}" for n in range(4)} and len(in_train) >= 3
@@ -440,6 +452,15 @@ def test_logits_that_are_not_finite_are_one_line(folder, tmp_path):
     torch.save(state, path)
     with pytest.raises(UserError, match="animals: the model's logits are not finite"):
         evaluate.main(arguments(folder, out_dir=tmp_path, model=path))
+
+
+def test_a_folder_is_known_by_all_of_its_files(tmp_path):
+    sums = set()
+    for name in ("config.json", "model.safetensors", "tokenizer_config.json"):
+        (tmp_path / name).write_text("x")
+        sums.add(evaluate.weights_sha256(tmp_path))
+    (tmp_path / "README.md").write_text("x")
+    assert len(sums) == 3 and evaluate.weights_sha256(tmp_path) in sums
 
 
 def test_kinds_are_seen_from_the_columns():
