@@ -24,6 +24,8 @@ import glob
 import hashlib
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +131,7 @@ class Evaluation:
         self.results[task.name] = TaskResult(task, results, counts)
 
     def record(self) -> dict[str, Any]:
-        """What results.jsonl says of the model and its results."""
+        """The fields of a line of results.jsonl about the model and its results."""
         mean = report.core_mean(self.results)
         return {
             "model": {"name": self.name, "sha256": self.sha256, **self.facts},
@@ -309,6 +311,16 @@ def append_once(path: Path, record: dict[str, Any], command: list[str]) -> None:
         records.append_record(path, environment | record)
 
 
+@contextmanager
+def hint_to_continue() -> Iterator[None]:
+    """Tells after Ctrl-C that nothing is lost."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("\nwhat is finished is kept: run the same command again to continue", file=sys.stderr)
+        raise
+
+
 def main(argv: list[str] | None = None) -> int:
     config = config_from_constants(globals(), argv)
     check_settings(config)
@@ -317,7 +329,7 @@ def main(argv: list[str] | None = None) -> int:
     settings = Settings(**{name: getattr(config, name) for name in shared})
     out_dir = Path(config.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    with locked(out_dir, "evaluate.py"):
+    with locked(out_dir, "evaluate.py"), hint_to_continue():
         evaluations = [Evaluation(name, config, settings) for name in names]
         base = Evaluation(config.baseline, config, settings) if config.baseline else None
         for evaluation in [*evaluations, *([base] if base else [])]:

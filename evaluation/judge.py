@@ -20,21 +20,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from common.errors import UserError, printable
 from common.files import locked, named_errors, sync_directory
+from evaluation.judge_report import JudgeReport, make_report
 
 PROMPT_VERSION = 1
 REPLY_TOKENS = 2048  # of an endpoint, at most
-BOOTSTRAP_SAMPLES = 10_000
-RIDGE = 0.01  # of the logistic regression, beside a sum over pairs
 
 # With 20 prompts, hence 40 pairs of which one answer is better, a judge that is right in 75 % of
 # them passes once in 60 times, and one that is right in 97 % fails once in 150 times (binomial).
 FEWEST_CONTROLS, MOST_CONTROLS = 20, 30  # prompts
 SHORTEST_REFERENCE = 3  # words
-NEEDED_RIGHT, ALLOWED_PREFERRED = 90, 10  # per cent
 
 KEY = r"[!#-\[\]-~]*"  # visible ASCII, but for quotes and backslashes: JSON would escape them
 URL = r"https?://(\[[\da-fA-F:]+\]|[^\s/@?#:\[\]]+)(:\d{1,5})?(/[^\s@?#]*)?"  # without a secret
@@ -111,7 +107,7 @@ class EndpointJudge:
         raise UserError(f"the judge at {self.url} answers, but with no text in a chat completion")
 
     def reason(self, error: Exception) -> str:
-        """What an exception of the client says, in one line without the key."""
+        """The message of an exception of the client, in one line without the key."""
         if isinstance(error, self.openai.AuthenticationError):  # its text may show part of the key
             return "refuses " + ("OPENAI_API_KEY" if self.key else "a request: set OPENAI_API_KEY")
         if isinstance(error, self.openai.APITimeoutError):
@@ -240,7 +236,7 @@ def judge_pairs(
     workers: int = 4,
     seed: int = 0,
     progress: Progress | None = None,
-) -> "JudgeReport":
+) -> JudgeReport:
     """Judges control pairs, then `pairs`, each in both orders; `progress` gets (done, all).
 
     A reply is on disk in `replies_path` before its worker's next request: after a kill or an error
@@ -258,7 +254,12 @@ def judge_pairs(
     lock_file = replies_path.with_name(replies_path.name + ".lock")
     with named_errors(replies_path), locked(replies_path, "evaluation", lock_file=lock_file):
         replies = collect_replies(prompts, judge, replies_path, workers, seed, progress)
-    return make_report(judge, pairs, [replies[key] for key in prompts], len(controls) // 3, seed)
+    kept = [replies[key] for key in prompts]
+    verdicts = [find_verdict(reply.text) for reply in kept]
+    lengths = [len(pair.first) - len(pair.second) for pair in pairs]
+    tokens = sum(r.prompt_tokens for r in kept), sum(r.completion_tokens for r in kept)
+    arguments = (judge.identity, judge.can_tie, verdicts, lengths)
+    return make_report(*arguments, len(controls) // 3, tokens, seed)
 
 
 def collect_replies(
@@ -332,126 +333,3 @@ def read_replies(path: Path) -> dict[Key, Reply]:
         except (ValueError, KeyError, TypeError):  # what a power cut left: asked again
             continue
     return replies
-
-
-@dataclass(frozen=True)
-class JudgeReport:
-    """Of the pairs with two verdicts, but for `unparsable`; a figure without data is None."""
-
-    judge: str
-    n_pairs: int
-    wins: int
-    ties: int
-    losses: int
-    win_rate: float | None  # of the model, ties half
-    interval: tuple[float, float] | None  # 95 %, bootstrap over prompts
-    equal_length_win_rate: float | None
-    length_correlation: float | None  # of the result with the difference in characters
-    follows_length: bool  # whether that differs from 0 (95 %)
-    consistency: float | None  # share of pairs with the same result in both orders
-    first_position: float | None  # share of A among the verdicts A and B
-    unparsable: float  # share of replies without a verdict
-    control_prompts: int  # each makes two pairs with a better answer and one of identical answers
-    controls_right: int
-    identical_preferred: int
-    trusted: bool  # passed the control pairs
-    prompt_tokens: int  # with those of the controls
-    completion_tokens: int
-
-    as_dict = asdict
-
-    def lines(self) -> list[str]:
-        n = self.control_prompts
-        low, high = self.interval or (None, None)
-        correlation = self.length_correlation
-        return [
-            f"judge {self.judge}: {self.n_pairs} pairs, each in both orders",
-            ("control pairs passed" if self.trusted else "this judge cannot be trusted here")
-            + f": {self.controls_right} of {2 * n} right (needed {NEEDED_RIGHT} %), one of two "
-            f"identical answers preferred in {self.identical_preferred} of {n} (allowed "
-            f"{ALLOWED_PREFERRED} %)",
-            f"win rate {percent(self.win_rate)} (95 % interval {percent(low)} to {percent(high)}): "
-            f"{self.wins} wins, {self.ties} ties, {self.losses} losses",
-            f"win rate at equal length {percent(self.equal_length_win_rate)}, correlation of the "
-            f"result with length {'n/a' if correlation is None else f'{correlation:+.2f}'}"
-            + (": the verdicts follow the length" if self.follows_length else ""),
-            f"same result in both orders {percent(self.consistency)}, answer shown first preferred "
-            f"{percent(self.first_position)}, replies without a verdict {percent(self.unparsable)}",
-            f"{self.prompt_tokens:,} tokens read and {self.completion_tokens:,} written",
-        ]
-
-
-def percent(share: float | None) -> str:
-    return "n/a" if share is None else f"{100 * share:.1f} %"
-
-
-def mean(values: np.ndarray) -> float | None:
-    return float(values.mean()) if len(values) else None
-
-
-def make_report(
-    judge: Judge, pairs: Sequence[Pair], replies: Sequence[Reply], n_controls: int, seed: int
-) -> JudgeReport:
-    """From two replies for each control pair, of three kinds, and for each of `pairs`."""
-    value = {"A": 1.0, "B": 0.0, "C": 0.5, None: np.nan}
-    shown = np.array([value[find_verdict(reply.text)] for reply in replies]).reshape(-1, 2)
-    results = np.where([False, True], 1 - shown, shown)  # (N, 2): 1 where the first answer won
-    known, identical, _ = np.split(results, [2 * n_controls, 3 * n_controls])
-    preferred = np.isin(identical, (0.0, 1.0)).all(axis=1)
-    if not judge.can_tie:  # it has to name one: what counts is that it names the same one twice
-        preferred &= identical[:, 0] == identical[:, 1]
-    shown, results = shown[3 * n_controls :], results[3 * n_controls :]
-    scored = ~np.isnan(results).any(axis=1)
-    agree = results[scored, 0] == results[scored, 1]
-    result = np.where(agree, results[scored, 0], 0.5)  # (pairs,)
-    lengths = np.array([len(pair.first) - len(pair.second) for pair in pairs])[scored]
-    counts = [int((result == value).sum()) for value in (1.0, 0.5, 0.0)]
-    right, preferred = int((known == 1).all(axis=1).sum()), int(preferred.sum())
-    interval = correlation = None
-    if len(result):
-        # n draws with replacement from three kinds of results
-        samples = np.random.default_rng(seed).multinomial(
-            len(result), np.array(counts) / len(result), size=BOOTSTRAP_SAMPLES
-        )
-        rates = samples @ [1.0, 0.5, 0.0] / len(result)
-        interval = tuple(np.quantile(rates, [0.025, 0.975]).tolist())
-    if len(set(result)) > 1 and len(set(lengths)) > 1:
-        correlation = float(np.corrcoef(result, lengths)[0, 1])
-    return JudgeReport(
-        judge.identity,
-        len(pairs),
-        *counts,
-        win_rate=mean(result),
-        interval=interval,
-        equal_length_win_rate=win_rate_at_equal_length(result, lengths),
-        length_correlation=correlation,
-        follows_length=abs(correlation or 0.0) * len(result) ** 0.5 > 1.96,
-        consistency=mean(agree),
-        first_position=mean(shown[(shown == 0) | (shown == 1)]),
-        unparsable=mean(np.isnan(shown).ravel()),
-        control_prompts=n_controls,
-        controls_right=right,
-        identical_preferred=preferred,
-        trusted=100 * right >= NEEDED_RIGHT * 2 * n_controls
-        and 100 * preferred <= ALLOWED_PREFERRED * n_controls,
-        prompt_tokens=sum(reply.prompt_tokens for reply in replies),
-        completion_tokens=sum(reply.completion_tokens for reply in replies),
-    )
-
-
-def win_rate_at_equal_length(results: np.ndarray, differences: np.ndarray) -> float | None:
-    """sigmoid(b) of the fit sigmoid(b + w * tanh(difference / its deviation)) to results (N,).
-
-    The length term of length-controlled AlpacaEval, arXiv 2404.04475, by Newton's method.
-    """
-    if not len(results):
-        return None
-    deviation = differences.std() or np.inf  # if all are the same, they explain nothing
-    x = np.stack([np.ones(len(results)), np.tanh(differences / deviation)])
-    weights = np.zeros(2)
-    for _ in range(50):
-        rates = 1 / (1 + np.exp(-weights @ x))
-        gradient = x @ (rates - results) + RIDGE * weights
-        hessian = (x * rates * (1 - rates)) @ x.T + RIDGE * np.eye(2)
-        weights = weights - np.linalg.solve(hessian, gradient)
-    return float(1 / (1 + np.exp(-weights[0])))

@@ -83,7 +83,7 @@ class Lille:
 
 
 class Peer:
-    """A causal language model of transformers.
+    """A causal language model of transformers, without a BOS token, as in lm-evaluation-harness.
 
     Raises UserError for one that does not compute the same with a mask and positions of our own,
     such as a model with ALiBi.

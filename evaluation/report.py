@@ -106,7 +106,7 @@ def results_table(results: dict[str, TaskResult]) -> list[list[str]]:
 
 
 def counts_text(counts: dict[str, int]) -> str:
-    """What did not fit the context, in words."""
+    """The counts of what did not fit the context, in words."""
     texts = [f"{n:,} {name.replace('_', ' ')}" for name, n in counts.items() if n]
     return ", ".join(texts)
 
@@ -186,7 +186,7 @@ def contamination_table(
 
 
 def contamination_record(scans: dict[str, contamination.Report], data_dir: str) -> dict[str, Any]:
-    """What results.jsonl says of a scan: counts of each task, and the items that are not clean."""
+    """The record of a scan: counts of each task, and the matches of its items."""
     tokens = next(iter(scans.values())).tokens
     tasks = {}
     for name, scan in scans.items():

@@ -38,7 +38,7 @@ Done = Callable[[int, int], None]  # of parts done, and all of them
 
 @dataclass(frozen=True)
 class Settings:
-    """What the results of a task depend on, besides its file and the model."""
+    """Settings of an evaluation that the results of a task depend on."""
 
     n_shots: int = 0
     form: str = "cloze"  # or "letters", of multiple choice
@@ -214,7 +214,7 @@ def score_items(
 
 
 def choice_scores(item: Item, result: Item, form: str) -> Iterator[tuple[str, np.ndarray]]:
-    """What the prediction of each kind of accuracy is the highest of; ties go to the first.
+    """Scores of the choices for each kind of accuracy; the first of the highest is predicted.
 
     Lengths are without the blank that a choice begins with, as in lm-evaluation-harness. Letters
     have one length.

@@ -31,8 +31,8 @@ from evaluation.judge import (
     first_third,
     judge_pairs,
     make_prompt,
-    win_rate_at_equal_length,
 )
+from evaluation.judge_report import RIDGE, win_rate_at_equal_length
 
 ROOT = Path(__file__).resolve().parents[1]
 KEY = "sk-test-0123456789abcdef"
@@ -749,7 +749,7 @@ def reference_fit(results: np.ndarray, differences: np.ndarray) -> float:
 
     def loss(b: float, w: float) -> float:
         logits = b + w * x
-        penalty = judge_module.RIDGE / 2 * (b * b + w * w)
+        penalty = RIDGE / 2 * (b * b + w * w)
         return (np.logaddexp(0, logits) - results * logits).sum() + penalty
 
     def best_slope(b: float) -> float:
