@@ -80,39 +80,10 @@ class Report:
     tokens: int  # scanned
     seconds: float
 
-    def mask(self, status: str) -> np.ndarray:
-        """(items,) bool, True where an item has this status."""
-        return np.array([match.status == status for match in self.matches], dtype=bool)
-
     def counts(self) -> dict[str, int]:
         """Number of items by status."""
-        return {s: int(self.mask(s).sum()) for s in (CLEAN, PARTLY, DIRTY, TOO_SHORT)}
-
-    def shares(self) -> dict[str, float]:
-        """Shares of the judged items by status and by HELD[1:]; NaN if none is judged."""
-        counts, held = self.counts(), [match.held for match in self.matches]
-        judged = len(held) - counts.pop(TOO_SHORT) or np.nan
-        counts |= {name: held.count(name) for name in HELD[1:]}
-        return {name: count / judged for name, count in counts.items()}
-
-    def split_scores(self, scores: np.ndarray) -> "SplitScores":
-        """Scores (items,) of one model by status; the masks for intervals are those of `mask`."""
-        scores = np.asarray(scores, dtype=np.float64)
-        if scores.shape != (len(self.matches),):
-            raise ValueError(f"{scores.shape} scores, but {len(self.matches)} items: give one each")
-        parts = {"all": scores} | {status: scores[self.mask(status)] for status in (CLEAN, DIRTY)}
-        means = {name: float(part.mean()) if len(part) else np.nan for name, part in parts.items()}
-        n = {name: len(part) for name, part in parts.items()}
-        return SplitScores(n, means, means["all"] - means[CLEAN])
-
-
-@dataclass(frozen=True)
-class SplitScores:
-    """Scores of "all", CLEAN and DIRTY items."""
-
-    n: dict[str, int]
-    means: dict[str, float]  # NaN of no items
-    change: float  # mean of all items minus mean of the clean ones
+        statuses = [match.status for match in self.matches]
+        return {status: statuses.count(status) for status in (CLEAN, PARTLY, DIRTY, TOO_SHORT)}
 
 
 def scan(

@@ -235,7 +235,7 @@ def test_planted_items_are_found_in_their_document_and_no_others(tmp_path):
         assert match.held == contamination.HELD[(2, 2, 1, 2, 0)[i % 5]]
         assert match.status == ("dirty", "dirty", "partly", "dirty", "partly")[i % 5]
     assert report.counts() == {"clean": 4000, "partly": 40, "dirty": 60, "too short": 0}
-    assert report.shares()["question and gold"] == 60 / 4100
+    assert [match.held for match in report.matches].count("question and gold") == 60
 
 
 def test_matches_at_the_ends_of_documents_but_never_across(tmp_path):
@@ -267,8 +267,7 @@ def test_short_items_are_matched_whole_or_counted(tmp_path):
         (7, 0, "", "too short"),
         (10, 0, "", "clean"),
     ]
-    assert report.counts()["too short"] == 1
-    assert report.shares()["clean"] == 1 / 3 and report.shares()["question"] == 2 / 3
+    assert report.counts() == {"clean": 1, "partly": 1, "dirty": 1, "too short": 1}
     turns = [{"role": "user", "content": "one two three four"}]
     turns += [{"role": "assistant", "content": "five six seven"}]  # 8 tokens with the one between
     chat = write_shards(tmp_path / "chat", [TOKENIZER.encode_chat(turns)])
@@ -296,17 +295,10 @@ def test_compressed_shards_and_progress(tmp_path):
     assert scan([], tmp_path / "packed").matches == []
 
 
-def test_scores_of_clean_and_dirty_items():
+def test_the_status_follows_the_covered_share():
     covered = [0.0, 0.19, 0.2, 0.79, 0.8, 1.0]
     matches = [Match(str(i), 20, 13, share, "", None, None) for i, share in enumerate(covered)]
     matches.append(Match("short", 7, 0, 0.0, "", None, None))
-    report = Report(matches, 0, 0.0)
-    split = report.split_scores(np.array([0, 1, 1, 1, 1, 1, 0]))
-    assert split.n == {"all": 7, "clean": 2, "dirty": 2}
-    assert split.means == {"all": 5 / 7, "clean": 0.5, "dirty": 1.0}
-    assert split.change == pytest.approx(5 / 7 - 1 / 2)
-    assert np.flatnonzero(report.mask("clean")).tolist() == [0, 1]
-    clean = Report(matches[:1], 0, 0.0).split_scores(np.ones(1))
-    assert np.isnan(clean.means["dirty"]) and clean.change == 0
-    with pytest.raises(ValueError, match="give one each"):
-        report.split_scores(np.ones(6))
+    statuses = [match.status for match in matches]
+    assert statuses == ["clean", "clean", "partly", "partly", "dirty", "dirty", "too short"]
+    assert Report(matches, 0, 0.0).counts() == {"clean": 2, "partly": 2, "dirty": 2, "too short": 1}

@@ -13,6 +13,7 @@ import torch
 import evaluate
 from common.errors import UserError
 from evaluation import report, runner
+from evaluation.contamination import Match, Report
 from evaluation.runner import Settings, make_plan
 from evaluation.scoring import Scorer
 from evaluation.tasks import check_item, read_task, reply_metrics, requests
@@ -374,6 +375,30 @@ def test_contamination_by_the_shards_of_a_run(folder, tmp_path, capsys):
     assert in_train <= {f"animals-{n}" for n in range(4)} and len(in_train) >= 3
     assert {m["held"] for m in found["found"]} == {"question and gold"}
     assert "all - clean" in capsys.readouterr().out
+
+
+def test_scores_of_clean_and_dirty_items(folder):
+    """The items of the scan and of the results are matched by id, whatever their order."""
+    task = read_task(folder / "tasks" / "animals.jsonl")
+    ids, right = [item["id"] for item in task.items[:7]], [0, 1, 1, 1, 1, 1, 0]
+    results = []
+    for item, is_right in zip(task.items, right, strict=False):
+        predicted = item["answer"] if is_right else (item["answer"] + 1) % 3
+        logprobs = [-1.0] * len(item["choices"])
+        results.append(
+            {"id": item["id"], "predicted": {"acc_norm": predicted}, "logprobs": logprobs}
+        )
+    covered = dict(zip(ids, [0.0, 0.19, 0.2, 0.79, 0.8, 1.0, 0.5], strict=True))
+    matches = [Match(name, 20, 13, covered[name], "", None, None) for name in reversed(ids)]
+    result = report.TaskResult(task, results, {})
+    header, row = report.contamination_table(
+        {"animals": result}, {"animals": Report(matches, 0, 0)}
+    )
+    cells = dict(zip(header, row, strict=True))
+    assert [cells[name] for name in ("items", "clean", "partly", "dirty")] == ["7", "2", "3", "2"]
+    starts = {name: cells[name].split()[0] for name in ("all", "clean only", "dirty only")}
+    assert starts == {"all": "0.7143", "clean only": "0.5000", "dirty only": "1.0000"}
+    assert cells["all - clean"] == "+0.2143"
 
 
 def test_a_judge_that_is_a_local_model(folder, tmp_path, capsys):
