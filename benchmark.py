@@ -101,6 +101,8 @@ def check_settings(config: Any) -> list[str]:
 def write_readme(path: Path) -> None:
     """Writes the README.md beside the results at `path`."""
     study = tables(records.read_records(path.with_name("learning.jsonl")))
+    unseen = tables(records.read_records(path.with_name("learning_unseen.jsonl")))
+    study |= {f"{title}, WikiText-2 and GSM8K, rates not tuned": unseen[title] for title in unseen}
     with atomic_file(path.with_name("README.md")) as file:
         file.write(report.readme_text(records.read_records(path), study).encode())
 
