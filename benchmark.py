@@ -1,7 +1,7 @@
-"""Speed of training, optimizers, tokenizers and decoding: ours and peers, timed in turn.
+"""Speed of training, optimizers, tokenizers, decoding, evaluation: ours and peers, in turn.
 
-    python benchmark.py                          # every section; on two CPU cores eight minutes
-    python benchmark.py --section=train,decode   # some of train, optimizer, data, decode
+    python benchmark.py                          # every section; on two CPU cores a quarter hour
+    python benchmark.py --section=train,decode   # some of train, optimizer, data, decode, evaluate
     python benchmark.py --readme                 # no measurement: benchmarks/README.md from results
 
 Each table has medians and ranges after a warm-up, speed relative to its first row, and the share of
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import decoding, optimizer, report, tokenizing, training_step
+from benchmarks import decoding, evaluating, optimizer, report, tokenizing, training_step
 from benchmarks.inputs import model_config
 from benchmarks.learning_plot import tables
 from benchmarks.timing import free_memory, limits
@@ -32,7 +32,7 @@ from common.files import atomic_file
 from common.settings import config_from_constants, run_script
 from training.setup import choose_device, make_folder
 
-section = "all"  # "all", or some of train, optimizer, data, decode, with commas between
+section = "all"  # "all", or some of SECTIONS, with commas between
 rounds = 4  # timed samples of each implementation, after one that is not counted
 device = "auto"  # "cuda" or "cpu"
 dtype = "auto"  # "bfloat16" or "float32" on CUDA; float32 on a CPU
@@ -70,6 +70,7 @@ SECTIONS = {
     "optimizer": optimizer.run,
     "data": tokenizing.run,
     "decode": decoding.run,
+    "evaluate": evaluating.run,
 }
 
 

@@ -9,7 +9,13 @@ from typing import Any
 
 from common.records import markdown_table
 
-SECTIONS = ("train", "optimizer", "data", "decode")  # in the order of benchmarks/README.md
+SECTIONS = (
+    "train",
+    "optimizer",
+    "data",
+    "decode",
+    "evaluate",
+)  # in this order
 HEAD = """# Benchmark results
 
 Written by `python benchmark.py --readme` from [results.jsonl](results.jsonl), the newest record of

@@ -23,7 +23,7 @@ TINY += "--rounds=1 --device=cpu".split()
 # Absent where only the core packages are, of which transformers is one.
 OPTIONAL = (
     "datasets gigatoken pyarrow matplotlib onnx onnxscript onnxruntime gguf gradio "
-    "litgpt simple_ai sophia_opt liger_kernel tiktoken llama_cpp"
+    "litgpt lm_eval simple_ai sophia_opt liger_kernel tiktoken llama_cpp"
 )
 ROW = dict(median_s=1.0, min_s=1.0, max_s=1.0, n=1, ratio=1.0)
 ANSWERS = {"title": "answers", "unit": "", "rows": {"ours": ROW}}

@@ -1,15 +1,16 @@
 """Scores equal to those of lm-evaluation-harness's own HFLM on the same exported model.
 
-Skipped without lm_eval (requirements/bench.txt). With it, run it from another folder than the root:
-python -P -m pytest /path/to/tests/test_lm_eval.py
+Skipped without lm_eval (requirements/bench.txt). tests/lm_eval_parity.py compares real items.
 """
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from benchmarks import evaluating
 from evaluation.scoring import Scorer
 from formats.write_hf import export_hf
 from model import GPT, GPTConfig
@@ -17,7 +18,6 @@ from tokenizer import load_tokenizer
 
 pytest.importorskip("lm_eval", reason="lm_eval is not installed (requirements/bench.txt)")
 
-ROOT = Path(__file__).resolve().parents[1]
 ITEMS = [
     {
         "context": f"Question: What is {a} plus {b}?\nAnswer:",
@@ -40,37 +40,19 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def real_items(task: str, n_shots: int, n: int) -> list[tuple[str, str]]:
-    data = ROOT.parent / "shared" / "data" / "evaluation"
-    if not (data / f"{task}.jsonl").is_file():
-        return []
-    items = [json.loads(line) for line in (data / f"{task}.jsonl").read_text("utf-8").splitlines()]
-    shots = (data / f"{task}.shots.txt").read_text("utf-8") if n_shots else ""
-    return [(shots + item["context"], choice) for item in items[:n] for choice in item["choices"]]
-
-
 @pytest.mark.parametrize("n_shots", [0, 5])
 def test_log_likelihoods_are_hflms(folder, n_shots):
-    from lm_eval.api.instance import Instance
-    from lm_eval.models.huggingface import HFLM
+    from tests.lm_eval_parity import differences, open_hflm
 
     shots = "".join(f"{x['context']}{x['choices'][0]}\n\n" for x in ITEMS[:n_shots])
     texts = [(shots + item["context"], choice) for item in ITEMS for choice in item["choices"]]
     texts += [("Blanks at the end of a context  ", "go on"), ("", "no context"), ("x" * 3000, " y")]
-    texts += real_items("arc_easy", n_shots, 20)
-    theirs = HFLM(pretrained=str(folder), batch_size=16, device="cpu", dtype="float32")
-    requests = [Instance("loglikelihood", {}, text, 0) for text in texts]
-    expected = theirs.loglikelihood(requests, disable_tqdm=True)
     scorer = Scorer(str(folder))
-    from tests.lm_eval_adapter import LilleLM
-
-    ours = LilleLM(scorer, prefix_id=theirs.prefix_token_id).loglikelihood(requests)
-    for (logprob, greedy), (their_logprob, their_greedy) in zip(ours, expected, strict=True):
-        assert abs(logprob - their_logprob) <= 1e-4 + 1e-6 * abs(their_logprob)
-        assert greedy == their_greedy
+    ours, _, too_far, greedy = differences(scorer, open_hflm(str(folder), 16), texts)
+    assert (too_far, greedy) == (0, 0)
     with_context = [i for i, (context, _) in enumerate(texts) if context]
     scores = scorer.loglikelihoods([texts[i] for i in with_context])
-    assert [s.logprob for s in scores] == pytest.approx([ours[i][0] for i in with_context])
+    assert [s.logprob for s in scores] == pytest.approx(ours[with_context])
 
 
 def test_rolling_log_likelihoods_and_answers_are_hflms(folder):
@@ -88,3 +70,21 @@ def test_rolling_log_likelihoods_and_answers_are_hflms(folder):
     options = {"until": ["\n"], "max_gen_toks": 8, "do_sample": False}
     requests = [Instance("generate_until", {}, (text, options), 0) for text in texts]
     assert ours.generate_until(requests) == theirs.generate_until(requests, disable_tqdm=True)
+
+
+def test_the_benchmark_times_equal_scores(tmp_path, monkeypatch, capsys):
+    device = torch.device("cpu")
+    config = dict(n_layers=2, n_embd=64, n_heads=2, n_kv_heads=1, block_size=128)
+    config = SimpleNamespace(**config, dtype="float32", rounds=1)
+    monkeypatch.setattr(evaluating, "DATA", tmp_path)
+    monkeypatch.setattr(evaluating, "TASKS", (("sums", 2),))
+    assert [*evaluating.run(config, device)] == []
+    assert "prepare_evaluation.py" in capsys.readouterr().out
+    items = [item | {"answer": 0} for item in ITEMS[:4]]
+    (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, items)))
+    shots = [f"{item['context']}{item['choices'][0]}\n\n" for item in ITEMS[4:6]]
+    (tmp_path / "sums.shots.txt").write_text("".join(shots))
+    (table,) = evaluating.run(config, device)
+    assert (
+        table["title"].startswith("sums, 2 examples, 4 items") and list(table["rows"])[1] == "ours"
+    )

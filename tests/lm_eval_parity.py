@@ -1,0 +1,111 @@
+"""Compares our scores of real items with those of lm-evaluation-harness's HFLM in float32.
+
+    pip install -r requirements/bench.txt
+    python tests/lm_eval_parity.py --model=my_export --data_dir=data/evaluation --n_shots=5
+    python tests/lm_eval_parity.py --model=SmolLM2-135M-Instruct.Q4_1.gguf
+
+Prints a line for each task: the largest difference of a log-likelihood, greedy flags that differ,
+and the accuracies of both. Ends with 1 if a difference exceeds 1e-4 + 1e-6 of the value, a greedy
+flag differs, or a choice whose margin exceeds MARGIN. HFLM computes every sequence alone: minutes a
+task for 500 items without examples, about an hour with five.
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from typing import Any
+
+import numpy as np
+
+from common.errors import UserError
+from common.settings import config_from_constants, run_script
+from evaluation.scoring import Scorer
+from evaluation.tasks import Item, find_tasks, read_task, requests
+
+model = ""  # an exported folder, or a .gguf
+data_dir = "data/evaluation"  # files of items
+tasks = "arc_easy,hellaswag,piqa"  # names of files in data_dir
+limit = 500  # items of a task; 0: all
+n_shots = 0  # examples before each context
+batch_size = 16  # of HFLM
+
+MARGIN = 1e-3  # nats between the best two choices, below which rounding may decide
+
+
+def open_hflm(name: str, batch_size: int) -> Any:
+    """HFLM with the model of a folder or .gguf."""
+    from lm_eval.models.huggingface import HFLM
+
+    path, source = Path(name), {}
+    if path.suffix == ".gguf":
+        path, source = path.parent, {"gguf_file": path.name}
+    return HFLM(
+        pretrained=str(path), batch_size=batch_size, device="cpu", dtype="float32", **source
+    )
+
+
+def differences(
+    scorer: Scorer, hflm: Any, texts: list[tuple[str, str]]
+) -> tuple[np.ndarray, np.ndarray, int, int]:
+    """Log-likelihoods of `texts` by ours and HFLM; how many are too far apart, and greedy flags.
+
+    Empty contexts are HFLM's prefix token here, as lm-eval has them.
+    """
+    from lm_eval.api.instance import Instance
+
+    from tests.lm_eval_adapter import LilleLM
+
+    instances = [Instance("loglikelihood", {}, text, 0) for text in texts]
+    ours = LilleLM(scorer, prefix_id=hflm.prefix_token_id).loglikelihood(instances)
+    theirs = hflm.loglikelihood(instances, disable_tqdm=True)
+    a, b = (np.array([logprob for logprob, _ in scores]) for scores in (ours, theirs))
+    too_far = int((np.abs(a - b) > 1e-4 + 1e-6 * np.abs(b)).sum())
+    greedy = sum(x[1] != y[1] for x, y in zip(ours, theirs, strict=True))
+    return a, b, too_far, greedy
+
+
+def accuracies(items: list[Item], logprobs: np.ndarray) -> tuple[float, float, list[float]]:
+    """acc and acc_norm (by characters) as lm-eval has them, and the margin of each item."""
+    right, right_norm, margins, first = 0, 0, [], 0
+    for item in items:
+        sums = logprobs[first : first + len(item["choices"])]
+        first += len(sums)
+        right += int(sums.argmax()) == item["answer"]
+        by_length = sums / [len(choice.strip()) for choice in item["choices"]]
+        right_norm += int(by_length.argmax()) == item["answer"]
+        margins.append(float(np.diff(np.sort(sums))[-1]))
+    return right / len(items), right_norm / len(items), margins
+
+
+def main(argv: list[str] | None = None) -> int:
+    config = config_from_constants(globals(), argv)
+    if not config.model:
+        raise UserError("--model is missing: give an exported folder or a .gguf")
+    scorer, hflm = Scorer(config.model), open_hflm(config.model, config.batch_size)
+    wrong = 0
+    for path in find_tasks(Path(config.data_dir), config.tasks):
+        task = read_task(path)
+        items = task.sample(config.limit, seed=0)
+        texts = [text for item in items for text in requests(task, item, config.n_shots, "cloze")]
+        ours, theirs, too_far, greedy = differences(scorer, hflm, texts)
+        (acc, norm, margins), (their_acc, their_norm, _) = (
+            accuracies(items, logprobs) for logprobs in (ours, theirs)
+        )
+        close = sum(margin < MARGIN for margin in margins)
+        print(
+            f"{task.name}, {config.n_shots} examples: {len(items)} items, {len(texts)} sequences; "
+            f"largest difference {np.abs(ours - theirs).max():.1e}, {too_far} too far, "
+            f"{greedy} greedy flags differ; acc {acc:.4f} and {their_acc:.4f}, acc_norm "
+            f"{norm:.4f} and {their_norm:.4f}; {close} items closer than {MARGIN}",
+            flush=True,
+        )
+        differ = close == 0 and (acc, norm) != (their_acc, their_norm)
+        wrong += too_far + greedy + differ
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    run_script(main)
