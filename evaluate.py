@@ -345,7 +345,9 @@ def main(argv: list[str] | None = None) -> int:
             if scans:
                 print(f"\n{printable(evaluation.name)} and {printable(config.contamination)}")
                 print(records.markdown_table(report.contamination_table(evaluation.results, scans)))
-                record["contamination"] = report.contamination_record(scans, config.contamination)
+                record["contamination"] = report.contamination_record(
+                    evaluation.results, scans, config.contamination
+                )
             if base:
                 both = (evaluation.short_name, base.short_name)
                 if both[0] == both[1]:

@@ -159,6 +159,24 @@ def paired_ratios(
     return Difference(value, error, low, high, n, p_value, n_first, n_second, smallest)
 
 
+def without(
+    numerators: ArrayLike, denominators: ArrayLike, kept: ArrayLike, clusters: Labels = None
+) -> Estimate:
+    """The ratio of all items minus that of the `kept` ones, such as those not trained on.
+
+    Both share items, so that the interval is that of each item's effect on the difference, where
+    `ratio` of each would suggest a wider one. Raises ValueError, also where none is kept.
+    """
+    top, bottom, kept = columns(numerators=numerators, denominators=denominators, kept=kept)
+    if not is_binary(kept) or not kept.any():
+        raise ValueError("kept: give True or False an item, and at least one True")
+    value, residuals, weights = linearised(top, bottom)
+    kept_value, kept_residuals, kept_weights = linearised(top * kept, bottom * kept)
+    error, df = robust_error(residuals - kept_residuals, (weights + kept_weights) / 2, clusters)
+    value, half = value - kept_value, t_quantile(df) * error if not kept.all() else 0.0
+    return Estimate(value, error, value - half, value + half, len(top))
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Adjusted p values (Holm 1979): of those below 5 % all are right with a chance of 95 %."""
     (p,) = columns(p_values=p_values)

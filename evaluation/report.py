@@ -19,6 +19,7 @@ from evaluation.tasks import Item, Task, bare
 CORE = (
     "arc_easy arc_challenge hellaswag piqa commonsense_qa social_iqa winogrande mmlu lambada"
 ).split()
+CONTAMINATION_PARTS = ("all", "clean only", "dirty only", "all - clean")
 LOWER_IS_BETTER = ("bits_per_byte", "gold_bits_per_byte")
 
 
@@ -166,32 +167,51 @@ def contamination_table(
 ) -> list[list[str]]:
     """Cells of a table: how many items stand in the shards, and the scores with and without."""
     columns = ["items", "clean", "partly", "dirty", "too short", "with gold"]
-    rows = [["", *columns, "all", "clean only", "dirty only", "all - clean"]]
+    rows = [["", *columns, *CONTAMINATION_PARTS]]
     for name, scan in scans.items():
-        result, whole = results[name], results[name].metrics.get(results[name].primary)
         held = [match.held for match in scan.matches].count("question and gold")
         counts = [len(scan.matches), *scan.counts().values(), held]
-        parts, status = [whole, None, None], {match.id: match.status for match in scan.matches}
-        statuses = np.array([status.get(str(r["id"])) for r in result.results])
-        values, clusters = item_values(result.task, result.results)
-        for n, name_of_part in enumerate((contamination.CLEAN, contamination.DIRTY), 1):
-            if whole and (chosen := statuses == name_of_part).any():
-                parts[n] = estimate_of(values[result.primary], clusters, chosen)
-        change = f"{whole.value - parts[1].value:+.4f}" if parts[1] else ""
+        parts = contamination_parts(results[name], scan)
         texts = [
-            f"{number(e.value)} ({number(e.low)} to {number(e.high)})" if e else "" for e in parts
+            f"{e.value:{sign}.4f} ({e.low:{sign}.4f} to {e.high:{sign}.4f})" if e else ""
+            for e, sign in zip(map(parts.get, CONTAMINATION_PARTS), ("", "", "", "+"), strict=True)
         ]
-        rows.append([name, *(f"{count:,}" for count in counts), *texts, change])
+        rows.append([name, *(f"{count:,}" for count in counts), *texts])
     return rows
 
 
-def contamination_record(scans: dict[str, contamination.Report], data_dir: str) -> dict[str, Any]:
-    """The record of a scan: counts of each task, and the matches of its items."""
+def contamination_parts(result: TaskResult, scan: contamination.Report) -> dict[str, Estimate]:
+    """The primary metric of all items, of clean and dirty ones, and its change without the others.
+
+    By CONTAMINATION_PARTS; what has no item is left out.
+    """
+    if not result.metrics:
+        return {}
+    status = {match.id: match.status for match in scan.matches}
+    statuses = np.array([status.get(str(r["id"])) for r in result.results])
+    values, clusters = item_values(result.task, result.results)
+    value, parts = values[result.primary], [result.metrics[result.primary], None, None, None]
+    for n, name in enumerate((contamination.CLEAN, contamination.DIRTY), 1):
+        if (chosen := statuses == name).any():
+            parts[n] = estimate_of(value, clusters, chosen)
+    if parts[1]:
+        pair = value if isinstance(value, tuple) else (value, np.ones(len(value)))
+        parts[3] = intervals.without(*pair, statuses == contamination.CLEAN, clusters)
+    return {name: e for name, e in zip(CONTAMINATION_PARTS, parts, strict=True) if e}
+
+
+def contamination_record(
+    results: dict[str, TaskResult], scans: dict[str, contamination.Report], data_dir: str
+) -> dict[str, Any]:
+    """The record of a scan: counts and scores of each task, and the matches of its items."""
     tokens = next(iter(scans.values())).tokens
     tasks = {}
     for name, scan in scans.items():
         found = [match for match in scan.matches if match.longest]
-        tasks[name] = scan.counts() | {"found": [dataclasses.asdict(match) for match in found]}
+        parts = contamination_parts(results[name], scan).items()
+        scores = {"scores": {part: finite(estimate) for part, estimate in parts}}
+        found = {"found": [dataclasses.asdict(match) for match in found]}
+        tasks[name] = scan.counts() | scores | found
     return {"data_dir": data_dir, "tokens": tokens, "tasks": tasks}
 
 

@@ -3,8 +3,8 @@
     lm = LilleLM(Scorer("checkpoints/best_model.pt"))
     lm_eval.simple_evaluate(model=lm, tasks=["arc_easy"], num_fewshot=0)
 
-Run it from another folder than the root, with the root on PYTHONPATH after it: a file named
-evaluate.py there would stand in for the package of that name, which lm-eval needs for some metrics.
+Some of its tasks import the package "evaluate", for which evaluate.py would stand in: run those
+from another folder than the root.
 """
 
 from typing import Any

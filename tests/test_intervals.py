@@ -23,6 +23,7 @@ from evaluation.intervals import (
     ratio,
     share,
     verdict,
+    without,
 )
 
 RUNS = 2000
@@ -242,6 +243,28 @@ def test_paired_intervals_of_clustered_items_cover():
     runs = list(zip(first, second, strict=True))
     assert is_right(covers([paired(*run, np.arange(400) // 5) for run in runs], 0.1))
     assert covers([paired(*run) for run in runs[SOME]], 0.1) < 0.88
+
+
+@pytest.mark.parametrize("per_cluster", [1, 4])
+def test_intervals_of_a_change_by_items_left_out_cover(per_cluster):
+    """Items that were trained on are right more often; both means share the others."""
+    rng = np.random.default_rng(18)
+    n = 300
+    dirty = (rng.random((RUNS, n // per_cluster)) < 0.3).repeat(per_cluster, axis=1)
+    chances = np.where(dirty, 0.6, 0.3)
+    if per_cluster > 1:
+        chances += rng.uniform(-0.2, 0.2, (RUNS, n // per_cluster)).repeat(per_cluster, axis=1)
+    right, ones = rng.random((RUNS, n)) < chances, np.ones(n)
+    clusters = None if per_cluster == 1 else np.arange(n) // per_cluster
+    runs = list(zip(right, ~dirty, strict=True))
+    changes = [without(values, ones, kept, clusters) for values, kept in runs]
+    assert is_right(covers(changes, 0.3 * 0.3))
+    for (values, kept), change in zip(runs[:20], changes, strict=False):
+        assert change.value == pytest.approx(values.mean() - values[kept].mean())
+    apart = [share(v).standard_error + share(v[kept]).standard_error for v, kept in runs[SOME]]
+    assert width(changes) < 0.7 * 2 * Z * np.mean(apart)
+    nothing = without(right[0], ones, ones)
+    assert (nothing.value, nothing.low, nothing.high) == (0, 0, 0)
 
 
 def test_paired_intervals_of_probabilities_cover():
@@ -486,6 +509,7 @@ def test_equal_systems():
         (lambda: share([1, 0, 0.5]), "neither 0 nor 1"),
         (lambda: ratio([1, 1], [3, 0]), "denominators: item 1 is not positive"),
         (lambda: paired([1, 0], [1]), r"the same items for each: first \(2,\), second \(1,\)"),
+        (lambda: without([1, 0], [1, 1], [0, 0]), "at least one True"),
         (lambda: share([1, 0], [1, 2, 3]), "clusters: 3 labels for 2 items"),
     ],
 )
