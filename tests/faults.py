@@ -7,8 +7,9 @@
 Each run has one fault at one call that changes a file below the output folder (fault_hook.c counts
 them): a kill at every call, the other faults in rotation, at every first to eighth call. After it
 nothing may be lost or half-written, and the error is one line; then the same command runs
-undisturbed and must end with the same files as a run that never had a fault. Besides, training and
-preparation are killed at random moments. Prints a table and every loss; exits with 1 for any.
+undisturbed and must end with the same files, but for times, as a run that never had a fault.
+Besides, training, preparation and evaluation are killed at random moments. Prints a table and every
+loss; exits with 1 for any.
 
 For speed two workers import everything once and fork a child for each run, and a state of the
 folder that an earlier fault led to is not continued again. Linux only, with a C compiler; a TMPDIR
@@ -54,7 +55,7 @@ fault = ""  # names of faults, separated by commas; "": all
 call = 0  # number of the call; 0: all
 every = 0  # faults other than "kill" at each `every`th call only; 0: as the case's time allows
 sample = 0  # faults of each case, drawn at random; 0: all
-kills = 100  # of training at random moments, and of preparation
+kills = 100  # of training at random moments, of preparation, and a third as many of evaluation
 seed = 0  # of the sample and the moments
 workers = 2  # processes that share the cases
 inputs = ""  # for the workers alone: the folder that they share
@@ -115,6 +116,9 @@ def make_cases(inputs: Path, n_kills: int) -> list[Case]:
     export = {"model": inputs / "new.pt", "output_dir": "out"}
     gguf = export | {"format": "gguf", "output_dir": "out/model.gguf"}
     older = {"model": inputs / "old.pt"}
+    judged = {"model": inputs / "long.pt", "baseline": inputs / "longer.pt", "limit": 24}
+    judged |= {"judge": inputs / "long.pt", "judge_workers": 1, "row_tokens": 64}
+    judged |= {"data_dir": inputs / "tasks", "out_dir": "out", "max_new_tokens": 4}
     hf, onnx = export | {"format": "hf"}, export | {"format": "onnx"}
 
     llama = ("transformers.models.llama.modeling_llama", "accelerate")
@@ -141,12 +145,13 @@ def make_cases(inputs: Path, n_kills: int) -> list[Case]:
             Case("kill-fineweb", fineweb, twelve, None, parquet, kills=third),
             Case("kill-fineweb-by-3", fineweb, twelve, None, parquet, kills=third, ranks=3),
             Case("kill-hub", fineweb, hub, None, parquet, kills=third),
+            Case("kill-evaluate", "evaluate", judged, None, figure, kills=third),
         ]
     return cases
 
 
 def make_inputs(directory: Path, rng: random.Random) -> None:
-    """Text, shards, Parquet files, and two checkpoints to export."""
+    """Text, shards, Parquet files, tasks, and checkpoints to export and to evaluate."""
     import prepare_dataset
     import train
 
@@ -155,11 +160,27 @@ def make_inputs(directory: Path, rng: random.Random) -> None:
     assert prepare_dataset.main([*arguments, f"--output_dir={directory / 'shards'}"]) == 0
     for n in (2, 12):
         make_source(directory / str(n), n, rng, 200)
-    for name, n in (("old", 1), ("new", 2)):
+    make_tasks(directory / "tasks", rng)
+    sizes = {"old": (1, 32), "new": (2, 32), "long": (1, 512), "longer": (2, 512)}
+    for name, (n, block_size) in sizes.items():
         settings = TINY | {"data_dir": directory / "shards", "max_steps": n, "warmup_iters": 1}
+        settings |= {"block_size": block_size}
         arguments = [f"--{k}={v}" for k, v in (settings | {"out_dir": directory / name}).items()]
         assert train.main(arguments) == 0
         os.replace(directory / name / "best_model.pt", directory / f"{name}.pt")
+
+
+def make_tasks(directory: Path, rng: random.Random) -> None:
+    """Tasks that are scored, answered in words and judged."""
+    words, tasks = text(rng, 40).split(), {"choices": [], "sums": [], "essays": []}
+    for _ in range(24):
+        context, *choices = (f" {' '.join(rng.choices(words, k=6))}" for _ in range(4))
+        tasks["choices"].append({"context": context, "choices": choices, "answer": 1})
+        tasks["sums"].append({"question": context, "answer": "rain"})
+        tasks["essays"].append({"prompt": context, "gold": choices[0]})
+    directory.mkdir()
+    for name, items in tasks.items():
+        (directory / f"{name}.jsonl").write_text("\n".join(map(json.dumps, items)), "utf-8")
 
 
 def start(case: Case, fault: str = "", call: int = 0, **changes: Any) -> int:
@@ -233,11 +254,11 @@ def set_up(case: Case, directory: Path) -> list[str]:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """`contents`, hashed; the speeds in metrics.jsonl left out."""
-    speed = rb'"tokens_per_second": [^,}]*'
+    """`contents`, hashed; speeds and times left out."""
+    times = rb'"(tokens_per_second|date|seconds|load)": [^,}]*'
     return {
         name: hashlib.blake2b(
-            re.sub(speed, b"", content) if "jsonl" in name else content
+            re.sub(times, b"", content) if "jsonl" in name else content
         ).hexdigest()
         for name, content in contents(folder).items()
     }
@@ -274,7 +295,7 @@ def half_written(case: Case, state: dict[str, str]) -> str | None:
     from dataset import open_split
 
     out, final = case.box / "out", visible(state)
-    if final in (case.old, case.new):
+    if final in (case.old, case.new) or case.script == "evaluate":  # whose files grow by lines
         return None
     if case.script == "export":
         moved = {n.replace(".out.replaced", "out"): d for n, d in state.items() if "replaced" in n}
