@@ -29,7 +29,7 @@ from benchmarks.timing import free_memory, limits
 from common import records
 from common.errors import UserError
 from common.files import atomic_file
-from common.settings import config_from_constants, run_script
+from common.settings import chosen_names, config_from_constants, run_script
 from training.setup import choose_device, make_folder
 
 section = "all"  # "all", or some of SECTIONS, with commas between
@@ -76,11 +76,7 @@ SECTIONS = {
 
 def check_settings(config: Any) -> list[str]:
     """The sections to run; UserError for invalid settings."""
-    names = config.section.replace(" ", "").split(",")
-    names = list(SECTIONS) if names == ["all"] else names
-    for name in names:
-        if name not in SECTIONS:
-            raise UserError(f"section={name!r}: expected all, or some of {','.join(SECTIONS)}")
+    names = chosen_names("section", config.section, SECTIONS)
     for name in ("rounds", "prompt_tokens", "new_tokens"):
         if (value := getattr(config, name)) < 1:
             raise UserError(f"{name}={value} must be at least 1")

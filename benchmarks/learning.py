@@ -34,7 +34,7 @@ from benchmarks.inputs import train_config
 from benchmarks.learning_plot import SIZE, draw, of_one_size, sizes_table, study_table
 from common.errors import UserError
 from common.records import append_record, git, markdown_table, processor, read_records
-from common.settings import config_from_constants, run_script
+from common.settings import chosen_names, config_from_constants, run_script
 from model import GPT, GPTConfig
 from training.learning_rates import warmup_steps, with_peak_rates
 from training.packing import PackedRows
@@ -46,7 +46,7 @@ picture = "benchmarks/learning.png"  # the learning curves
 plot = False  # True: train nothing
 compile = False  # torch.compile: a quarter less time from a width of 256; losses to rounding
 study = "recipes"  # all of them, tuned; "sizes": three optimizers' rates at SIZES; "untuned"
-only = ""  # names of recipes, separated by commas; "": all
+only = "all"  # or names of recipes, separated by commas
 
 n_layers = 4  # transformer blocks
 n_embd = 64  # width
@@ -196,17 +196,10 @@ class Study:
             best[setting] = float(f"{middle * factor**at:.4g}")
         return best
 
-    def names(self) -> list[str]:
-        """The recipes of `only`; UserError for an unknown one."""
-        known = [*recipes.TUNED, *recipes.VARIANTS]
-        names = [name.strip() for name in self.config.only.split(",") if name.strip()]
-        if unknown := [name for name in names if name not in known]:
-            raise UserError(f"--only={unknown[0]!r} is not one of {', '.join(known)}")
-        return names or known
-
     def work(self) -> None:
         """All runs of the study."""
-        names = self.names()
+        known = [*recipes.TUNED, *recipes.VARIANTS]
+        names = chosen_names("only", self.config.only, known)
         if self.config.study == "sizes":
             at_first = self.config
             for name in [name for name in names if name in recipes.OPTIMIZERS]:

@@ -21,7 +21,7 @@ import signal
 import sys
 import tokenize
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import field, make_dataclass
 from functools import partial
 from typing import Any
@@ -127,6 +127,23 @@ def unknown_argument(argument: str, defaults: dict[str, Any], renamed: dict[str,
     similar = difflib.get_close_matches(name, defaults, n=1)
     hint = f"did you mean --{similar[0]}?" if similar else "--help lists all of them"
     return UserError(f"unknown setting --{name}: {hint}")
+
+
+def chosen_names(setting: str, text: str, known: Iterable[str]) -> list[str]:
+    """The names in the value of a setting, separated by commas, each once; "all" is all `known`.
+
+    UserError for one that is not known, with the most similar one.
+    """
+    known = list(known)
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names if names != ["all"] else []:
+        if name not in known:
+            similar = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {similar[0]}?" if similar else f"there are {', '.join(known)}"
+            raise UserError(f"--{setting}={text}: there is no {name} here: {hint}")
+    if not names:
+        raise UserError(f"--{setting} is empty: there are all, {', '.join(known)}")
+    return known if names == ["all"] else list(dict.fromkeys(names))
 
 
 def config_from_constants(

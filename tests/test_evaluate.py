@@ -451,7 +451,7 @@ def test_mistakes_in_a_task_are_one_line(folder, tmp_path, row, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tasks": "animls"}, "there is no animls; did you mean animals"),
+        ({"tasks": "animls"}, "there is no animls here: did you mean animals"),
         ({"data_dir": "/nowhere"}, "prepare_evaluation.py"),
         ({"model": "/nowhere/x.pt"}, "not there"),
         ({"model": "/nowhere/ckpt_*.pt"}, "no file fits"),

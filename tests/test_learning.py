@@ -228,7 +228,7 @@ def test_an_untuned_study_has_the_rates_of_the_rule(tmp_path, monkeypatch):
     assert runs[0]["learning_rate"] == pytest.approx(HIDDEN["muon"].at(128, 4096), rel=5e-3)
     assert runs[0]["embedding_learning_rate"] == pytest.approx(rate, rel=5e-3)
     for mistake in ("--only=muon", "--study=size"):
-        with pytest.raises(UserError, match="is not one of ours|must be one of recipes"):
+        with pytest.raises(UserError, match="did you mean Muon|must be one of recipes"):
             learning.main([mistake, *paths])
     assert runs[1]["learning_rate"] == TUNED["original two rates"]["learning_rate"] / 2
 
