@@ -259,7 +259,7 @@ def judge_pairs(
     lengths = [len(pair.first) - len(pair.second) for pair in pairs]
     tokens = sum(r.prompt_tokens for r in kept), sum(r.completion_tokens for r in kept)
     arguments = (judge.identity, judge.can_tie, verdicts, lengths)
-    return make_report(*arguments, len(controls) // 3, tokens, seed)
+    return make_report(*arguments, len(controls) // 3, tokens)
 
 
 def collect_replies(

@@ -5,7 +5,8 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-BOOTSTRAP_SAMPLES = 10_000
+from evaluation.intervals import paired
+
 RIDGE = 0.01  # of the logistic regression, beside a sum over pairs
 NEEDED_RIGHT, ALLOWED_PREFERRED = 90, 10  # per cent, of the control pairs
 
@@ -20,7 +21,7 @@ class JudgeReport:
     ties: int
     losses: int
     win_rate: float | None  # of the model, ties half
-    interval: tuple[float, float] | None  # 95 %, bootstrap over prompts
+    interval: tuple[float, float] | None  # 95 %
     equal_length_win_rate: float | None
     length_correlation: float | None  # of the result with the difference in characters
     follows_length: bool  # whether that differs from 0 (95 %)
@@ -37,7 +38,7 @@ class JudgeReport:
     as_dict = asdict
 
     def lines(self) -> list[str]:
-        n = self.control_prompts
+        n, doubt = self.control_prompts, "" if self.trusted else "not to be believed: "
         low, high = self.interval or (None, None)
         correlation = self.length_correlation
         return [
@@ -46,10 +47,10 @@ class JudgeReport:
             + f": {self.controls_right} of {2 * n} right (needed {NEEDED_RIGHT} %), one of two "
             f"identical answers preferred in {self.identical_preferred} of {n} (allowed "
             f"{ALLOWED_PREFERRED} %)",
-            f"win rate {percent(self.win_rate)} (95 % interval {percent(low)} to {percent(high)}): "
-            f"{self.wins} wins, {self.ties} ties, {self.losses} losses",
-            f"win rate at equal length {percent(self.equal_length_win_rate)}, correlation of the "
-            f"result with length {'n/a' if correlation is None else f'{correlation:+.2f}'}"
+            f"{doubt}win rate {percent(self.win_rate)} (95 % interval {percent(low)} to "
+            f"{percent(high)}): {self.wins} wins, {self.ties} ties, {self.losses} losses",
+            f"{doubt}win rate at equal length {percent(self.equal_length_win_rate)}, correlation "
+            f"of the result with length {'n/a' if correlation is None else f'{correlation:+.2f}'}"
             + (": the verdicts follow the length" if self.follows_length else ""),
             f"same result in both orders {percent(self.consistency)}, answer shown first preferred "
             f"{percent(self.first_position)}, replies without a verdict {percent(self.unparsable)}",
@@ -72,7 +73,6 @@ def make_report(
     length_differences: Sequence[int],
     n_controls: int,
     tokens: tuple[int, int],
-    seed: int,
 ) -> JudgeReport:
     """The report on a judge's verdicts: two for each control pair, of three kinds, and each pair.
 
@@ -94,13 +94,9 @@ def make_report(
     counts = [int((result == value).sum()) for value in (1.0, 0.5, 0.0)]
     right, preferred = int((known == 1).all(axis=1).sum()), int(preferred.sum())
     interval = correlation = None
-    if len(result):
-        # n draws with replacement from three kinds of results
-        samples = np.random.default_rng(seed).multinomial(
-            len(result), np.array(counts) / len(result), size=BOOTSTRAP_SAMPLES
-        )
-        rates = samples @ [1.0, 0.5, 0.0] / len(result)
-        interval = tuple(np.quantile(rates, [0.025, 0.975]).tolist())
+    if len(result):  # the win rate is (1 + wins - losses) / 2, with both as shares
+        margin = paired(result == 1, result == 0)
+        interval = ((1 + margin.low) / 2, (1 + margin.high) / 2)
     if len(set(result)) > 1 and len(set(lengths)) > 1:
         correlation = float(np.corrcoef(result, lengths)[0, 1])
     return JudgeReport(

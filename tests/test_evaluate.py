@@ -414,6 +414,7 @@ def test_a_judge_that_is_a_local_model(folder, tmp_path, capsys):
     evaluate.main(settings)
     printed = capsys.readouterr().out
     assert "this judge cannot be trusted here" in printed
+    assert "\nnot to be believed: win rate" in printed
     record = json.loads((tmp_path / "results.jsonl").read_text().splitlines()[0])
     assert record["judge"]["essays"]["n_pairs"] == len(TASKS["essays"])
     assert not record["judge"]["essays"]["trusted"]
