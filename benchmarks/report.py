@@ -9,13 +9,7 @@ from typing import Any
 
 from common.records import markdown_table
 
-SECTIONS = (
-    "train",
-    "optimizer",
-    "data",
-    "decode",
-    "evaluate",
-)  # in this order
+SECTIONS = ("train", "optimizer", "data", "decode", "evaluate")  # in this order
 HEAD = """# Benchmark results
 
 Written by `python benchmark.py --readme` from [results.jsonl](results.jsonl), the newest record of
