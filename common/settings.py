@@ -130,20 +130,20 @@ def unknown_argument(argument: str, defaults: dict[str, Any], renamed: dict[str,
 
 
 def chosen_names(setting: str, text: str, known: Iterable[str]) -> list[str]:
-    """The names in the value of a setting, separated by commas, each once; "all" is all `known`.
+    """The names in the value of a setting, separated by commas, each once; "all" among them: all.
 
     UserError for one that is not known, with the most similar one.
     """
     known = list(known)
     names = [name.strip() for name in text.split(",") if name.strip()]
-    for name in names if names != ["all"] else []:
-        if name not in known:
+    for name in names:
+        if name not in (*known, "all"):
             similar = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {similar[0]}?" if similar else f"there are {', '.join(known)}"
             raise UserError(f"--{setting}={text}: there is no {name} here: {hint}")
     if not names:
         raise UserError(f"--{setting} is empty: there are all, {', '.join(known)}")
-    return known if names == ["all"] else list(dict.fromkeys(names))
+    return known if "all" in names else list(dict.fromkeys(names))
 
 
 def config_from_constants(

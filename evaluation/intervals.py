@@ -27,6 +27,7 @@ ALPHA = 0.05  # 1 - the confidence of an interval, and the level of a test
 Z = NormalDist().inv_cdf(1 - ALPHA / 2)
 Z_POWER = NormalDist().inv_cdf(0.8)  # of a power of 80 %
 LEAST_SUMS = 6  # that differ from 0, for the sign test to reject: 2 / 2^6 < ALPHA < 2 / 2^5
+FEWEST = 10  # items or clusters of each part, for the interval of `without`
 EXPECTED_SUMS = 7.9  # of which there are at least 6 with a chance of 80 % (Poisson)
 
 Labels = Sequence | np.ndarray | None  # (N,), the cluster of each item
@@ -165,15 +166,24 @@ def without(
     """The ratio of all items minus that of the `kept` ones, such as those not trained on.
 
     Both share items, so that the interval is that of each item's effect on the difference, where
-    `ratio` of each would suggest a wider one. Raises ValueError, also where none is kept.
+    `ratio` of each would suggest a wider one. It is infinite where fewer than FEWEST items, or
+    clusters, are kept or left out, of which it would be too narrow. Raises ValueError, also where
+    none is kept.
     """
     top, bottom, kept = columns(numerators=numerators, denominators=denominators, kept=kept)
     if not is_binary(kept) or not kept.any():
         raise ValueError("kept: give True or False an item, and at least one True")
-    value, residuals, weights = linearised(top, bottom)
-    kept_value, kept_residuals, kept_weights = linearised(top * kept, bottom * kept)
-    error, df = robust_error(residuals - kept_residuals, (weights + kept_weights) / 2, clusters)
-    value, half = value - kept_value, t_quantile(df) * error if not kept.all() else 0.0
+    value, residuals, _ = linearised(top, bottom)
+    kept_value, kept_residuals, weights = linearised(top * kept, bottom * kept)
+    if kept.all():
+        return Estimate(0.0, 0.0, 0.0, 0.0, len(top))
+    left = bottom * (1 - kept)
+    weights = (weights + left / left.sum()) / 2  # so that the smaller part decides the freedom
+    error, df = robust_error(residuals - kept_residuals, weights, clusters)
+    parts = (cluster_sums(part, clusters) for part in (kept, 1 - kept))
+    if min(np.count_nonzero(part) for part in parts) < FEWEST:
+        error = math.inf
+    value, half = value - kept_value, t_quantile(df) * error
     return Estimate(value, error, value - half, value + half, len(top))
 
 

@@ -172,10 +172,16 @@ def contamination_table(
         held = [match.held for match in scan.matches].count("question and gold")
         counts = [len(scan.matches), *scan.counts().values(), held]
         parts = contamination_parts(results[name], scan)
+        *texts, change = (parts.get(part) for part in CONTAMINATION_PARTS)
         texts = [
-            f"{e.value:{sign}.4f} ({e.low:{sign}.4f} to {e.high:{sign}.4f})" if e else ""
-            for e, sign in zip(map(parts.get, CONTAMINATION_PARTS), ("", "", "", "+"), strict=True)
+            f"{number(e.value)} ({number(e.low)} to {number(e.high)})" if e else "" for e in texts
         ]
+        texts.append(f"{change.value:+.4f}" if change else "")
+        if change:
+            few = math.isinf(change.standard_error)
+            texts[-1] += (
+                " (too few items)" if few else f" ({change.low:+.4f} to {change.high:+.4f})"
+            )
         rows.append([name, *(f"{count:,}" for count in counts), *texts])
     return rows
 

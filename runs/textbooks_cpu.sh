@@ -12,7 +12,7 @@
 # Not run to its end yet: times and results are still to be measured.
 set -eu
 [ $# -ge 2 ] || { echo "usage: sh runs/textbooks_cpu.sh texts questions [peer]" >&2; exit 2; }
-cd "$(dirname "$0")/.."
+[ "$PWD" = "$(cd "$(dirname "$0")/.." && pwd)" ] || { echo "run it in the project's folder" >&2; exit 2; }
 PATH="$PWD/.venv/bin:$PATH" # made by `make`; otherwise the python of your environment
 out=${OUT:-checkpoints_textbooks} data=${DATA:-data/textbooks}
 
@@ -27,6 +27,6 @@ python train.py --finetune --model="$out/pretrain/best_model.pt" --data_dir="$da
     --finetune_data_dir="$data/chats" --finetune_out_dir="$out/finetune" --batch_size=4 \
     --finetune_gradient_accumulation_steps=2 --finetune_num_epochs=1 --max_steps="${STEPS:-0}" \
     --eval_interval=100 --eval_rows=128
-set -- "$out/pretrain/best_model.pt,$out/finetune/best_model.pt${3:+,$3}"
-python evaluate.py --model="$1" --out_dir="$out/evaluation" --limit="${LIMIT:-1000}" \
-    --contamination="$data/texts"
+# Contamination by the texts; the questions are scanned with --contamination="$data/chats".
+python evaluate.py --model="$out/pretrain/best_model.pt,$out/finetune/best_model.pt${3:+,$3}" \
+    --out_dir="$out/evaluation" --limit="${LIMIT:-1000}" --contamination="$data/texts"

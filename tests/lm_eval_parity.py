@@ -23,7 +23,7 @@ import numpy as np
 from common.errors import UserError
 from common.settings import config_from_constants, run_script
 from evaluation.scoring import Scorer
-from evaluation.tasks import Item, find_tasks, read_task, requests
+from evaluation.tasks import Item, check_form, find_tasks, read_task, requests
 
 model = ""  # an exported folder, or a .gguf
 data_dir = "data/evaluation"  # files of items
@@ -65,7 +65,7 @@ def differences(
     ours = LilleLM(scorer, prefix_id=hflm.prefix_token_id).loglikelihood(instances)
     theirs = hflm.loglikelihood(instances, disable_tqdm=True)
     a, b = (np.array([logprob for logprob, _ in scores]) for scores in (ours, theirs))
-    too_far = int((np.abs(a - b) > 1e-4 + 1e-6 * np.abs(b)).sum())
+    too_far = int((~(np.abs(a - b) <= 1e-4 + 1e-6 * np.abs(b))).sum())  # NaN is too far
     greedy = sum(x[1] != y[1] for x, y in zip(ours, theirs, strict=True))
     return a, b, too_far, greedy
 
@@ -94,6 +94,9 @@ def main(argv: list[str] | None = None) -> int:
     wrong = 0
     for path in find_tasks(Path(config.data_dir), config.tasks):
         task = read_task(path)
+        if task.kind != "choice":
+            raise UserError(f"{task.name} is not multiple choice: leave it out of --tasks")
+        check_form(task, config.n_shots, "cloze", "plain")
         items = task.sample(config.limit, seed=0)
         texts = [text for item in items for text in requests(task, item, config.n_shots, "cloze")]
         ours, theirs, too_far, greedy = differences(scorer, hflm, texts)

@@ -245,12 +245,13 @@ def test_paired_intervals_of_clustered_items_cover():
     assert covers([paired(*run) for run in runs[SOME]], 0.1) < 0.88
 
 
-@pytest.mark.parametrize("per_cluster", [1, 4])
-def test_intervals_of_a_change_by_items_left_out_cover(per_cluster):
+@pytest.mark.parametrize(
+    ("n", "left_out", "per_cluster"), [(300, 0.3, 1), (300, 0.3, 4), (1000, 0.02, 1), (60, 0.5, 1)]
+)
+def test_intervals_of_a_change_by_items_left_out_cover(n, left_out, per_cluster):
     """Items that were trained on are right more often; both means share the others."""
     rng = np.random.default_rng(18)
-    n = 300
-    dirty = (rng.random((RUNS, n // per_cluster)) < 0.3).repeat(per_cluster, axis=1)
+    dirty = (rng.random((RUNS, n // per_cluster)) < left_out).repeat(per_cluster, axis=1)
     chances = np.where(dirty, 0.6, 0.3)
     if per_cluster > 1:
         chances += rng.uniform(-0.2, 0.2, (RUNS, n // per_cluster)).repeat(per_cluster, axis=1)
@@ -258,13 +259,18 @@ def test_intervals_of_a_change_by_items_left_out_cover(per_cluster):
     clusters = None if per_cluster == 1 else np.arange(n) // per_cluster
     runs = list(zip(right, ~dirty, strict=True))
     changes = [without(values, ones, kept, clusters) for values, kept in runs]
-    assert is_right(covers(changes, 0.3 * 0.3))
+    assert is_right(covers(changes, left_out * 0.3))
     for (values, kept), change in zip(runs[:20], changes, strict=False):
         assert change.value == pytest.approx(values.mean() - values[kept].mean())
-    apart = [share(v).standard_error + share(v[kept]).standard_error for v, kept in runs[SOME]]
-    assert width(changes) < 0.7 * 2 * Z * np.mean(apart)
+    labels = np.arange(n) if clusters is None else clusters
+    apart = [(share(v, labels), share(v[kept], labels[kept])) for v, kept in runs[SOME]]
+    apart = np.mean([a.standard_error + b.standard_error for a, b in apart])
+    assert width([c for c in changes if math.isfinite(c.high)]) < 0.7 * 2 * Z * apart
     nothing = without(right[0], ones, ones)
     assert (nothing.value, nothing.low, nothing.high) == (0, 0, 0)
+    few = np.arange(n) >= 9
+    for kept in (few, ~few):  # too few of one part for an interval
+        assert math.isinf(without(right[0], ones, kept).high)
 
 
 def test_paired_intervals_of_probabilities_cover():

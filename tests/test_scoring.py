@@ -11,6 +11,7 @@ from evaluation.models import Lille, Peer, has_our_tokenizer, open_model
 from evaluation.scoring import Score, Scorer, TrieRow, trie_rows
 from formats.write_hf import export_hf
 from model import GPT, GPTConfig
+from tests.lm_eval_parity import predictions
 from tests.tiny import WORDS
 from tokenizer import load_tokenizer
 
@@ -208,3 +209,10 @@ def test_names_that_are_no_model(tmp_path):
         open_model(str(tmp_path / "bad.gguf"))
     with pytest.raises(UserError, match="not there"):
         open_model(str(tmp_path / "no.pt"))
+
+
+def test_parity_compares_each_choice_with_a_margin():
+    items = [{"choices": [" a", " bcd"], "answer": 0}] * 2
+    chosen, margins = predictions(items, np.array([-1.0, -2.0, -3.0, -1.0]))
+    assert chosen.tolist() == [[0, 1], [1, 1]]  # by the sum, by characters
+    assert margins[0].tolist() == pytest.approx([1, 1])  # -1 * 3 and -2 / 3 * 3

@@ -1,6 +1,7 @@
 """common/settings.py: typed overrides, one-line refusals, the help text, exit codes."""
 
 import dataclasses
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 
 from common import settings
 from common.errors import UserError
-from common.settings import config_from_constants, run_script
+from common.settings import chosen_names, config_from_constants, run_script
 from common.signals import Interrupted
 
 CONSTANTS = {
@@ -211,3 +212,17 @@ def test_run_script_does_not_hide_a_bug(capsys):
     with pytest.raises(SystemExit):
         run_script(nameless)
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_names_are_chosen_from_a_list():
+    known = ("train", "data", "decode")
+    assert chosen_names("section", " data, train,data", known) == ["data", "train"]
+    for text in ("all", "data,all"):
+        assert chosen_names("section", text, known) == list(known)
+    for text, message in (
+        ("trian", "there is no trian here: did you mean train?"),
+        ("x,data", "there is no x here: there are train, data, decode"),
+        (" , ", "--section is empty: there are all, train, data, decode"),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            chosen_names("section", text, known)
