@@ -299,12 +299,12 @@ def gold_of(item: dict[str, Any]) -> str:
 
 
 def append_once(path: Path, record: dict[str, Any], command: list[str]) -> None:
-    """Adds the record of an evaluation, unless the last one with the same settings is equal."""
+    """Adds the record of an evaluation, unless the last one of the same comparison is equal."""
     record = json.loads(json.dumps(record))
     kept = [
         {name: line.get(name) for name in RECORDED}
         for line in records.read_records(path)
-        if all(line.get(name) == record[name] for name in ("model", "settings"))
+        if all(line.get(name) == record.get(name) for name in ("model", "settings", "baseline"))
     ]
     if not kept or kept[-1] != {name: record.get(name) for name in RECORDED}:
         environment = records.environment(["evaluate.py", *command], torch.device("cpu"))

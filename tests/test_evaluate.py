@@ -318,9 +318,13 @@ def test_numbers_of_a_reply(reply, strict, flexible):
 
 def test_comparison_with_itself_and_another(folder, tmp_path, capsys):
     model = folder / "run" / "ckpt_0000010.pt"
-    evaluate.main(arguments(folder, out_dir=tmp_path, baseline=model, tasks="animals,prose"))
+    itself = arguments(folder, out_dir=tmp_path, baseline=model, tasks="animals,prose")
+    evaluate.main(itself)
     printed = capsys.readouterr().out
     assert printed.count("not distinguishable (equal on each of") == 2
+    lines = (tmp_path / "results.jsonl").read_text()
+    evaluate.main(itself)
+    assert (tmp_path / "results.jsonl").read_text() == lines
     other = save_model(tmp_path / "m" / "best_model.pt", 3, 7)
     with torch.no_grad():  # so wrong that everybody sees it
         state = torch.load(other)
