@@ -135,6 +135,7 @@ def main(argv: list[str] | None = None) -> int:
     print(
         f"Loss curves: {config.output_dir}/*/loss_curve.png\n"
         f'Ask on: python inference.py --model={tuned} --prompt="Who are you?"\n'
+        f"In a web page: python export.py --model={tuned} --format=web (requirements/export.txt)\n"
         "Next: your own text, python prepare_dataset.py --input_file_path=... and python train.py"
     )
     if right["value"] <= 0.5:

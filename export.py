@@ -1,7 +1,8 @@
 """Exports a checkpoint to Hugging Face, ONNX or GGUF.
 
     python export.py --format=hf                       # a folder for transformers, a plain Llama
-    python export.py --format=onnx --dtype=int8        # a graph for onnxruntime
+    python export.py --format=onnx --dtype=fp32,int8   # for transformers.js and onnxruntime
+    python export.py --format=web                      # the same with a page that chats with it
     python export.py --format=gguf --dtype=q8_0        # a file for llama.cpp
     python export.py --model=checkpoints/best_model.pt --output_dir=my_model
 
@@ -20,20 +21,27 @@ from checkpoint import load_checkpoint, load_model, model_from_checkpoint
 from common.errors import UserError
 from common.files import file_sha256
 from common.records import read_records
-from common.settings import config_from_constants, run_script
+from common.settings import chosen_names, config_from_constants, run_script
 from common.signals import terminated_as_interrupted
-from formats import write_gguf, write_hf, write_onnx
+from formats import push_hub, write_gguf, write_hf, write_onnx, write_web
+from formats.model_card import model_card
 from formats.pretrained import resolve_model
 from model import GPTConfig
 from tokenizer import Tokenizer, load_tokenizer
 
 model = "checkpoints_ft/best_model.pt"  # a .pt, a folder, a hub id, or "130m-instruct"
-format = "hf"  # "hf", "onnx" or "gguf"
+format = "hf"  # "hf", "gguf", "onnx", or "web": a page that chats in the browser
 output_dir = ""  # folder to write, gguf: or a .gguf file; "": beside the model, named after it
 evaluations = "evaluations"  # evaluate.py's out_dir: the card shows the model's newest results
-dtype = ""  # hf: float32, float16, bfloat16; onnx: fp32, fp16, int8; gguf: f32, f16, q8_0
+dtype = ""  # hf: float32, float16, bfloat16; gguf: f32, f16, q8_0; onnx, web: fp32,fp16,int8,q4
+push = ""  # "user/name": upload the export to the hub too, as a private repository
+public = False  # --push makes a public repository
+title = ""  # web: heading of the page; "": the model's name
+web_library = ""  # web: a node_modules folder to copy transformers.js from; "": from jsDelivr
 
-DTYPES = {"hf": write_hf.DTYPES, "onnx": write_onnx.DTYPES, "gguf": write_gguf.DTYPES}
+DTYPES = {"hf": write_hf.DTYPES, "gguf": write_gguf.DTYPES}
+DTYPES |= {"onnx": write_onnx.DTYPES, "web": write_onnx.DTYPES}
+DEFAULTS = {"gguf": "f32", "onnx": "fp32", "web": "int8"}  # hf: the model's
 RENAMED = {"output": "output_dir"}
 # Settings of a training run for the model card: no paths and no names.
 CARD_SETTINGS = (
@@ -104,7 +112,9 @@ def check_settings(format: str, dtype: str, model: str, target: Path) -> None:
     """Raises UserError for wrong settings before a model is read."""
     if format not in DTYPES:
         raise UserError(f"--format={format}: expected {', '.join(DTYPES)}")
-    if dtype not in ("", *DTYPES[format]):
+    if format in ("onnx", "web"):  # which take several
+        chosen_names("dtype", dtype or DEFAULTS[format], DTYPES[format])
+    elif dtype not in ("", *DTYPES[format]):
         raise UserError(
             f"--dtype={dtype}: expected {', '.join(DTYPES[format])} for --format={format}"
         )
@@ -132,20 +142,36 @@ def main(argv: list[str] | None = None) -> int:
     config = config_from_constants(globals(), argv, renamed=RENAMED)
     target = export_target(config.model, config.output_dir, config.format)
     check_settings(config.format, config.dtype, config.model, target)
+    if config.push:
+        push_hub.check_push(config.push)
     tokenizer, path = load_tokenizer(), resolve_model(config.model)
     state = load_checkpoint(path) if path.is_file() else {}
     gpt = model_from_checkpoint(state, path).eval() if state else load_model(path)
     check_vocabulary(config.model, gpt.config, state.get("tokenizer_sha256"), tokenizer)
+    own_dtype = str(gpt.tok_embeddings.weight.dtype).removeprefix("torch.")
+    dtype = config.dtype or DEFAULTS.get(config.format, own_dtype)
+    dtypes = chosen_names("dtype", dtype, DTYPES[config.format])
+    facts = training_facts(state) | evaluation_facts(path, config.evaluations)
     with terminated_as_interrupted():
         if config.format == "hf":
-            dtype = config.dtype or str(gpt.tok_embeddings.weight.dtype).removeprefix("torch.")
-            facts = training_facts(state) | evaluation_facts(path, config.evaluations)
-            write_hf.export_hf(gpt, tokenizer, target, dtype, facts)
+            write_hf.export_hf(gpt, tokenizer, target, dtype, facts, config.push)
+        elif config.format == "gguf":
+            write_gguf.export_gguf(gpt, tokenizer, target, dtype)
         elif config.format == "onnx":
-            write_onnx.export_onnx(gpt, tokenizer, target, config.dtype or "fp32")
+            write_onnx.export_onnx(gpt, tokenizer, target, dtypes, facts, config.push)
         else:
-            write_gguf.export_gguf(gpt, tokenizer, target, config.dtype or "f32")
+            title = config.title or Path(config.model).stem
+            card = (facts, config.push)
+            write_web.export_web(gpt, tokenizer, target, dtypes, *card, title, config.web_library)
     print(f"wrote {target}")
+    if config.push:
+        files = push_hub.files_to_push(target)
+        if config.format == "gguf":
+            arguments = (gpt, tokenizer, "gguf", dtype, facts, config.push, target.name)
+            files |= {"README.md": model_card(*arguments)}
+            modelfile = target.with_suffix(".Modelfile")
+            files[modelfile.name] = modelfile
+        print(f"pushed to {push_hub.push(files, config.push, config.public)}")
     if config.format == "hf" and gpt.config.rope_style == "lille":
         print(
             "this checkpoint has the original's position encoding (rope_style='lille'), which no "

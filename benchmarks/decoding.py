@@ -70,22 +70,20 @@ def export_answers(gpt: GPT, folder: Path, prompt: list[int], n: int) -> Answers
     """onnxruntime and llama.cpp on exports of the model, on the CPU."""
     answers: Answers = {}
     if all(map(peer, ("onnx", "onnxscript", "onnxruntime"))):
-        from formats.onnx_runtime import CONFIG, MODEL, OnnxBackend
-        from formats.write_hf import write_json
-        from formats.write_onnx import write_graph
+        from formats.onnx_runtime import FILES, OnnxBackend
+        from formats.write_onnx import write_configs, write_graph
 
         def onnx_answer(backend: OnnxBackend) -> None:
             ids = list(prompt)
             for _ in range(n):
                 ids.append(int(backend.logits(ids).argmax()))
 
+        (folder / "onnx").mkdir()
+        write_configs(gpt, load_tokenizer(), folder, "fp32")
         for dtype in ("fp32", "int8"):
-            target = folder / dtype
-            target.mkdir()
-            write_graph(gpt, target / MODEL, dtype)
-            write_json(target / CONFIG, {"model_type": "lille-onnx", **gpt.config.to_dict()})
-            n_bytes = sum(file.stat().st_size for file in target.glob("model.onnx*"))
-            answer = partial(onnx_answer, OnnxBackend(target, "cpu"))
+            write_graph(gpt, folder / FILES[dtype], dtype)
+            n_bytes = sum(file.stat().st_size for file in folder.glob(FILES[dtype] + "*"))
+            answer = partial(onnx_answer, OnnxBackend(folder, "cpu", dtype))
             answers[f"onnxruntime, {dtype}"] = answer, n_bytes
     if peer("gguf") and (llama_cpp := peer("llama_cpp")):
         from formats.write_gguf import write_file

@@ -7,7 +7,9 @@ variants differ in how they escape a control token that is spelled in a message:
   control token there, and the normalizer in tokenizer.json removes them again: the ids are exactly
   those of `encode_chat`.
 - A GGUF has no normalizer, and llama.cpp parses every control token in the rendered text, so a
-  space splits it ("< |user|>"). Nothing else is changed.
+  space splits it ("< |user|>"). Nothing else is changed. transformers.js has it too, where a text
+  that equals a control token after the normalizer is one, and onnxruntime-genai, whose engine
+  cannot replace: it splits and joins.
 """
 
 from string import Template
@@ -67,9 +69,11 @@ def hf_chat_template() -> str:
     )
 
 
-def gguf_chat_template() -> str:
-    """The template for llama.cpp and other Jinja engines, which refuse generation tags."""
-    splits = "".join(f'.replace("{name}", "< {name[1:]}")' for name in CONTROL_TOKENS)
+def plain_chat_template() -> str:
+    """The template for llama.cpp, transformers.js and others, without generation tags."""
+    content = "content"
+    for name in CONTROL_TOKENS:
+        content = f'({content}.split("{name}") | join("< {name[1:]}"))'
     return TEMPLATE.substitute(
-        CONTROL_TOKEN_NAMES, escaped_content=f"content{splits}", begin_answer="", end_answer=""
+        CONTROL_TOKEN_NAMES, escaped_content=content, begin_answer="", end_answer=""
     )

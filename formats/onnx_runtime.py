@@ -17,7 +17,13 @@ from common.errors import UserError
 from formats.pretrained import CONFIG, read_json
 from ops.kv_cache import common_prefix
 
-MODEL = "model.onnx"
+# The graph of each dtype in a folder, under the names that transformers.js looks for.
+FILES = {
+    "fp32": "onnx/model.onnx",
+    "fp16": "onnx/model_fp16.onnx",
+    "int8": "onnx/model_quantized.onnx",
+    "q4": "onnx/model_q4.onnx",
+}
 NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -27,27 +33,25 @@ class OnnxBackend:
     Attributes: `block_size`, `vocab_size`, `device` ("cpu" or "cuda"), `session`.
     """
 
-    def __init__(self, path: str | Path, device: str | None = None):
-        """`path` is the folder or its model.onnx; `device` None is CUDA if onnxruntime has it.
+    def __init__(self, path: str | Path, device: str | None = None, dtype: str | None = None):
+        """`path` is the folder or a graph in it; `device` None is CUDA if onnxruntime has it.
 
-        Raises UserError when onnxruntime is not installed and for what is not such a folder.
+        `dtype` is a name in FILES; None is the first that the folder has. Raises UserError when
+        onnxruntime is not installed and for what is not such a folder.
         """
-        file = Path(path) / MODEL if Path(path).is_dir() else Path(path)
-        for path in (file, file.with_name(CONFIG)):
-            if not path.is_file():
-                raise UserError(
-                    f"{path} is not there: export a checkpoint with --format=onnx first"
-                )
-        config = read_json(file.with_name(CONFIG))
-        sizes = [config.get(name) for name in ("block_size", "vocab_size")]
+        file = find_graph(Path(path), dtype)
+        config = read_json(file.parents[1] / CONFIG)
+        sizes = [config.get(name) for name in ("max_position_embeddings", "vocab_size")]
         if not all(isinstance(size, int) and size > 0 for size in sizes):
-            raise UserError(f"{file.with_name(CONFIG)} is not one that export.py wrote")
+            raise UserError(f"{file.parents[1] / CONFIG} is not one that export.py wrote")
         self.block_size, self.vocab_size = sizes
         self.session = open_session(file, device)
         self.device = "cuda" if "CUDAExecutionProvider" in self.session.get_providers() else "cpu"
         inputs = self.session.get_inputs()
         self.past_names = [value.name for value in inputs if value.name.startswith("past_")]
-        self.present_names = [name.replace("past", "present", 1) for name in self.past_names]
+        self.present_names = [
+            name.replace("past_key_values", "present") for name in self.past_names
+        ]
         outputs = [value.name for value in self.session.get_outputs()]
         if not self.past_names or set(outputs) != {"logits", *self.present_names}:
             raise UserError(f"{file} is not a model with a KV cache that export.py wrote")
@@ -99,7 +103,14 @@ class OnnxBackend:
     def run(self, ids: list[int], past: list[Any]) -> list[Any]:
         """Logits (1, T, V) on the host, and keys and values on the device, as OrtValues."""
         binding = self.session.io_binding()
-        binding.bind_cpu_input("input_ids", np.array([ids], dtype=np.int64))
+        n_past = past[0].shape()[2]
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": [1] * (n_past + len(ids)),
+            "position_ids": range(n_past, n_past + len(ids)),
+        }
+        for name, values in inputs.items():
+            binding.bind_cpu_input(name, np.array([values], dtype=np.int64))
         for name, value in zip(self.past_names, past, strict=True):
             binding.bind_ortvalue_input(name, value)
         binding.bind_output("logits", "cpu")
@@ -107,6 +118,21 @@ class OnnxBackend:
             binding.bind_output(name, self.device)
         self.session.run_with_iobinding(binding)
         return binding.get_outputs()
+
+
+def find_graph(path: Path, dtype: str | None) -> Path:
+    """The graph of a folder, or `path` if it is one; UserError if there is none."""
+    if (path / "model.onnx").is_file():
+        raise UserError(f"{path} is an export of an earlier version: export it again")
+    if dtype not in (None, *FILES):
+        raise UserError(f"dtype={dtype!r}: choose one of {', '.join(FILES)} with the onnx backend")
+    names = FILES.values() if dtype is None else [FILES[dtype]]
+    files = [path / name for name in names] if path.is_dir() else [path]
+    file = next(filter(Path.is_file, files), files[0])
+    for needed in (file, file.parents[1] / CONFIG):
+        if not needed.is_file():
+            raise UserError(f"{needed} is not there: export a checkpoint with --format=onnx first")
+    return file
 
 
 def open_session(file: Path, device: str | None):

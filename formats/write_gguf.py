@@ -18,8 +18,9 @@ import numpy as np
 import torch
 
 from common.errors import UserError
+from common.files import atomic_file
 from formats.atomic_export import atomic_export
-from formats.chat_template import gguf_chat_template
+from formats.chat_template import plain_chat_template
 from formats.llama import llama_state_dict
 from formats.pretrained import quiet_transformers
 from formats.verify import (
@@ -32,9 +33,10 @@ from formats.verify import (
     require_packages,
 )
 from model import GPT
-from tokenizer import Tokenizer
+from tokenizer import ASSISTANT, END_OF_TEXT, START_OF_TEXT, USER, Tokenizer
 
 DTYPES = {"f32": 32, "f16": 16, "q8_0": 8}  # bits of a weight
+MARK = "# Written by Lille's export.py:"  # first line of a Modelfile
 Q8_BLOCK = 32  # weights of a row that share a scale in q8_0
 
 
@@ -43,7 +45,7 @@ def export_gguf(gpt: GPT, tokenizer: Tokenizer, output_file: Path, dtype: str = 
 
     `dtype` is a name in DTYPES; vectors are f32 always. Raises UserError for rope_style "lille",
     for a width that q8_0 cannot have, for a missing package, and when the verification fails; an
-    earlier `output_file` is then unchanged.
+    earlier `output_file` is then unchanged. Beside it is a Modelfile for Ollama.
     """
     if gpt.config.rope_style != "llama":
         raise UserError(
@@ -60,6 +62,30 @@ def export_gguf(gpt: GPT, tokenizer: Tokenizer, output_file: Path, dtype: str = 
     with atomic_export(output_file, magic=b"GGUF") as path:
         write_file(gpt, tokenizer, path, dtype)
         print(verify_file(path, tokenizer, references, dtype))
+    path = output_file.with_suffix(".Modelfile")
+    if not path.exists() or path.read_bytes().startswith(MARK.encode()):  # not a user's own
+        with atomic_file(path) as file:
+            file.write(modelfile(output_file.name, gpt.config.block_size).encode())
+
+
+def modelfile(name: str, block_size: int) -> str:
+    """The text of a Modelfile, with which Ollama makes a model of the GGUF beside it.
+
+    Its template is in Go's language, and cannot mark control tokens that a message spells.
+    """
+    user, answer = f"{USER}{{{{ .Content }}}}", f"{ASSISTANT}{{{{ .Content }}}}{END_OF_TEXT}"
+    turns = f'{{{{ if eq .Role "user" }}}}{user}{{{{ else }}}}{answer}{{{{ end }}}}'
+    lines = [
+        f"{MARK} delete this line to keep your changes.",
+        f"FROM ./{name}",
+        f'TEMPLATE """{START_OF_TEXT}{{{{ range .Messages }}}}{turns}{{{{ end }}}}{ASSISTANT}"""',
+        f"PARAMETER stop {END_OF_TEXT}",
+        f"PARAMETER stop {USER}",
+        f"PARAMETER num_ctx {block_size}",
+        "PARAMETER temperature 0.5",
+        "PARAMETER top_p 0.95",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def write_file(gpt: GPT, tokenizer: Tokenizer, path: Path, dtype: str) -> None:
@@ -125,7 +151,7 @@ def add_tokenizer(writer: Any, tokenizer: Tokenizer) -> None:
     writer.add_add_bos_token(False)
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(False)
-    writer.add_chat_template(gguf_chat_template())
+    writer.add_chat_template(plain_chat_template())
 
 
 def gguf_tensors(gpt: GPT) -> Iterator[tuple[str, torch.Tensor]]:

@@ -17,6 +17,7 @@ import torch
 from formats.atomic_export import atomic_export
 from formats.chat_template import MARK, hf_chat_template
 from formats.llama import llama_config, llama_state_dict
+from formats.model_card import model_card
 from formats.pretrained import quiet_transformers
 from formats.verify import (
     N_NEW_TOKENS,
@@ -92,74 +93,25 @@ def generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def model_card(gpt: GPT, tokenizer: Tokenizer, dtype: str, facts: dict[str, str]) -> str:
-    """README.md: description, usage, shape, and `facts` about the training."""
-    config, custom = gpt.config, gpt.config.rope_style == "lille"
-    argument = ", trust_remote_code=True" if custom else ""
-    kind = (
-        "This is **not** a plain Llama: its position encoding is the one that the original Lille "
-        f"weights were trained with, which `{MODELING}` in this folder computes. Load it with "
-        "`trust_remote_code=True`."
-        if custom
-        else "A plain `LlamaForCausalLM`: it needs no custom code."
-    )
-    rows = {"Parameters": f"{gpt.n_parameters():,}"}
-    rows |= {name: str(value) for name, value in config.to_dict().items() if name != "dropout"}
-    rows |= {"Weights": dtype, "Tokenizer (Hastings) sha256": tokenizer.sha256} | facts
-    table = "\n".join(
-        f"| {markdown_cell(name)} | {markdown_cell(value)} |" for name, value in rows.items()
-    )
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags:
-- lille
----
-
-# Lille
-
-A small language model. {kind}
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained(folder{argument})
-model = AutoModelForCausalLM.from_pretrained(folder{argument})
-messages = [{{"role": "user", "content": "What is the capital of France?"}}]
-inputs = tokenizer.apply_chat_template(
-    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-)
-output = model.generate(**inputs, max_new_tokens=100)
-print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-```
-
-Messages alternate user and assistant; there is no system role. The context is {config.block_size}
-tokens. What a message spells, such as `{USER}`, stays ordinary text in the chat template; in a
-direct call of the tokenizer it is a control token unless you pass `split_special_tokens=True`.
-
-| | |
-|---|---|
-{table}
-"""
-
-
-def markdown_cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
-
-
 def export_hf(
-    gpt: GPT, tokenizer: Tokenizer, output_dir: Path, dtype: str, facts: dict[str, str]
+    gpt: GPT,
+    tokenizer: Tokenizer,
+    output_dir: Path,
+    dtype: str,
+    facts: dict[str, str],
+    name: str = "",
 ) -> None:
     """Writes `output_dir` and verifies it against `gpt`; `dtype` is a name in DTYPES.
 
-    `facts` are rows of the model card. Raises UserError, with `output_dir` unchanged, when the
-    folder does not compute what `gpt` computes. Both compute in float32 with rounded weights, so
-    the tolerance is the same for all dtypes.
+    `facts` are rows of the model card, `name` the model's id on the hub there. Raises UserError,
+    with `output_dir` unchanged, when the folder does not compute what `gpt` computes. Both compute
+    in float32 with rounded weights, so the tolerance is the same for all dtypes.
     """
     rounded = float32_copy(gpt, DTYPES[dtype])
     references = make_references(rounded, tokenizer)
     with atomic_export(output_dir, NAMES, (MODELING,)) as folder:
-        write_folder(rounded, tokenizer, folder, dtype, facts)
+        write_folder(rounded, tokenizer, folder, dtype)
+        write_text(folder / "README.md", model_card(gpt, tokenizer, "hf", dtype, facts, name))
         print(verify_folder(folder, rounded, tokenizer, references, f"hf {dtype}"))
     if gpt.tok_embeddings.weight.dtype != DTYPES[dtype]:
         original = float32_copy(gpt)
@@ -167,10 +119,8 @@ def export_hf(
         print(f"rounding the weights to {dtype} moves logits by up to {difference:.1e}")
 
 
-def write_folder(
-    gpt: GPT, tokenizer: Tokenizer, folder: Path, dtype: str, facts: dict[str, str]
-) -> None:
-    """Writes the files of an export; `gpt` is on the CPU."""
+def write_folder(gpt: GPT, tokenizer: Tokenizer, folder: Path, dtype: str) -> None:
+    """Writes the files of an export but its card; `gpt` is on the CPU."""
     from safetensors.torch import save
 
     tensors = {
@@ -182,7 +132,6 @@ def write_folder(
     write_json(folder / "config.json", llama_config(gpt.config, tokenizer, dtype))
     write_json(folder / "generation_config.json", generation_config(tokenizer))
     write_tokenizer(folder, tokenizer, gpt.config.block_size)
-    write_text(folder / "README.md", model_card(gpt, tokenizer, dtype, facts))
     if gpt.config.rope_style == "lille":
         shutil.copy(Path(__file__).with_name(MODELING), folder)
 

@@ -1,19 +1,22 @@
-"""Writes a GPT as an ONNX folder: one graph for the prompt and for decoding with a KV cache.
+"""Writes a GPT as a folder that transformers.js, onnxruntime-genai and onnxruntime load.
 
-    export_onnx(gpt, load_tokenizer(), Path("lille-onnx"), "fp32")
+    export_onnx(gpt, load_tokenizer(), Path("lille-onnx"), ["fp32", "int8"])
 
-Inputs: `input_ids` (B, T) int64, `past_key_i` and `past_value_i` (B, K, P, D) for each layer i, P
-being 0 for the first call. Outputs: `logits` (B, T, V) float32, `present_key_i` and
-`present_value_i` (B, K, P + T, D), the past of the next call. B, T and P are free; the rows of a
-batch are equally long. P + T is at most block_size.
+`onnx/` has a graph for each dtype, for the prompt and for decoding with a KV cache. Inputs:
+`input_ids` (B, T), `attention_mask` (B, P + T), 0 for padding, and `position_ids` (B, T), all
+int64; `past_key_values.i.key` and `.value` (B, K, P, D) for each layer i, P being 0 at first.
+Outputs: `logits` (B, T, V) float32, `present.i.key` and `.value` (B, K, P + T, D), the past of the
+next call. Positions are below block_size.
 
-"fp16" has weights, keys and values in half precision, norms and softmax in fp32. "int8" has its
-matrices in 8 bits, a scale for every 32 weights (onnxruntime's MatMulNBits), the rest in fp32.
+"fp16" has weights, keys and values in half precision, norms and softmax in fp32. "int8" and "q4"
+have their matrices in 8 and 4 bits, a scale for every 32 weights (onnxruntime's MatMulNBits), and
+the embedding in 8, the rest in fp32.
 """
 
+import dataclasses
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +26,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from formats.atomic_export import atomic_export
-from formats.onnx_runtime import CONFIG, MODEL, OnnxBackend
+from formats.chat_template import plain_chat_template
+from formats.llama import llama_config
+from formats.model_card import model_card
+from formats.onnx_runtime import FILES, OnnxBackend
 from formats.pretrained import quiet_transformers
 from formats.verify import (
     TOLERANCES,
@@ -35,17 +41,32 @@ from formats.verify import (
     make_references,
     require_packages,
 )
-from formats.write_hf import write_json, write_tokenizer
+from formats.write_hf import (
+    generation_config,
+    tokenizer_config,
+    write_json,
+    write_text,
+    write_tokenizer,
+)
 from model import GPT, apply_rope, rope_tables
 from tokenizer import Tokenizer
 
-DTYPES = {"fp32": 32, "fp16": 16, "int8": 8}  # bits of a weight
-EXTERNAL = MODEL + ".data"
-NAMES = (MODEL, CONFIG, "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+DTYPES = {"fp32": 32, "fp16": 16, "int8": 8, "q4": 4}  # bits of a weight
+NAMES = (
+    "README.md",
+    "config.json",
+    "generation_config.json",
+    "genai_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
+OPTIONAL = tuple(name + end for name in FILES.values() for end in ("", "_data"))
 LARGE = 1 << 30  # bytes; more weights are saved beside the graph, whose file may have 2 GiB at most
 OPSET = 23  # the first with RMSNormalization
 ACCURACY_LEVEL = 4  # int8 arithmetic; 0 is as exact as the weights and 25 times slower on a CPU
-BLOCK = 32  # weights that share a scale in int8
+BLOCK = 32  # weights that share a scale in int8 and q4
+PAST, PRESENT = "past_key_values.{}.{}", "present.{}.{}"
 
 
 class QuantizedEmbedding(nn.Module):
@@ -70,7 +91,7 @@ class CachedGPT(nn.Module):
         self.config, self.layers, self.norm = gpt.config, gpt.layers, gpt.norm
         self.head = gpt.lm_head
         self.embed = gpt.tok_embeddings
-        if dtype == "int8":
+        if DTYPES[dtype] <= 8:
             self.embed = QuantizedEmbedding(gpt.lm_head.weight.detach())
         if dtype == "fp16":
             self.half()  # the gpt too, which is a copy
@@ -79,11 +100,19 @@ class CachedGPT(nn.Module):
         self.register_buffer("sin", sin)
         self.eval()
 
-    def forward(self, input_ids: torch.Tensor, past: list[torch.Tensor]):
-        """ids (B, T) and 2·n_layers tensors (B, K, P, D) -> logits (B, T, V), and the present."""
-        T, P = input_ids.shape[1], past[0].shape[2]
-        cos, sin = self.cos[P : P + T, None], self.sin[P : P + T, None]  # (T, 1, D)
-        hidden = torch.arange(P + T) > torch.arange(P, P + T)[:, None]  # (T, P + T)
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        past: list[torch.Tensor],
+    ):
+        """(B, T), (B, P + T), (B, T) and 2·n_layers (B, K, P, D) -> (B, T, V), and the present."""
+        P = past[0].shape[2]
+        cos, sin = self.cos[position_ids, None], self.sin[position_ids, None]  # (B, T, 1, D)
+        slots = torch.arange(attention_mask.shape[1])
+        hidden = (slots > slots[P:, None]) | (attention_mask == 0)[:, None]  # (B, T, P + T)
+        hidden = hidden[:, None, None]
         x = self.embed(input_ids)  # (B, T, C)
         present = []
         for layer, block in enumerate(self.layers):
@@ -111,37 +140,95 @@ class CachedGPT(nn.Module):
 
         q = (q * width**-0.5).transpose(1, 2).reshape(B, kv_heads, group * T, width)
         scores = (q @ k.transpose(2, 3)).view(B, kv_heads, group, T, S).float()
-        weights = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1).to(x.dtype)
+        lowest = torch.finfo(torch.float32).min  # not -inf: padding sees nothing, and is no NaN
+        weights = scores.masked_fill(hidden, lowest).softmax(dim=-1).to(x.dtype)
         y = weights.view(B, kv_heads, group * T, S) @ v  # (B, K, H/K·T, D)
         y = y.view(B, heads, T, width).transpose(1, 2).reshape(B, T, heads * width)
         return module.out_proj(y), k, v
 
 
-def export_onnx(gpt: GPT, tokenizer: Tokenizer, output_dir: Path, dtype: str = "fp32") -> None:
-    """Writes the folder `output_dir` and verifies it against `gpt`.
+def export_onnx(
+    gpt: GPT,
+    tokenizer: Tokenizer,
+    output_dir: Path,
+    dtypes: Sequence[str] = ("fp32",),
+    facts: dict[str, str] | None = None,
+    name: str = "",
+) -> None:
+    """Writes the folder `output_dir` with a graph for each of `dtypes`, verified against `gpt`.
 
-    `dtype` is a name in DTYPES. Raises UserError for missing packages, and when the verification
-    fails; an earlier `output_dir` is then unchanged.
+    `dtypes` are names in DTYPES, `facts` rows of the model card, and `name` the model's id on the
+    hub there. Raises UserError for missing packages, and when the verification fails; an earlier
+    `output_dir` is then unchanged.
     """
+    with atomic_export(output_dir, NAMES, OPTIONAL) as folder:
+        write_folder(gpt, tokenizer, folder, dtypes)
+        card = model_card(gpt, tokenizer, "onnx", ", ".join(dtypes), facts or {}, name)
+        write_text(folder / "README.md", card)
+
+
+def write_folder(gpt: GPT, tokenizer: Tokenizer, folder: Path, dtypes: Sequence[str]) -> None:
+    """Writes and verifies the files of an export but its card in `folder`, which is empty."""
     require_packages(("onnx", "onnxscript", "onnxruntime"), "ONNX")
-    gpt = float32_copy(gpt)
-    config = gpt.config
-    references = make_references(gpt, tokenizer)
-    with atomic_export(output_dir, NAMES, (EXTERNAL,)) as folder:
-        write_graph(gpt, folder / MODEL, dtype)
-        description = {
-            "model_type": "lille-onnx",
-            **config.to_dict(),
-            "head_dim": config.head_dim,
-            "weights": dtype,  # transformers would take "dtype" for one of torch's
-            "bos_token_id": tokenizer.bos_id,
-            "eos_token_id": [tokenizer.eos_id, tokenizer.user_id],
-            "pad_token_id": tokenizer.pad_id,
-            "tokenizer_sha256": tokenizer.sha256,
-        }
-        write_json(folder / CONFIG, description)
-        write_tokenizer(folder, tokenizer, config.block_size)
-        print(verify_folder(folder, tokenizer, references, dtype))
+    references = make_references(float32_copy(gpt), tokenizer)
+    (folder / "onnx").mkdir()
+    for dtype in dtypes:
+        write_graph(float32_copy(gpt), folder / FILES[dtype], dtype)
+    write_configs(gpt, tokenizer, folder, dtypes[0])
+    check_tokenizer(folder, tokenizer)
+    for dtype in dtypes:
+        print(check_graph(folder, references, dtype))
+
+
+def write_configs(gpt: GPT, tokenizer: Tokenizer, folder: Path, dtype: str) -> None:
+    """Writes all other files; onnxruntime-genai will load the graph of `dtype`."""
+    config = dataclasses.replace(gpt.config, rope_style="llama")  # RoPE is in the graph
+    llama = llama_config(config, tokenizer)
+    llama["transformers.js_config"] = {
+        "kv_cache_dtype": {"fp16": "float16"},
+        "use_external_data_format": {
+            path.name.removesuffix("_data"): 1 for path in folder.glob("onnx/*_data")
+        },
+    }
+    write_json(folder / "config.json", llama)
+    write_json(folder / "generation_config.json", generation_config(tokenizer))
+    write_json(folder / "genai_config.json", genai_config(llama, FILES[dtype]))
+    write_tokenizer(folder, tokenizer, config.block_size)
+    described = tokenizer_config(tokenizer, config.block_size)  # where transformers.js reads it
+    described["chat_template"] = plain_chat_template()
+    write_json(folder / "tokenizer_config.json", described)
+
+
+def genai_config(llama: dict[str, Any], filename: str) -> dict[str, Any]:
+    """genai_config.json of onnxruntime-genai for a graph, with greedy decoding."""
+    names = {"inputs": PAST, "outputs": PRESENT}
+    inputs = {name: name for name in ("input_ids", "attention_mask", "position_ids")}
+    decoder = {
+        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+        "filename": filename,
+        "head_size": llama["head_dim"],
+        "hidden_size": llama["hidden_size"],
+        "num_attention_heads": llama["num_attention_heads"],
+        "num_hidden_layers": llama["num_hidden_layers"],
+        "num_key_value_heads": llama["num_key_value_heads"],
+        "inputs": inputs,
+        "outputs": {"logits": "logits"},
+    }
+    for side, name in names.items():
+        kind = "past" if side == "inputs" else "present"
+        for part in ("key", "value"):
+            decoder[side][f"{kind}_{part}_names"] = name.format("%d", part)
+    tokens = ("bos_token_id", "eos_token_id", "pad_token_id", "vocab_size")
+    model = {"type": "llama", "context_length": llama["max_position_embeddings"]}
+    search = {
+        "do_sample": False,
+        "max_length": llama["max_position_embeddings"],
+        "past_present_share_buffer": False,
+    }
+    return {
+        "model": {**model, **{name: llama[name] for name in tokens}, "decoder": decoder},
+        "search": search,
+    }
 
 
 def write_graph(gpt: GPT, path: Path, dtype: str) -> None:
@@ -151,33 +238,47 @@ def write_graph(gpt: GPT, path: Path, dtype: str) -> None:
     config = gpt.config
     module = CachedGPT(gpt, dtype)
     past_dtype = torch.float16 if dtype == "fp16" else torch.float32
-    shape = (2, config.n_kv_heads, 3, config.head_dim)  # any lengths that differ
+    B, T, P = 2, 4, 3  # any lengths that differ
+    shape = (B, config.n_kv_heads, P, config.head_dim)
     past = [torch.zeros(shape, dtype=past_dtype) for _ in range(2 * config.n_layers)]
-    names = [f"{name}_{i}" for i in range(config.n_layers) for name in ("key", "value")]
-    batch, sequence, length = map(torch.export.Dim, ("batch", "sequence", "past"))
+    sizes = {"input_ids": T, "attention_mask": P + T, "position_ids": T}
+    inputs = [torch.ones((B, size), dtype=torch.long) for size in sizes.values()]
+    pairs = [(i, part) for i in range(config.n_layers) for part in ("key", "value")]
+    free = torch.export.Dim.DYNAMIC
     with quiet_tools():
         program = torch.onnx.export(
             module,
-            (torch.ones((2, 4), dtype=torch.long), past),
+            (*inputs, past),
             dynamo=True,
             opset_version=OPSET,
-            input_names=["input_ids", *(f"past_{name}" for name in names)],
-            output_names=["logits", *(f"present_{name}" for name in names)],
-            dynamic_shapes=({0: batch, 1: sequence}, [{0: batch, 2: length}] * len(past)),
+            input_names=[*sizes, *(PAST.format(*pair) for pair in pairs)],
+            output_names=["logits", *(PRESENT.format(*pair) for pair in pairs)],
+            dynamic_shapes=(*[{0: free, 1: free}] * 3, [{0: free, 2: free}] * len(past)),
             verbose=False,
         )
     model = program.model_proto
-    for node in model.graph.node:  # metadata with the paths of source files
-        del node.metadata_props[:]
-    if dtype == "int8":
-        model = quantize(model)
+    for value in (*model.graph.input, *model.graph.output):
+        axes = value.type.tensor_type.shape.dim
+        axes[0].dim_param = "batch"
+        if value.name.startswith(("past", "present")):
+            axes[2].dim_param = "past" if value.name.startswith("past") else "past + sequence"
+        else:
+            axes[1].dim_param = "past + sequence" if "mask" in value.name else "sequence"
+    names = {value.name for value in model.graph.input}
+    for node in model.graph.node:
+        del node.metadata_props[:]  # which have the paths of source files
+        axes = {attribute.name: attribute.i for attribute in node.attribute}
+        if node.op_type == "Shape" and node.input[0] in names and axes.get("end") == 1:
+            node.input[0] = "input_ids"  # has B; transformers.js begins with a past (0, K, 0, D)
+    if DTYPES[dtype] <= 8:
+        model = quantize(model, DTYPES[dtype])
     large = model.ByteSize() > LARGE
     onnx.save_model(
         model,
         path,
         save_as_external_data=large,
         all_tensors_to_one_file=True,
-        location=EXTERNAL if large else None,
+        location=path.name + "_data" if large else None,
     )
 
 
@@ -200,33 +301,34 @@ def quiet_tools() -> Iterator[None]:
         root.handlers[:] = handlers
 
 
-def quantize(model: Any) -> Any:
-    """The graph with its constant matrices in 8 bits, by onnxruntime's quantizer."""
+def quantize(model: Any, bits: int) -> Any:
+    """The graph with its constant matrices in 8 or 4 bits, by onnxruntime's quantizer."""
     with quiet_tools():
         from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
         quantizer = MatMulNBitsQuantizer(
-            model, bits=8, block_size=BLOCK, is_symmetric=True, accuracy_level=ACCURACY_LEVEL
+            model, bits=bits, block_size=BLOCK, is_symmetric=True, accuracy_level=ACCURACY_LEVEL
         )
         quantizer.process()
     return quantizer.model.model
 
 
-def verify_folder(
-    folder: Path, tokenizer: Tokenizer, references: list[Reference], dtype: str
-) -> str:
-    """Compares a folder, read back, with the references; a line about the comparison.
-
-    Token ids, chat template, logits in one call and with the cache. Raises UserError when they
-    differ.
-    """
+def check_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    """Raises UserError unless transformers reads the folder's tokenizer and template as ours."""
     from transformers import AutoTokenizer
 
     with quiet_transformers():
         hf_tokenizer = AutoTokenizer.from_pretrained(folder)
         check_token_ids(lambda text: hf_tokenizer(text, verbose=False)["input_ids"], tokenizer)
         check_chat_template(hf_tokenizer, tokenizer)
-    backend = OnnxBackend(folder, "cpu")
+
+
+def check_graph(folder: Path, references: list[Reference], dtype: str) -> str:
+    """Compares a graph, read back, with the references, in one call and with the cache.
+
+    A line about the comparison; UserError when they differ.
+    """
+    backend = OnnxBackend(folder, "cpu", dtype)
     comparison = compare(references, backend.all_logits)
     for reference in references:
         ids, n_prompt = reference.ids, reference.n_prompt

@@ -27,6 +27,7 @@ from formats.pretrained import (
 from generation.fast_decode import Decoder
 from model import GPT
 from ops.kv_cache import KVCache, common_prefix
+from tokenizer import Tokenizer
 
 BACKENDS = ("torch", "huggingface", "onnx")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -115,9 +116,7 @@ def open_backend(
     if kind not in BACKENDS:
         raise UserError(f"backend={kind!r}: choose one of {', '.join(BACKENDS)}")
     if kind == "onnx":
-        if dtype is not None:
-            raise UserError("an ONNX file has its own dtype: export it with --dtype instead")
-        return OnnxBackend(model, None if device is None else str(device))
+        return OnnxBackend(model, None if device is None else str(device), dtype and str(dtype))
     path, device = resolve_model(model), resolve_device(device)
     name = str(dtype or "").removeprefix("torch.")
     if kind == "torch" and name == "int8":
@@ -129,6 +128,15 @@ def open_backend(
     if kind == "huggingface" and has_transformers_class(path):
         return open_transformers(path, device, dtype)
     return TorchBackend(load_model(path, device, dtype))
+
+
+def check_vocabulary(model: str | os.PathLike, vocab_size: int, tokenizer: Tokenizer) -> None:
+    """Raises UserError unless a model has as many tokens as the tokenizer."""
+    if vocab_size != tokenizer.vocab_size:
+        raise UserError(
+            f"{model} has a vocabulary of {vocab_size} and the tokenizer one of "
+            f"{tokenizer.vocab_size}: it is not a Lille model"
+        )
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:

@@ -11,8 +11,12 @@ were whole; ("longer", n): n bytes more than the file has; ("status", code); ("c
 is another one; ("slow", seconds): waits first; ("whole", 0): the Range that was asked for is
 ignored. `cdn`, another FakeHub with the same repositories, is where downloads are redirected to.
 With `log_in` every answer is a web page, as from a network that wants a log-in first.
+
+Models can be uploaded, with the token TOKEN: large files by Git LFS, the others in the commit. The
+front matter of a README.md must be a YAML mapping.
 """
 
+import base64
 import hashlib
 import json
 import re
@@ -22,7 +26,11 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import yaml
+
 COMMIT = "c0ffee" + "0" * 34
+TOKEN = "hf_test"
+LFS = (".parquet", ".safetensors", ".gguf", ".onnx", ".wasm")  # files that the hub keeps by LFS
 
 
 @dataclass
@@ -31,6 +39,7 @@ class Repository:
     card: dict = field(default_factory=dict)
     published: dict[str, str] = field(default_factory=dict)  # sha256 of a file, if not its own
     commit: str = COMMIT
+    private: bool = False
     refusal: tuple[int, str] | None = None  # status and X-Error-Code of every answer
 
 
@@ -43,6 +52,7 @@ class FakeHub:
         self.api_delay = 0.0  # seconds before the API answers
         self.cdn: FakeHub | None = None
         self.log_in = False
+        self.uploads: dict[str, bytes] = {}  # by sha256, of files that no commit has named yet
         self.wake = threading.Event()
         handler = type("Handler", (Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -78,7 +88,70 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         length = int(self.headers.get("Content-Length", 0))
         self.body = self.rfile.read(length)
+        path = unquote(urlsplit(self.path).path)
+        uploads = [
+            ("/api/repos/create", self.create),
+            ("/api/validate-yaml", self.validate),
+            ("/api/models/(.+)/preupload/main", self.preupload),
+            (r"/(.+)\.git/info/lfs/objects/batch", self.lfs_batch),
+            ("/api/models/(.+)/commit/main", self.add_commit),
+        ]
+        for pattern, method in uploads:
+            if match := re.fullmatch(pattern, path):
+                self.hub.requests.append(f"POST {path}")
+                if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+                    return self.refuse(401, "")
+                return method(*match.groups())
         self.answer()
+
+    def do_PUT(self) -> None:
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        sha256 = self.path.rpartition("/")[2]
+        if hashlib.sha256(content).hexdigest() != sha256:
+            return self.refuse(400, "")
+        self.hub.uploads[sha256] = content
+        self.send_json({})
+
+    def create(self) -> None:
+        request = json.loads(self.body)
+        name = "/".join(filter(None, (request.get("organization"), request["name"])))
+        if ("models", name) not in self.hub.repositories:
+            self.hub.add("models", name, {})
+            self.hub.repositories["models", name].private = request.get("visibility") == "private"
+        self.send_json({"url": f"{self.hub.url}/{name}", "name": name})
+
+    def validate(self) -> None:
+        match = re.match(r"---\n(.*?)\n---\n", json.loads(self.body)["content"], re.DOTALL)
+        valid = match and isinstance(yaml.safe_load(match[1]), dict)
+        errors = [] if valid else [{"message": "no front matter"}]
+        answer = json.dumps({"errors": errors, "warnings": []}).encode()
+        self.send(answer, "application/json", 200 if valid else 400)
+
+    def preupload(self, name: str) -> None:
+        paths = [file["path"] for file in json.loads(self.body)["files"]]
+        modes = [(path, "lfs" if path.endswith(LFS) else "regular") for path in paths]
+        keys = ("path", "uploadMode")
+        files = [dict(zip(keys, mode, strict=True)) | {"shouldIgnore": False} for mode in modes]
+        self.send_json({"files": files})
+
+    def lfs_batch(self, name: str) -> None:
+        objects = json.loads(self.body)["objects"]
+        for entry in objects:
+            entry["actions"] = {"upload": {"href": f"{self.hub.url}/lfs/{entry['oid']}"}}
+        self.send_json({"transfer": "basic", "objects": objects})
+
+    def add_commit(self, name: str) -> None:
+        repository = self.hub.repositories["models", name]
+        if repository.refusal:
+            return self.refuse(*repository.refusal)
+        for line in map(json.loads, self.body.splitlines()):
+            value = line["value"]
+            if line["key"] == "file":
+                repository.files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                repository.files[value["path"]] = self.hub.uploads.pop(value["oid"])
+        url = f"{self.hub.url}/{name}/commit/{COMMIT}"
+        self.send_json({"success": True, "commitOid": COMMIT, "commitUrl": url})
 
     def answer(self) -> None:
         path = unquote(urlsplit(self.path).path)
@@ -120,8 +193,8 @@ class Handler(BaseHTTPRequestHandler):
     def send_json(self, value) -> None:
         self.send(json.dumps(value).encode(), "application/json")
 
-    def send(self, content: bytes, kind: str) -> None:
-        self.send_response(200)
+    def send(self, content: bytes, kind: str, status: int = 200) -> None:
+        self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
@@ -144,7 +217,7 @@ class Handler(BaseHTTPRequestHandler):
         content = repository.files[path]
         sha256 = repository.published.get(path, hashlib.sha256(content).hexdigest())
         facts = {"type": "file", "path": path, "size": len(content), "oid": sha256[:40]}
-        if path.endswith((".parquet", ".safetensors")):  # kept by LFS
+        if path.endswith(LFS):
             facts["lfs"] = {"oid": sha256, "size": len(content), "pointerSize": 134}
         return facts
 

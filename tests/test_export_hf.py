@@ -74,7 +74,7 @@ def theirs(tmp_path_factory):
     """transformers' tokenizer of an exported folder; no model is needed for it."""
     folder = tmp_path_factory.mktemp("tokenizer")
     gpt = GPT(GPTConfig(n_embd=8, n_layers=1, n_heads=1, n_kv_heads=1))
-    write_hf.write_folder(gpt, TOKENIZER, folder, "float32", {})
+    write_hf.write_folder(gpt, TOKENIZER, folder, "float32")
     return AutoTokenizer.from_pretrained(folder)
 
 
@@ -368,7 +368,7 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch):
     (tmp_path / "project" / "README.md").write_text("keep")
     monkeypatch.chdir(tmp_path)
     cases = {
-        "--format=tflite": "--format=tflite: expected hf, onnx, gguf",
+        "--format=tflite": "--format=tflite: expected hf, gguf, onnx, web",
         "--dtype=int4": "--dtype=int4: expected float32, float16, bfloat16 for --format=hf",
         "--model=none.pt": "none.pt is not there: give the path of a .pt",
         "--model=mine": "mine is a folder without config.json: give the path of a .pt",
@@ -390,12 +390,13 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch):
         assert message in str(caught.value) and "\n" not in str(caught.value)
     monkeypatch.setattr(export, "resolve_model", lambda name: 1 / 0)  # refused before any work
     for format, dtypes in {
-        "onnx": ["fp32", "fp16", "int8"],
         "gguf": ["f32", "f16", "q8_0"],
         "hf": ["float32", "float16", "bfloat16"],
     }.items():
         with pytest.raises(UserError, match=f"int4: expected {', '.join(dtypes)} for .*={format}"):
             export.main(["--model=good.pt", f"--format={format}", "--dtype=int4"])
+    with pytest.raises(UserError, match="there is no int4 here: did you mean int8"):
+        export.main(["--model=good.pt", "--format=onnx", "--dtype=fp32,int4"])
     assert (tmp_path / "mine" / "notes.txt").read_text() == "keep"
     assert (tmp_path / "project" / "README.md").read_text() == "keep"
     assert not list(tmp_path.glob(".*"))

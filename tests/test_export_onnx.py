@@ -15,7 +15,8 @@ import torch
 from common.errors import UserError
 from formats import verify, write_onnx
 from formats.atomic_export import atomic_export
-from formats.onnx_runtime import OnnxBackend
+from formats.llama import gpt_config_from
+from formats.onnx_runtime import FILES, OnnxBackend
 from formats.write_onnx import QuantizedEmbedding
 from model import GPT, GPTConfig
 from tokenizer import HARD_STRINGS, load_tokenizer
@@ -91,22 +92,42 @@ def test_greedy_tokens(gpt, backend):
 def test_lille_rope_style_and_a_batch(tmp_path):
     """The original's position encoding works too; so do several rows, and any cut of the text."""
     gpt = small_gpt("lille", n_layers=1)
-    write_onnx.export_onnx(gpt, TOKENIZER, tmp_path / "model", "fp32")
-    session = onnxruntime.InferenceSession(tmp_path / "model" / "model.onnx")
+    write_onnx.export_onnx(gpt, TOKENIZER, tmp_path / "model")
+    session = onnxruntime.InferenceSession(tmp_path / "model" / "onnx" / "model.onnx")
     ids = torch.randint(gpt.config.vocab_size, (3, 24))
     expected = gpt(ids).detach().numpy()
     for cuts in ([0, 24], [0, 1, 2, 24], [0, 7, 23, 24]):
-        past = {f"past_{name}_0": np.zeros((3, 2, 0, 16), np.float32) for name in ("key", "value")}
+        past = {name: np.zeros((3, 2, 0, 16), np.float32) for name in ("key", "value")}
         for start, end in zip(cuts, cuts[1:], strict=False):
-            logits, key, value = session.run(
-                ["logits", "present_key_0", "present_value_0"],
-                {"input_ids": ids[:, start:end].numpy(), **past},
-            )
+            inputs = {
+                "input_ids": ids[:, start:end].numpy(),
+                "attention_mask": np.ones((3, end), np.int64),
+                "position_ids": np.arange(start, end)[None].repeat(3, 0),
+            }
+            inputs |= {f"past_key_values.0.{name}": value for name, value in past.items()}
+            logits, key, value = session.run(["logits", "present.0.key", "present.0.value"], inputs)
             assert np.abs(logits - expected[:, start:end]).max() < 1e-4
             assert key.shape == value.shape == (3, 2, end, 16)
-            past = {"past_key_0": key, "past_value_0": value}
+            past = {"key": key, "value": value}
     other = small_gpt("llama", n_layers=1)(ids).detach().numpy()  # the two styles do differ
     assert np.abs(other - expected).max() > 0.1
+
+
+@torch.inference_mode()
+def test_rows_of_different_lengths(gpt, backend):
+    """Padded on the left, and with the empty past that transformers.js begins with."""
+    rows = [prompt for prompt in prompts() if len(prompt) in (1, 7, 20)]
+    ids, mask, positions = np.zeros((3, 3, 20), np.int64)
+    for row, prompt in enumerate(rows):
+        ids[row, -len(prompt) :], mask[row, -len(prompt) :] = prompt, 1
+        positions[row, -len(prompt) :] = range(len(prompt))
+    empty = np.zeros((0, 2, 0, 16), np.float32)
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    inputs |= dict.fromkeys(backend.past_names, empty)
+    logits = backend.session.run(["logits"], inputs)[0]
+    for row, prompt in zip(logits, rows, strict=True):
+        expected = gpt(torch.tensor([prompt]))[0].numpy()
+        assert np.abs(row[-len(prompt) :] - expected).max() < 1e-4
 
 
 def test_prefix_reuse_equals_fresh_runs(folder, backend, monkeypatch):
@@ -155,22 +176,24 @@ def test_ids_that_do_not_fit(backend, ids):
 def test_folder_and_graph(gpt, folder):
     """The names others rely on, the context's size, no paths of the machine that exported it."""
     config = json.loads((folder / "config.json").read_text("utf-8"))
-    assert {name: config[name] for name in gpt.config.to_dict()} == gpt.config.to_dict()
-    assert config["weights"] == "fp32"
-    assert sorted(path.name for path in folder.iterdir()) == sorted(
-        {*write_onnx.NAMES} - {"model.onnx.data"}
-    )
-    model = onnx.load(folder / "model.onnx")
+    assert gpt_config_from(config) == gpt.config
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.*"))
+    assert files == sorted([*write_onnx.NAMES, "onnx/model.onnx"])
+    model = onnx.load(folder / "onnx" / "model.onnx")
     onnx.checker.check_model(model)
-    names = [f"{name}_{i}" for i in range(2) for name in ("key", "value")]
-    assert [value.name for value in model.graph.input] == [
-        "input_ids",
-        *(f"past_{name}" for name in names),
-    ]
-    assert [value.name for value in model.graph.output] == [
-        "logits",
-        *(f"present_{name}" for name in names),
-    ]
+    shapes = {
+        value.name: [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
+        for value in (*model.graph.input, *model.graph.output)
+    }
+    names = [f"{i}.{name}" for i in range(2) for name in ("key", "value")]
+    assert shapes == {
+        **{f"past_key_values.{name}": ["batch", 2, "past", 16] for name in names},
+        "input_ids": ["batch", "sequence"],
+        "attention_mask": ["batch", "past + sequence"],
+        "position_ids": ["batch", "sequence"],
+        "logits": ["batch", "sequence", 32768],
+        **{f"present.{name}": ["batch", 2, "past + sequence", 16] for name in names},
+    }
     assert str(ROOT).encode() not in model.SerializeToString()
     embeddings = [t for t in model.graph.initializer if list(t.dims) == [32768, 64]]
     assert len(embeddings) == 1  # tied
@@ -187,22 +210,27 @@ def test_its_tokenizer_is_ours(folder):
     assert ids["input_ids"] == TOKENIZER.encode_chat(chat, add_generation_prompt=True)
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "int8"])
-def test_smaller_dtypes(dtype, tmp_path, monkeypatch, capsys):
-    """Smaller, and close to the model but not the same; int8 with its weights beside the graph."""
+@pytest.mark.parametrize("large", [False, True])
+def test_smaller_dtypes(large, tmp_path, monkeypatch, capsys):
+    """Smaller, and close to the model but not the same; `large`: with weights beside the graph."""
     gpt, ids = small_gpt(n_layers=1), [*range(40)]
-    monkeypatch.setattr(write_onnx, "LARGE", 0 if dtype == "int8" else 1 << 30)
-    write_onnx.export_onnx(gpt, TOKENIZER, tmp_path / "small", dtype)
-    assert f"ONNX {dtype} checked" in capsys.readouterr().out
-    assert (tmp_path / "small" / "model.onnx.data").exists() == (dtype == "int8")
-    size = sum(path.stat().st_size for path in (tmp_path / "small").glob("model.onnx*"))
-    assert size < (0.55 if dtype == "fp16" else 0.6) * 4 * gpt.n_parameters()
-    backend = OnnxBackend(tmp_path / "small")
-    limit = 0.05 if dtype == "fp16" else 0.6  # the widest logits are about 9 apart
+    if large:
+        monkeypatch.setattr(write_onnx, "LARGE", 0)
+    write_onnx.export_onnx(gpt, TOKENIZER, tmp_path / "small", ["int8", "fp16", "q4"])
+    printed = capsys.readouterr().out
     expected = gpt(torch.tensor([ids]))[0].detach()
-    assert 1e-4 < (backend.all_logits(ids) - expected).abs().max() < limit
-    steps = torch.stack([backend.logits(ids[: n + 1]) for n in range(40)])
-    assert 1e-4 < (steps - expected).abs().max() < limit
+    # shares of the size in float32; differences, where the widest logits are about 9 apart
+    for dtype, share, limit in (("fp16", 0.55, 0.05), ("int8", 0.6, 0.6), ("q4", 0.45, 4)):
+        assert f"ONNX {dtype} checked" in printed
+        files = list(tmp_path.glob(f"small/{FILES[dtype]}*"))
+        assert len(files) == 1 + large
+        assert sum(file.stat().st_size for file in files) < share * 4 * gpt.n_parameters()
+        backend = OnnxBackend(tmp_path / "small", dtype=dtype)
+        assert 1e-4 < (backend.all_logits(ids) - expected).abs().max() < limit
+        steps = torch.stack([backend.logits(ids[: n + 1]) for n in range(40)])
+        assert 1e-4 < (steps - expected).abs().max() < limit
+    with pytest.raises(UserError, match="model.onnx is not there: export a checkpoint"):
+        OnnxBackend(tmp_path / "small", dtype="fp32")
 
 
 def test_quantized_embedding():
@@ -225,7 +253,7 @@ def test_a_wrong_graph_is_refused(tmp_path, monkeypatch):
     with pytest.raises(
         UserError, match="does not compute what the checkpoint does .largest logit difference"
     ) as error:
-        write_onnx.export_onnx(gpt, TOKENIZER, tmp_path / "model", "int8")
+        write_onnx.export_onnx(gpt, TOKENIZER, tmp_path / "model", ["int8"])
     assert "\n" not in str(error.value)
     assert list(tmp_path.iterdir()) == []
 
@@ -302,11 +330,11 @@ import test_export_onnx as t
 from formats import write_onnx
 from pathlib import Path
 def slow(folder, *_):
-    print(sorted(path.name for path in folder.iterdir()), flush=True)
+    print(sorted(path.name for path in folder.rglob("*")), flush=True)
     time.sleep(60)
 write_onnx.write_graph = lambda gpt, path, dtype: path.write_bytes(b"graph")
-write_onnx.verify_folder = slow
-write_onnx.export_onnx(t.small_gpt(n_layers=1), t.TOKENIZER, Path("target"), "fp32")
+write_onnx.check_tokenizer = slow
+write_onnx.export_onnx(t.small_gpt(n_layers=1), t.TOKENIZER, Path("target"))
 """
     process = subprocess.Popen(
         [sys.executable, "-c", code],
@@ -334,23 +362,27 @@ def test_refusals(gpt, folder, tmp_path, monkeypatch):
     target = tmp_path / "model"
     broken = small_gpt()
     broken.norm.weight.data[0] = float("nan")
-    assert "not finite" in refusal(export, broken, TOKENIZER, target, "fp32")
+    assert "not finite" in refusal(export, broken, TOKENIZER, target)
     assert "--format=onnx" in refusal(OnnxBackend, target)
     assert "'cpu' or 'cuda'" in refusal(OnnxBackend, folder, "tpu")
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         assert "onnxruntime-gpu" in refusal(OnnxBackend, folder, "cuda")
 
-    target.mkdir()
-    content = (folder / "model.onnx").read_bytes()
-    (target / "model.onnx").write_bytes(content[: len(content) // 2])
+    graph = target / "onnx" / "model.onnx"
+    graph.parent.mkdir(parents=True)
+    content = (folder / "onnx" / "model.onnx").read_bytes()
+    graph.write_bytes(content[: len(content) // 2])
     assert "config.json is not there" in refusal(OnnxBackend, target)
     (target / "config.json").write_bytes((folder / "config.json").read_bytes())
-    assert "cannot be loaded by onnxruntime" in refusal(OnnxBackend, target / "model.onnx")
+    assert "cannot be loaded by onnxruntime" in refusal(OnnxBackend, graph)
+    assert "choose one of fp32, fp16, int8, q4" in refusal(OnnxBackend, folder, "cpu", "float16")
+    (target / "model.onnx").touch()
+    assert "of an earlier version: export it again" in refusal(OnnxBackend, target)
 
     for name in ("onnxscript", "onnxruntime"):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, name, None)
-            assert "requirements/export" in refusal(export, gpt, TOKENIZER, target, "fp32")
+            assert "requirements/export" in refusal(export, gpt, TOKENIZER, target)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert "requirements/export" in refusal(OnnxBackend, folder)
 
