@@ -1,7 +1,8 @@
-"""Chats with a model in the terminal or the browser, answers one prompt, completes a text.
+"""Chats with a model in the terminal or the browser, answers one prompt, completes, serves.
 
     python inference.py                                   # a chat with checkpoints_ft/best_model.pt
     python inference.py --web                             # the same in a browser, on this machine
+    python inference.py --serve                           # OpenAI's protocol, on this machine
     python inference.py --prompt="What is the capital of France?"
     python inference.py --model=checkpoints/best_model.pt --completion --prompt="The sky is"
     echo "What is the capital of France?" | python inference.py --model=130m-instruct
@@ -29,8 +30,8 @@ import torch
 
 from common.errors import UserError
 from common.settings import config_from_constants, run_script
-from generation import chat_terminal, chat_web
-from generation.backends import open_backend
+from generation import chat_terminal, chat_web, server
+from generation.backends import check_vocabulary, open_backend
 from generation.conversation import Lille, Sampling
 from tokenizer import load_tokenizer
 
@@ -43,7 +44,9 @@ dtype = ""  # "float32", "bfloat16", "float16"; "int8": torch on the CPU; empty:
 prompt = ""  # answer this and exit
 completion = False  # continue the text, as a model that was only pretrained does
 web = False  # a chat page in the browser (pip install -r requirements/web.txt)
-port = 0  # port of the chat page; 0: the first free one from 7860
+serve = False  # answer programs that speak OpenAI's protocol (requirements/web.txt too)
+port = 0  # port of the page or the server; 0: the first free one from 7860, or 8000
+host = "127.0.0.1"  # address of the server; 0.0.0.0: other machines too, who need LILLE_API_KEY
 speed = False  # print tokens per second after each answer
 
 # Sampling
@@ -71,11 +74,7 @@ def lille(
     """
     engine = open_backend(backend, model, device, dtype)
     tokenizer = load_tokenizer()
-    if engine.vocab_size != tokenizer.vocab_size:
-        raise UserError(
-            f"{model} has a vocabulary of {engine.vocab_size} and the tokenizer one of "
-            f"{tokenizer.vocab_size}: it is not a Lille model"
-        )
+    check_vocabulary(model, engine.vocab_size, tokenizer)
     return Lille(engine, tokenizer, seed)
 
 
@@ -96,10 +95,10 @@ def main(argv: list[str] | None = None) -> int:
         prompt = chat_terminal.typed(config.prompt)
     except UnicodeError:
         raise UserError("--prompt is not UTF-8 text: convert it, or pipe it in as UTF-8") from None
-    if config.web:
-        if prompt or config.completion:
-            raise UserError("--web is a chat page: leave out --prompt and --completion")
-        chat_web.require_gradio()
+    if config.web or config.serve:
+        if prompt or config.completion or (config.web and config.serve):
+            raise UserError("give one of --web, --serve, and --prompt or --completion")
+        chat_web.require_gradio() if config.web else server.require_packages()
     elif not prompt.strip() and not (sys.stdin and sys.stdin.isatty()):
         prompt = piped_text()
     options = {
@@ -110,6 +109,9 @@ def main(argv: list[str] | None = None) -> int:
     }
     seed = None if config.seed == -1 else config.seed
     Sampling(**options)  # refuses values out of range before a model is loaded
+    if config.serve:
+        server.run(config, options)
+        return 0
     model = lille(config.backend, config.model, config.device or None, config.dtype or None, seed)
     try:
         if config.web:

@@ -10,14 +10,14 @@ send requests to this machine, are refused, and so are uploads.
 
 import inspect
 import os
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
 
 from common.errors import UserError
 from generation.conversation import Lille, Message
+from generation.guard import guarded
 
 # The browser refuses to load anything from other hosts.
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
@@ -31,37 +31,6 @@ LAUNCH = {
     "quiet": True,
     "prevent_thread_lock": True,
 }
-
-
-def refusal(scope: dict[str, Any]) -> str:
-    """Why the ASGI request is refused; empty if it is not.
-
-    The host name is checked since another site can point its own one to 127.0.0.1 and then read the
-    answers (DNS rebinding), the origin since it can send requests without reading the answers.
-    """
-    pairs = [(key.decode("latin-1"), value.decode("latin-1")) for key, value in scope["headers"]]
-    headers = dict(pairs)
-    host, origin = headers.get("host", ""), headers.get("origin")
-    if [key for key, _ in pairs].count("host") > 1:
-        return "a request has one host"
-    if not re.fullmatch(r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?", host, re.IGNORECASE):
-        return "this page is at 127.0.0.1 and localhost only"
-    if origin is not None and origin != f"http://{host}":
-        return "requests of other pages are refused"
-    if headers.get("content-type", "").lower().startswith("multipart/"):
-        return "there is nothing to upload here"
-    return ""
-
-
-def guarded(app: Callable) -> Callable:
-    """ASGI middleware that answers 403 to the requests with a `refusal`."""
-    from starlette.responses import PlainTextResponse
-
-    async def guard(scope: dict[str, Any], receive: Callable, send: Callable) -> None:
-        reason = scope["type"] != "lifespan" and refusal(scope)
-        await (PlainTextResponse(reason, 403) if reason else app)(scope, receive, send)
-
-    return guard
 
 
 def require_gradio() -> None:
@@ -158,8 +127,9 @@ def complete_turns(shown: list[dict[str, Any]], originals: dict[str, str]) -> li
 def launch(page: Any, port: int = 0) -> None:
     """Serves the page in a thread; `port` 0 takes the first free one from 7860."""
     from starlette.middleware import Middleware
+    from starlette.responses import PlainTextResponse
 
-    guard = {"middleware": [Middleware(guarded)]}
+    guard = {"middleware": [Middleware(guarded, lambda reason: PlainTextResponse(reason, 403))]}
     page.launch(server_port=port or None, app_kwargs=guard, **LAUNCH)
 
 

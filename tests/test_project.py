@@ -170,6 +170,7 @@ def test_spinning_is_limited_where_the_user_has_not_chosen(platform, before, aft
 OPTIONAL = [
     *("datasets", "gigatoken", "awkward", "matplotlib", "pyarrow", "gradio", "onnx", "onnxscript"),
     *("onnxruntime", "gguf", "accelerate", "wandb", "tiktoken", "nbclient", "nbformat"),
+    *("starlette", "uvicorn"),
 ]
 # httpx or httpx2 is there for huggingface_hub, depending on its version: not for this project.
 WITHOUT_OPTIONAL = f"""

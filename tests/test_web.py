@@ -24,7 +24,7 @@ import pytest
 from test_inference import ROOT, TOKENIZER, Scripted, saved, small_gpt, turns
 
 from common.errors import UserError
-from generation import chat_web
+from generation import chat_web, guard
 from generation.conversation import Lille
 
 OPTIONS = {"max_new_tokens": 500, "temperature": 0.5, "top_p": 0.95, "top_k": None}
@@ -57,7 +57,7 @@ def test_history_is_the_turns_that_have_an_answer():
 def test_refusal():
     def refusal(**headers: str) -> str:
         pairs = [(name.replace("_", "-").encode(), text.encode()) for name, text in headers.items()]
-        return chat_web.refusal({"type": "http", "headers": pairs})
+        return guard.refusal({"type": "http", "headers": pairs})
 
     json_type = {"content_type": "application/json"}
     for host in ("127.0.0.1:7860", "localhost", "[::1]:1", "LocalHost:80"):
@@ -76,7 +76,7 @@ def test_refusal():
         assert "localhost only" in refusal(host=host, origin=f"http://{host}")
     assert "localhost only" in refusal()
     two = {"type": "http", "headers": [(b"host", b"evil.example"), (b"host", b"localhost")]}
-    assert chat_web.refusal(two) == "a request has one host"
+    assert guard.refusal(two) == "a request has one host"
 
 
 class Slow(Scripted):
