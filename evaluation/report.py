@@ -224,18 +224,18 @@ def contamination_record(
 def draw(models: Sequence[tuple[str, int | None, dict[str, TaskResult]]], path: Path) -> None:
     """A picture: each task's primary metric with its interval and chance line, a mark a model.
 
-    `models` are (name, step, results); where all have a step and there are several, the metric is
-    drawn over the steps instead.
+    `models` are (name, step, results). Checkpoints of one folder are drawn over their steps, with a
+    line for a model without one.
     """
     from matplotlib.figure import Figure
 
     tasks = [name for name, result in models[0][2].items() if result.metrics]
-    steps = [step for _, step, _ in models]
-    over_steps = steps[0] is not None and len(set(steps) - {None}) > 1
+    stepped = {(Path(name).parent, step) for name, step, _ in models if step is not None}
+    over_steps = len(stepped) > 1 and len({folder for folder, _ in stepped}) == 1
     n_columns = min(4, len(tasks)) or 1
     n_rows = math.ceil(len(tasks) / n_columns) or 1
     figure = Figure(figsize=(3.2 * n_columns, 2.6 * n_rows), layout="constrained")
-    panels = figure.subplots(n_rows, n_columns, squeeze=False).flat
+    panels = figure.subplots(n_rows, n_columns, squeeze=False).ravel()
     for axes, task in zip(panels, tasks, strict=False):
         for number_, (name, step, results) in enumerate(models):
             if task not in results or not results[task].metrics:
@@ -261,7 +261,7 @@ def draw(models: Sequence[tuple[str, int | None, dict[str, TaskResult]]], path: 
         else:
             axes.set_xticks([])
             axes.set_xlim(-0.6, len(models) - 0.4)
-    for axes in list(panels)[len(tasks) :]:
+    for axes in panels[len(tasks) :]:
         axes.set_visible(False)
     if not over_steps:
         handles, labels = figure.axes[0].get_legend_handles_labels()

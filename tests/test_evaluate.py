@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 import evaluate
 from common.errors import UserError
@@ -344,6 +345,23 @@ def test_a_curve_over_the_steps(folder, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert [line["model"]["step"] for line in lines] == [10, 200]
     assert (tmp_path / "results.png").stat().st_size > 5000
+
+
+def test_models_of_several_folders_are_marks_with_their_names(folder, tmp_path, monkeypatch):
+    figures, drawn = [], []
+    draw = report.draw
+    monkeypatch.setattr(report, "draw", lambda models, path: drawn.append(models))
+    evaluate.main(arguments(folder, out_dir=tmp_path, tasks="animals"))
+    ((first, _, results),) = drawn[0]
+    results, other = {f"task {i}": results["animals"] for i in range(5)}, "m/best_model.pt"
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    draw([(first, 10, results), (other, 20, results)], tmp_path / "a.png")
+    draw([(first, 10, results), (first, 20, results)], tmp_path / "b.png")
+    for figure in figures:
+        assert [axes.get_visible() for axes in figure.axes] == [True] * 5 + [False] * 3
+    names = [text.get_text() for text in figures[0].legends[0].get_texts()]
+    assert names == [first, other] and not figures[1].legends
+    assert figures[1].axes[0].get_xlabel() == "step"
 
 
 def test_contamination_by_the_shards_of_a_run(folder, tmp_path, capsys):
