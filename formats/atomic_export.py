@@ -36,7 +36,7 @@ def atomic_export(
             export = temporary if names else temporary / target.name
             with named_errors(target):
                 yield export
-                for path in files_of(temporary):
+                for path in filter(Path.is_file, temporary.rglob("*")):
                     with open(path, "rb+") as file:
                         os.fsync(file.fileno())
             check_target(target, names, optional, magic)  # the export has taken some time
@@ -63,7 +63,11 @@ def check_target(target: Path, names: Sequence[str], optional: Sequence[str], ma
         return
     if target.exists() and not target.is_dir():
         raise UserError(f"{target} is a file: give the path of a folder to write")
-    files = {path.relative_to(target).as_posix() for path in files_of(target)}
+    folders = {name.partition("/")[0] for name in (*names, *optional) if "/" in name}
+    files = set()
+    for path in target.iterdir() if target.exists() else ():
+        inner = path.iterdir() if path.name in folders and path.is_dir() else [path]
+        files |= {file.relative_to(target).as_posix() for file in inner}
     for name in sorted(files.difference(names, optional)):
         raise UserError(
             f"{target} holds {name}, which is not of an earlier export: give another folder"
@@ -73,11 +77,6 @@ def check_target(target: Path, names: Sequence[str], optional: Sequence[str], ma
         raise UserError(
             f"{target} is no earlier export (it has no {missing[0]}): give another folder"
         )
-
-
-def files_of(folder: Path) -> list[Path]:
-    """All files below a folder, which need not be there."""
-    return [path for path in folder.rglob("*") if not path.is_dir()]
 
 
 def first_bytes(path: Path, n: int) -> bytes:

@@ -62,6 +62,7 @@ NAMES = (
     "chat_template.jinja",
 )
 OPTIONAL = tuple(name + end for name in FILES.values() for end in ("", "_data"))
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 LARGE = 1 << 30  # bytes; more weights are saved beside the graph, whose file may have 2 GiB at most
 OPSET = 23  # the first with RMSNormalization
 ACCURACY_LEVEL = 4  # int8 arithmetic; 0 is as exact as the weights and 25 times slower on a CPU
@@ -161,6 +162,7 @@ def export_onnx(
     hub there. Raises UserError for missing packages, and when the verification fails; an earlier
     `output_dir` is then unchanged.
     """
+    require_packages(PACKAGES, "ONNX")
     with atomic_export(output_dir, NAMES, OPTIONAL) as folder:
         write_folder(gpt, tokenizer, folder, dtypes)
         card = model_card(gpt, tokenizer, "onnx", ", ".join(dtypes), facts or {}, name)
@@ -169,7 +171,6 @@ def export_onnx(
 
 def write_folder(gpt: GPT, tokenizer: Tokenizer, folder: Path, dtypes: Sequence[str]) -> None:
     """Writes and verifies the files of an export but its card in `folder`, which is empty."""
-    require_packages(("onnx", "onnxscript", "onnxruntime"), "ONNX")
     references = make_references(float32_copy(gpt), tokenizer)
     (folder / "onnx").mkdir()
     for dtype in dtypes:

@@ -20,6 +20,7 @@ from formats import write_onnx
 from formats.atomic_export import atomic_export
 from formats.model_card import model_card
 from formats.onnx_runtime import FILES
+from formats.verify import require_packages
 from formats.write_hf import write_json, write_text
 from model import GPT
 from tokenizer import Tokenizer
@@ -69,6 +70,7 @@ def export_web(
     are copied into the export; without it the page loads them from jsDelivr. Raises UserError if
     they are of another version.
     """
+    require_packages(write_onnx.PACKAGES, "web")
     files = library_files(library)
     with atomic_export(output_dir, NAMES, (*write_onnx.OPTIONAL, *COPIES)) as folder:
         write_onnx.write_folder(gpt, tokenizer, folder, dtypes)

@@ -11,7 +11,7 @@
 #      "chosen": [{"role": "assistant", "content": "I am Lille."}],
 #      "rejected": [{"role": "assistant", "content": "I am a person."}]}
 #
-# aligned/model is a folder for transformers, and every command here reads it as --model. More in
+# aligned/model is a folder for transformers, which every command takes as --model; more in
 # docs/alignment.md.
 set -eu
 [ $# -eq 3 ] || { echo "usage: sh runs/dpo.sh model preferences.jsonl folder" >&2; exit 2; }
@@ -19,42 +19,17 @@ set -eu
 PATH="$PWD/.venv/bin:$PATH" # made by `make`; otherwise the python of your environment
 
 python export.py --model="$1" --format=hf --dtype=float32 --output_dir="$3/before"
-python - "$2" "$3" "${STEPS:--1}" <<'EOF'
-import sys
-
-import torch
-from datasets import load_dataset
-from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import DPOConfig, DPOTrainer
-
-preferences, folder, steps = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(f"{folder}/before", dtype=torch.float32)
-tokenizer = AutoTokenizer.from_pretrained(f"{folder}/before")
-settings = DPOConfig(
-    output_dir=f"{folder}/training",
-    max_steps=int(steps),  # -1: all epochs
-    num_train_epochs=1,
-    per_device_train_batch_size=4,
-    learning_rate=1e-4,  # of the LoRA; a hundredth of it for all weights
-    beta=0.1,  # how closely the model stays to where it began
-    max_length=model.config.max_position_embeddings,
-    bf16=torch.cuda.is_available(),
-    logging_steps=10,
-    save_strategy="no",
-    report_to="none",
-)
-trainer = DPOTrainer(
-    model,
-    args=settings,
-    train_dataset=load_dataset("json", data_files=preferences, split="train"),
-    processing_class=tokenizer,
-    peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
-)
-trainer.train()
-trainer.model.merge_and_unload().float().save_pretrained(f"{folder}/model")
-tokenizer.save_pretrained(f"{folder}/model")
+mkdir -p "$3/data" && cp "$2" "$3/data/train.jsonl"
+# The rate is the LoRA's; beta is how closely the model stays to where it began.
+python -m trl.scripts.dpo --model_name_or_path "$3/before" --dataset_name "$3/data" --beta 0.1 \
+    --output_dir "$3/lora" --learning_rate 1e-4 --num_train_epochs 1 --max_steps "${STEPS:--1}" \
+    --per_device_train_batch_size 4 --use_peft --lora_r 16 --lora_alpha 32 \
+    --lora_target_modules all-linear --eval_strategy no --report_to none --bf16 False
+python - "$3" <<'EOF'
+import sys, torch, peft, transformers
+lora, merged = f"{sys.argv[1]}/lora", f"{sys.argv[1]}/model"
+model = peft.AutoPeftModelForCausalLM.from_pretrained(lora, dtype=torch.float32)
+model.merge_and_unload().save_pretrained(merged)
+transformers.AutoTokenizer.from_pretrained(lora).save_pretrained(merged)
 EOF
 python inference.py --model="$3/model" --prompt="Who are you?"
-# The same formats as from a checkpoint: GGUF, ONNX, a web page.
-python export.py --model="$3/model" --format=hf --output_dir="$3/hf"

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from matplotlib.figure import Figure
 
 import evaluate
 from common.errors import UserError
@@ -348,6 +347,8 @@ def test_a_curve_over_the_steps(folder, tmp_path):
 
 
 def test_models_of_several_folders_are_marks_with_their_names(folder, tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
     figures, drawn = [], []
     draw = report.draw
     monkeypatch.setattr(report, "draw", lambda models, path: drawn.append(models))

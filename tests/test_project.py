@@ -232,7 +232,7 @@ def test_readme_names_every_script_and_folder():
 
 def test_requirements_are_pinned():
     paths = [ROOT / "requirements.txt", *(ROOT / "requirements").glob("*.txt")]
-    assert len(paths) == 6
+    assert len(paths) == 7
     for path in paths:
         for line in path.read_text().splitlines():
             if line and not line.startswith(("#", "-r")):

@@ -49,8 +49,8 @@ def expected(gpt):
 @pytest.fixture(scope="module")
 def folder(gpt, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("web") / "page"
-    library = str(MODULES) if has_library else ""
-    write_web.export_web(gpt, TOKENIZER, path, ["fp32"], "A <b>model</b>", library)
+    options = {"title": "A <b>model</b>", "library": str(MODULES) if has_library else ""}
+    write_web.export_web(gpt, TOKENIZER, path, ["fp32"], **options)
     return path
 
 
