@@ -71,7 +71,7 @@ def export_web(
     they are of another version.
     """
     require_packages(write_onnx.PACKAGES, "web")
-    files = library_files(library)
+    files = pinned_files(library)
     with atomic_export(output_dir, NAMES, (*write_onnx.OPTIONAL, *COPIES)) as folder:
         write_onnx.write_folder(gpt, tokenizer, folder, dtypes)
         card = model_card(gpt, tokenizer, "web", ", ".join(dtypes), facts or {}, name)
@@ -97,7 +97,7 @@ def export_web(
         write_json(folder / "settings.json", settings)
 
 
-def library_files(library: str) -> dict[str, dict[str, Any]]:
+def pinned_files(library: str) -> dict[str, dict[str, Any]]:
     """URL, hash and type of each file of the library, as chat.js fetches them."""
     files = {}
     for (name, (package, version, path, sha384)), copy in zip(LIBRARY.items(), COPIES, strict=True):

@@ -26,155 +26,22 @@ from typing import Any
 from common.errors import UserError
 from generation.backends import TorchBackend, check_vocabulary, open_backend
 from generation.batching import BatchedDecoder, Request
-from generation.conversation import Lille, Message, Sampling
+from generation.conversation import Lille, Sampling
 from generation.guard import LOOPBACK, guarded
+from generation.openai_requests import (
+    ApiError,
+    UntilStop,
+    messages_of,
+    sampling_of,
+    stops_of,
+    text_of,
+    value_of,
+)
 from tokenizer import Tokenizer, load_tokenizer
 
 MAX_BODY = 1 << 20  # bytes
 MAX_WAITING = 64  # requests beside those that are being answered
-MAX_STOPS = 4
 KEY = "LILLE_API_KEY"  # environment variable
-# Parameters that would change the answer and are not offered, with the values that change nothing.
-REFUSED = {
-    "n": (1,),
-    "best_of": (1,),
-    "echo": (False,),
-    "logprobs": (False, 0),
-    "top_logprobs": (0,),
-    "logit_bias": ({},),
-    "suffix": ("",),
-    "tools": ([],),
-    "functions": ([],),
-    "response_format": ({"type": "text"},),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-}
-
-
-class ApiError(Exception):
-    """An error in OpenAI's form."""
-
-    def __init__(self, message: str, status: int = 400, param: str | None = None, code: str = ""):
-        super().__init__(message)
-        self.status, self.param, self.code = status, param, code or None
-
-    def response(self):
-        from starlette.responses import JSONResponse
-
-        kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        error = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
-        headers = {"WWW-Authenticate": "Bearer"} if self.status == 401 else None
-        return JSONResponse({"error": error}, self.status, headers)
-
-
-def value_of(body: dict[str, Any], name: str, default: Any, kind: type, valid: Callable) -> Any:
-    """A parameter of a request, or the default for null; ApiError for another type or value."""
-    value = body.get(name)
-    if value is None:
-        return default
-    if kind is float and type(value) is int:
-        value = float(value)
-    if type(value) is not kind or not valid(value):
-        raise ApiError(f"{name} cannot be {json.dumps(value)[:100]}", param=name)
-    return value
-
-
-def sampling_of(body: dict[str, Any], defaults: dict[str, Any]) -> Sampling:
-    """The sampling settings of a request; ApiError for what is not offered."""
-    for name, harmless in REFUSED.items():
-        if body.get(name) is not None and body[name] not in harmless:
-            raise ApiError(f"{name} is not supported: leave it out", param=name)
-    tokens = value_of(body, "max_tokens", defaults["max_new_tokens"], int, lambda n: n >= 1)
-    return Sampling(
-        max_new_tokens=value_of(body, "max_completion_tokens", tokens, int, lambda n: n >= 1),
-        temperature=value_of(
-            body, "temperature", defaults["temperature"], float, lambda x: 0 <= x <= 2
-        ),
-        top_p=value_of(body, "top_p", defaults["top_p"], float, lambda x: 0 < x <= 1),
-        top_k=defaults["top_k"],
-        seed=value_of(body, "seed", None, int, lambda n: -(1 << 63) <= n < 1 << 63),
-    )
-
-
-def stops_of(body: dict[str, Any]) -> list[str]:
-    """The strings at which an answer ends."""
-    stops = body.get("stop") or []
-    stops = [stops] if isinstance(stops, str) else stops
-    if not (isinstance(stops, list) and all(isinstance(s, str) and s for s in stops)):
-        raise ApiError("stop is a string or a list of strings that are not empty", param="stop")
-    if len(stops) > MAX_STOPS:
-        raise ApiError(f"stop has {len(stops)} strings, at most {MAX_STOPS} work", param="stop")
-    return stops
-
-
-def messages_of(body: dict[str, Any]) -> list[Message]:
-    """The turns of a conversation; a system message becomes text before the first user turn."""
-    messages = body.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise ApiError("messages is a list of at least one message", param="messages")
-    system, turns = [], []
-    for i, message in enumerate(messages):
-        where = f"messages[{i}]"
-        role = message.get("role") if isinstance(message, dict) else None
-        content = text_of(message.get("content"), where) if role else ""
-        if role in ("system", "developer") and not turns:
-            system.append(content)
-        elif role == ("user", "assistant")[len(turns) % 2]:
-            turns.append({"role": role, "content": content})
-        else:
-            raise ApiError(
-                f"{where}: system messages come first, then user and assistant in turn",
-                param=where,
-            )
-    if len(turns) % 2 == 0:
-        raise ApiError("the last message is the user's", param="messages")
-    if system:
-        first = {"role": "user", "content": "\n\n".join([*system, turns[0]["content"]])}
-        turns = [first, *turns[1:]]
-    return turns
-
-
-def text_of(content: Any, where: str) -> str:
-    """The text of a message: a string, or a list of parts of type "text"."""
-    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
-    texts = [
-        p.get("text") if isinstance(p, dict) and p.get("type") == "text" else None for p in parts
-    ]
-    if not all(isinstance(text, str) for text in texts):
-        raise ApiError(f"{where} has content that is not text", param=where)
-    text = "".join(texts)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ApiError(f"{where} is not valid Unicode (a lone surrogate)", param=where) from None
-    return text
-
-
-class UntilStop:
-    """Passes text on up to the first of some strings, which itself is left out."""
-
-    def __init__(self, stops: list[str]):
-        self.stops, self.pending, self.stopped = stops, "", False
-
-    def push(self, piece: str, final: bool = False) -> str:
-        """The text that is certain after `piece`; what may begin a stop string is held back."""
-        self.pending += piece
-        found = [self.pending.find(stop) for stop in self.stops]
-        found = [at for at in found if at >= 0]
-        if found:
-            self.stopped, self.pending = True, self.pending[: min(found)]
-            final = True
-        held = 0
-        if not final:
-            ends = range(1, max(map(len, self.stops), default=1))
-            held = max(
-                (n for n in ends if any(s.startswith(self.pending[-n:]) for s in self.stops)),
-                default=0,
-            )
-            held = min(held, len(self.pending))
-        text = self.pending[: len(self.pending) - held]
-        self.pending = self.pending[len(self.pending) - held :]
-        return text
 
 
 @dataclass

@@ -174,13 +174,13 @@ def test_the_page_in_a_browser(gpt, folder):
 def test_the_library_is_the_pinned_one(gpt, tmp_path):
     """Files of another version are refused; without a copy the page names jsDelivr and hashes."""
     with pytest.raises(UserError, match="is not there: npm install @huggingface/transformers@4"):
-        write_web.library_files(str(tmp_path))
+        write_web.pinned_files(str(tmp_path))
     file = write_web.source_file(str(tmp_path), "transformers")
     file.parent.mkdir(parents=True)
     file.write_text("another version")
     with pytest.raises(UserError, match="is not that of version 4"):
         write_web.export_web(gpt, TOKENIZER, tmp_path / "page", library=str(tmp_path))
     assert not (tmp_path / "page").exists()
-    for file in write_web.library_files("").values():
+    for file in write_web.pinned_files("").values():
         assert file["url"].startswith("https://cdn.jsdelivr.net/npm/")
         assert file["integrity"].startswith("sha384-")

@@ -19,7 +19,8 @@ from generation import server as server_module
 from generation.batching import BatchedDecoder, Request
 from generation.conversation import Sampling
 from generation.fast_decode import Decoder
-from generation.server import ApiError, Server, UntilStop, messages_of
+from generation.openai_requests import ApiError, UntilStop, messages_of
+from generation.server import Server
 from model import GPT, GPTConfig
 from ops.kv_cache import KVCache
 from tokenizer import CONTROL_TOKENS, load_tokenizer
