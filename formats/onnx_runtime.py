@@ -126,6 +126,7 @@ def find_graph(path: Path, dtype: str | None) -> Path:
         raise UserError(f"{path} is an export of an earlier version: export it again")
     if dtype not in (None, *FILES):
         raise UserError(f"dtype={dtype!r}: choose one of {', '.join(FILES)} with the onnx backend")
+    path = path.absolute()
     names = FILES.values() if dtype is None else [FILES[dtype]]
     files = [path / name for name in names] if path.is_dir() else [path]
     file = next(filter(Path.is_file, files), files[0])

@@ -5,8 +5,9 @@
     decoder.close()
 
 At batch 1 a decode step reads every weight for one token; a step of several rows reads them once
-for all. Rows join after their prompt, and leave when they end; a row's logits do not depend on the
-others, so that an answer is the one that the request would have got alone.
+for all. Rows join after their prompt, and leave when they end. In decode_step.cpp a row's logits do
+not depend on the others, so that an answer is the one that the request would have got alone. In
+PyTorch, on a GPU or without a C++ compiler, they differ by rounding.
 """
 
 import threading
@@ -85,37 +86,40 @@ class BatchedDecoder:
                 self.changed.wait_for(lambda: self.closed or self.waiting or self.active)
                 if self.closed:
                     return
+                wanted = [request for request in self.waiting if not request.cancelled]
                 free = self.rows - len(self.active)
-                new = [self.waiting.popleft() for _ in range(min(free, len(self.waiting)))]
-            try:
-                for request in new:
+                new, self.waiting = wanted[:free], deque(wanted[free:])
+            for request in new:
+                try:
                     self.admit(request)
+                except Exception as error:  # a prompt that needs too much memory, say
+                    request.emit(error)
+            try:
                 self.keep([i for i, request in enumerate(self.active) if not request.cancelled])
                 if self.active:
                     self.advance()
-            except Exception as error:  # out of memory, say: those who wait must hear of it
-                for request in {id(r): r for r in [*self.active, *new]}.values():
+            except Exception as error:  # those who wait must hear of it
+                failed, self.active, self.tokens = self.active, [], []
+                self.cache = KVCache.empty(self.gpt.config, 0, like=self.weight)
+                for request in failed:
                     request.emit(error)
-                self.keep([])
 
     def admit(self, request: Request) -> None:
         """Computes a prompt; its row joins the others unless the answer ends with one token."""
-        if request.cancelled:
-            return
         cache = KVCache.empty(self.gpt.config, 1, like=self.weight)
         ids = torch.tensor([request.ids], device=self.weight.device)
         logits = self.gpt.lm_head(self.gpt.hidden(ids, cache=cache)[:, -1])
         request.generator = torch.Generator(self.weight.device).manual_seed(request.seed)
         token = self.next_token(request, logits)
         if token is not None:
-            self.active.append(request)
-            self.tokens.append(token)
             keys, values = (
                 torch.cat(pair, dim=1)
                 for pair in ((self.cache.keys, cache.keys), (self.cache.values, cache.values))
             )
             lengths = torch.cat((self.cache.lengths, cache.lengths + len(request.ids)))
             self.cache = KVCache(keys, values, lengths)
+            self.active.append(request)
+            self.tokens.append(token)
 
     def advance(self) -> None:
         """One more token of each row."""

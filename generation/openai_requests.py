@@ -12,12 +12,15 @@ REFUSED = {
     "n": (1,),
     "best_of": (1,),
     "echo": (False,),
-    "logprobs": (False, 0),
+    "logprobs": (False,),
     "top_logprobs": (0,),
     "logit_bias": ({},),
     "suffix": ("",),
     "tools": ([],),
     "functions": ([],),
+    "tool_choice": ("none", "auto"),
+    "top_k": (),
+    "min_p": (0,),
     "response_format": ({"type": "text"},),
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
@@ -45,7 +48,7 @@ def value_of(body: dict[str, Any], name: str, default: Any, kind: type, valid: C
     value = body.get(name)
     if value is None:
         return default
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) < 1 << 53:
         value = float(value)
     if type(value) is not kind or not valid(value):
         raise ApiError(f"{name} cannot be {json.dumps(value)[:100]}", param=name)
@@ -71,8 +74,8 @@ def sampling_of(body: dict[str, Any], defaults: dict[str, Any]) -> Sampling:
 
 def stops_of(body: dict[str, Any]) -> list[str]:
     """The strings at which an answer ends."""
-    stops = body.get("stop") or []
-    stops = [stops] if isinstance(stops, str) else stops
+    stops = body.get("stop")
+    stops = [] if stops is None else [stops] if isinstance(stops, str) else stops
     if not (isinstance(stops, list) and all(isinstance(s, str) and s for s in stops)):
         raise ApiError("stop is a string or a list of strings that are not empty", param="stop")
     if len(stops) > MAX_STOPS:

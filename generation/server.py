@@ -152,7 +152,7 @@ class Server:
         except ClientDisconnect:
             return Response(status_code=400)
         chat = request.url.path.endswith("/chat/completions")
-        self.check_model(body.get("model", self.name))
+        self.check_model(value_of(body, "model", self.name, str, bool))
         sampling, stops = sampling_of(body, self.options), stops_of(body)
         ids = self.prompt_ids(body, chat, sampling.max_new_tokens)
         if len(self.decoder.waiting) >= MAX_WAITING:
@@ -285,7 +285,9 @@ def require_packages() -> None:
 
 def api_key_for(host: str) -> str:
     """The API key, from the environment; UserError where it is needed and missing."""
-    key = os.environ.get(KEY, "")
+    key = os.environ.get(KEY, "").strip()
+    if not key.isascii():
+        raise UserError(f"{KEY} has characters that are not ASCII: choose another key")
     if host not in LOOPBACK and not key:
         raise UserError(
             f"--host={host} lets other machines in: set the environment variable {KEY} to a key "

@@ -162,6 +162,45 @@ def test_sampled_answers_follow_their_seed(decoder):
     assert answer(1) == answer(1) != answer(2)
 
 
+def test_a_prompt_that_fails_ends_no_other_answer(gpt):
+    decoder, items, bad = BatchedDecoder(gpt), [], []
+    decoder.submit(Request([1, 2], Sampling(60, temperature=0), 0, items.append))
+    wait_for(lambda: len(items) > 3)
+    decoder.submit(Request([1 << 20], Sampling(60, temperature=0), 0, bad.append))
+    wait_for(lambda: bad and items[-1] == "length")
+    assert isinstance(bad[0], IndexError) and len(items) == 61
+    decoder.close()
+
+
+def test_requests_are_decoded_together_and_given_up_ones_leave(gpt):
+    """Steps are held until all have come: one row would take eight times as many."""
+    decoder, answers, sizes = BatchedDecoder(gpt), [[] for _ in range(12)], []
+    step, gate = decoder.step, threading.Semaphore(0)
+
+    def held(tokens, cache):
+        gate.acquire()
+        sizes.append(len(tokens))
+        return step(tokens, cache)
+
+    decoder.step = held
+    requests = [Request([1, 2], Sampling(9, temperature=0), 0, a.append) for a in answers]
+    for request in requests:
+        decoder.submit(request)
+    for _ in range(2):
+        gate.release()
+    wait_for(lambda: len(sizes) == 2 and len(decoder.waiting) == 4)
+    assert sizes[1] == 8
+    for request in requests[3:]:
+        request.cancelled = True
+    for _ in range(99):
+        gate.release()
+    wait_for(lambda: not decoder.active and not decoder.waiting)
+    assert set(sizes[4:]) == {3} and len(sizes) <= 10  # neither rows nor waiting ones are computed
+    assert all(answer[-1] == "length" for answer in answers[:3])
+    assert all("length" not in answer for answer in answers[3:])
+    decoder.close()
+
+
 def test_a_failure_is_told_and_the_next_request_works(gpt, monkeypatch):
     decoder, items = BatchedDecoder(gpt), []
     step = decoder.step
@@ -281,6 +320,9 @@ def test_clients_that_leave_in_the_middle(address, decoder):
         ({"messages": user("a"), "top_p": 0}, "top_p cannot be 0"),
         ({"messages": user("a"), "max_tokens": 0}, "max_tokens cannot be 0"),
         ({"messages": user("a"), "max_tokens": True}, "max_tokens cannot be true"),
+        ({"messages": user("a"), "temperature": 10**400}, "temperature cannot be"),
+        ({"messages": user("a"), "tool_choice": "required"}, "tool_choice is not supported"),
+        ({"messages": user("a"), "stop": False}, "stop is a string"),
         ({"messages": user("a"), "seed": 1.5}, "seed cannot be 1.5"),
         ({"messages": user("a"), "stream": "yes"}, "stream cannot be"),
         ({"messages": user("a"), "stop": [""]}, "not empty"),
