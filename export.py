@@ -164,13 +164,16 @@ def main(argv: list[str] | None = None) -> int:
             card = (facts, config.push)
             write_web.export_web(gpt, tokenizer, target, dtypes, *card, title, config.web_library)
     print(f"wrote {target}")
+    if config.format == "web":
+        print(f"open it: python -m http.server --directory {target}, then http://localhost:8000")
     if config.push:
         files = push_hub.files_to_push(target)
         if config.format == "gguf":
             arguments = (gpt, tokenizer, "gguf", dtype, facts, config.push, target.name)
             files |= {"README.md": model_card(*arguments)}
             modelfile = target.with_suffix(".Modelfile")
-            files[modelfile.name] = modelfile
+            if modelfile.read_text("utf-8").startswith(write_gguf.MARK):  # not a user's own
+                files[modelfile.name] = modelfile
         print(f"pushed to {push_hub.push(files, config.push, config.public)}")
     if config.format == "hf" and gpt.config.rope_style == "lille":
         print(

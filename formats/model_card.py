@@ -50,7 +50,8 @@ ollama create lille -f {modelfile}
 ollama run lille {question}
 ```
 
-With llama.cpp: `llama-cli -m {file}`."""
+With llama.cpp: `llama-cli -m {file}`. Ollama's template cannot mark a control token that a message
+spells, so there it is one."""
 CUSTOM = """\
 This is **not** a plain Llama: its position encoding is the one that the original Lille weights were
 trained with, which `modeling_lille.py` in this folder computes. Load it with

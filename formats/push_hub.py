@@ -28,12 +28,19 @@ def files_to_push(target: Path) -> dict[str, Path]:
     return {path.relative_to(target).as_posix(): path for path in files}
 
 
+def is_stale(path: str, files: dict[str, Path | str]) -> bool:
+    """Whether a file on the hub is of an earlier push of such an export, and not of this one."""
+    folders = {name.partition("/")[0] for name in files if "/" in name}
+    return path not in files and path.partition("/")[0] in folders and "/" in path
+
+
 def push(files: dict[str, Path | str], repo_id: str, public: bool) -> str:
     """Uploads files, or texts, in one commit; makes the repository, private unless `public`.
 
-    Returns the repository's address. Raises UserError when the hub refuses or cannot be reached.
+    Graphs and library files of an earlier push are removed; other files there stay. Returns the
+    repository's address. Raises UserError when the hub refuses or cannot be reached.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
     from huggingface_hub.errors import HTTPError
 
     api = HfApi()
@@ -43,7 +50,13 @@ def push(files: dict[str, Path | str], repo_id: str, public: bool) -> str:
     ]
     try:
         url = api.create_repo(repo_id, private=not public, exist_ok=True)
+        if not public and not api.repo_info(repo_id).private:
+            raise UserError(f"{repo_id} is public already: add --public, or push to another one")
+        stale = [path for path in api.list_repo_files(repo_id) if is_stale(path, files)]
+        operations += [CommitOperationDelete(path) for path in stale]
         api.create_commit(repo_id, operations, commit_message="Upload a Lille")
+    except UserError:
+        raise
     except (HTTPError, OSError, ValueError, *MALFORMED_ANSWER) as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
         reason = " ".join(str(error).split())

@@ -148,6 +148,8 @@ class Handler(BaseHTTPRequestHandler):
             value = line["value"]
             if line["key"] == "file":
                 repository.files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "deletedFile":
+                del repository.files[value["path"]]
             elif line["key"] == "lfsFile":
                 repository.files[value["path"]] = self.hub.uploads.pop(value["oid"])
         url = f"{self.hub.url}/{name}/commit/{COMMIT}"
@@ -210,7 +212,12 @@ class Handler(BaseHTTPRequestHandler):
                 sibling["lfs"] = lfs | {"sha256": lfs["oid"]}
             siblings.append(sibling)
         facts = {"id": name, "sha": repository.commit, "siblings": siblings, "tags": []}
-        facts |= {"cardData": repository.card, "private": False, "gated": False, "disabled": False}
+        facts |= {
+            "cardData": repository.card,
+            "private": repository.private,
+            "gated": False,
+            "disabled": False,
+        }
         self.send_json(facts)
 
     def entry(self, repository: Repository, path: str) -> dict:

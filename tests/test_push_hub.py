@@ -62,6 +62,13 @@ def test_what_is_pushed_is_the_export(checkpoint, hub, tmp_path, capsys):
     push_hub.push({"a/b.txt": "text"}, "me/open", public=True)
     assert not hub.repositories["models", "me/open"].private
     assert hub.repositories["models", "me/open"].files == {"a/b.txt": b"text"}
+    push_hub.push({"a/c.txt": "new", "notes.txt": "mine"}, "me/open", public=True)
+    push_hub.push({"a/d.txt": "newer"}, "me/open", public=True)
+    files = {"notes.txt": b"mine", "a/d.txt": b"newer"}
+    assert hub.repositories["models", "me/open"].files == files
+    with pytest.raises(UserError, match="me/open is public already: add --public"):
+        push_hub.push({"a/d.txt": "secret"}, "me/open", public=False)
+    assert hub.repositories["models", "me/open"].files == files
 
 
 def test_refusals_are_one_line(hub, monkeypatch):
