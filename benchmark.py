@@ -52,6 +52,10 @@ gradient_accumulation_steps = 0  # micro-batches of a step; 0: 1 on a CPU, 16 on
 # decode
 prompt_tokens = 16  # tokens of each prompt
 new_tokens = 64  # tokens of each answer
+decode_rows = 8  # prompts that are answered at once; the other tables have one
+long_prompt = 400  # tokens; the time to the first token of an answer to it
+model = ""  # checkpoint or exported folder whose weights decode; "": random ones
+text = ""  # text file on which the model's KL divergence from float32 is measured
 exports = False  # also onnxruntime and llama.cpp; writing their files takes a minute or two
 
 # results
@@ -77,17 +81,14 @@ SECTIONS = {
 def check_settings(config: Any) -> list[str]:
     """The sections to run; UserError for invalid settings."""
     names = chosen_names("section", config.section, SECTIONS)
-    for name in ("rounds", "prompt_tokens", "new_tokens"):
+    for name in ("rounds", "prompt_tokens", "new_tokens", "decode_rows", "long_prompt"):
         if (value := getattr(config, name)) < 1:
             raise UserError(f"{name}={value} must be at least 1")
     for name, allowed in (("device", DEVICES), ("dtype", DTYPES)):
         if (value := getattr(config, name)) not in allowed:
             raise UserError(f"{name}={value!r} must be one of {', '.join(allowed)}")
-    if "decode" in names and config.prompt_tokens + config.new_tokens > config.block_size:
-        raise UserError(
-            f"new_tokens={config.new_tokens} after a prompt of {config.prompt_tokens} do not fit "
-            f"into block_size={config.block_size}: lower it"
-        )
+    if "decode" in names:
+        decoding.check_settings(config)
     try:
         model_config(config)
     except ValueError as error:
@@ -134,8 +135,11 @@ def main(argv: list[str] | None = None) -> int:
                     record["tables"].append({"section": name} | table)
                     cells = records.markdown_table(report.table_cells(table))
                     print(f"\n{name}: {table['title']}\n{cells}", flush=True)
-            except Exception:  # the other sections go on: their measurements are kept
-                traceback.print_exc()
+            except Exception as error:  # the other sections go on: their measurements are kept
+                if isinstance(error, UserError):
+                    print(f"{name}: {error}", file=sys.stderr)
+                else:
+                    traceback.print_exc()
                 failures.append(name)
             free_memory(device)
             record["seconds"][name] = round(time.perf_counter() - started, 1)

@@ -6,16 +6,21 @@ Implementations run in turn (A B A B ...), so that a machine that slows down slo
 import ctypes
 import gc
 import importlib
+import itertools
 import math
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+
+from ops.cpp_build import native_library
+from ops.huge_pages import use_huge_pages
 
 CPU = torch.device("cpu")
 SHORTEST_SAMPLE = 0.02  # seconds: a shorter call is repeated within a sample
@@ -38,24 +43,44 @@ def free_memory(device: torch.device) -> None:
 def limits(device: torch.device) -> dict[str, float]:
     """Best rates of plain operations on data larger than the caches, measured at the first call.
 
-    "copy_bandwidth" of Tensor.copy_ and "read_bandwidth" of a float32 sum, in bytes/s;
-    "matmul_rate" in FLOP/s, float32 on a CPU, bfloat16 on CUDA. Half a gigabyte, some seconds.
+    "copy_bandwidth" of Tensor.copy_ and "read_bandwidth" of the fastest of `reads`, in bytes/s;
+    "matmul_rate" in FLOP/s, float32 on a CPU, bfloat16 on CUDA. One gigabyte, some seconds.
     """
     gpu = device.type == "cuda"
-    n, width, dtype = (1 << 28, 8192, torch.bfloat16) if gpu else (1 << 26, 1536, torch.float32)
+    n, width, dtype = (1 << 28, 8192, torch.bfloat16) if gpu else (1 << 27, 1536, torch.float32)
     source = torch.ones(n, device=device)
     target = torch.empty_like(source)
     a, b = (torch.randn(width, width, device=device, dtype=dtype) for _ in range(2))
     product = torch.empty_like(a)
 
     def best(function: Callable[[], object]) -> float:
-        return min(seconds_of(function, 4 if gpu else 1, device) for _ in range(20))
+        return min(seconds_of(function, 4 if gpu else 1, device) for _ in range(10))
 
+    copy_bandwidth = 2 * 4 * n / best(lambda: target.copy_(source))
     return {
-        "copy_bandwidth": 2 * 4 * n / best(lambda: target.copy_(source)),
-        "read_bandwidth": 4 * n / best(source.sum),
+        "copy_bandwidth": copy_bandwidth,
+        "read_bandwidth": 4 * n / min(map(best, reads(source))),
         "matmul_rate": 2 * width**3 / best(lambda: torch.mm(a, b, out=product)),
     }
+
+
+def reads(source: torch.Tensor) -> list[Callable[[], object]]:
+    """Ways to read a float32 tensor from end to end.
+
+    Its sum; on a CPU with a C++ compiler also loops of several streams a thread, with and without
+    prefetching, after its memory has moved to huge pages.
+    """
+    ways: list[Callable[[], object]] = [source.sum]
+    flags = ("-fassociative-math", "-fno-signed-zeros")
+    library = native_library(Path(__file__).with_name("read_memory.cpp"), *flags)
+    if source.is_cpu and library:
+        use_huge_pages([source])
+        read, address = library.read_memory, ctypes.c_void_p(source.data_ptr())
+        read.restype = ctypes.c_float
+        for streams, ahead in itertools.product((1, 2, 4), (0, 2048)):
+            numbers = (source.numel(), streams, ahead, torch.get_num_threads())
+            ways.append(partial(read, address, *map(ctypes.c_int64, numbers)))
+    return ways
 
 
 def seconds_of(function: Callable[[], object], calls: int, device: torch.device) -> float:

@@ -56,10 +56,14 @@ class OnnxBackend:
         if not self.past_names or set(outputs) != {"logits", *self.present_names}:
             raise UserError(f"{file} is not a model with a KV cache that export.py wrote")
 
-        past = next(value for value in inputs if value.name == self.past_names[0])
-        _, kv_heads, _, head_dim = past.shape
-        self.empty = self.on_device(np.zeros((1, kv_heads, 0, head_dim), NUMPY_TYPES[past.type]))
+        self.past = next(value for value in inputs if value.name == self.past_names[0])
         self.cached: tuple[list[int], list[Any]] = ([], [])  # ids, and their keys and values
+
+    def no_past(self, rows: int) -> list[Any]:
+        """The empty keys and values of a batch."""
+        _, kv_heads, _, head_dim = self.past.shape
+        empty = np.zeros((rows, kv_heads, 0, head_dim), NUMPY_TYPES[self.past.type])
+        return [self.on_device(empty)] * len(self.past_names)
 
     def on_device(self, array: np.ndarray):
         from onnxruntime import OrtValue
@@ -79,19 +83,19 @@ class OnnxBackend:
         n_cached = min(common_prefix(self.cached[0], ids), len(ids) - 1)
         if not all(0 <= token < self.vocab_size for token in ids[n_cached:]):
             raise ValueError(f"an id is not in 0..{self.vocab_size - 1}")
-        outputs = self.run(ids[n_cached:], self.past(n_cached))
+        outputs = self.run([ids[n_cached:]], self.cached_past(n_cached))
         self.cached = (ids, outputs[1:])
         return torch.from_numpy(outputs[0].numpy()[0, -1].astype(np.float32))
 
     def all_logits(self, ids: Sequence[int]) -> torch.Tensor:
         """Float32 logits (T, V) at every position of `ids`, computed in one call, uncached."""
-        return torch.from_numpy(self.run(list(ids), self.past(0))[0].numpy()[0]).float()
+        return torch.from_numpy(self.run([list(ids)], self.no_past(1))[0].numpy()[0]).float()
 
-    def past(self, length: int) -> list[Any]:
+    def cached_past(self, length: int) -> list[Any]:
         """The first `length` cached keys and values; slicing copies through host memory."""
         ids, values = self.cached
         if length == 0:
-            return [self.empty] * len(self.past_names)
+            return self.no_past(1)
         if length < len(ids):
             values = [
                 self.on_device(np.ascontiguousarray(value.numpy()[:, :, :length]))
@@ -100,17 +104,17 @@ class OnnxBackend:
             self.cached = (ids[:length], values)
         return values
 
-    def run(self, ids: list[int], past: list[Any]) -> list[Any]:
-        """Logits (1, T, V) on the host, and keys and values on the device, as OrtValues."""
+    def run(self, rows: Sequence[Sequence[int]], past: list[Any]) -> list[Any]:
+        """Logits (B, T, V) of rows of one length on the host, keys and values on the device."""
         binding = self.session.io_binding()
-        n_past = past[0].shape()[2]
+        n_past, n_new = past[0].shape()[2], len(rows[0])
         inputs = {
-            "input_ids": ids,
-            "attention_mask": [1] * (n_past + len(ids)),
-            "position_ids": range(n_past, n_past + len(ids)),
+            "input_ids": rows,
+            "attention_mask": [[1] * (n_past + n_new)] * len(rows),
+            "position_ids": [range(n_past, n_past + n_new)] * len(rows),
         }
         for name, values in inputs.items():
-            binding.bind_cpu_input(name, np.array([values], dtype=np.int64))
+            binding.bind_cpu_input(name, np.array(values, dtype=np.int64))
         for name, value in zip(self.past_names, past, strict=True):
             binding.bind_ortvalue_input(name, value)
         binding.bind_output("logits", "cpu")

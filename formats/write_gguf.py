@@ -88,7 +88,8 @@ def modelfile(name: str, block_size: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_file(gpt: GPT, tokenizer: Tokenizer, path: Path, dtype: str) -> None:
+def write_file(gpt: GPT, tokenizer: Tokenizer | None, path: Path, dtype: str) -> None:
+    """Writes `path`; without a tokenizer llama.cpp takes token ids only."""
     import gguf
 
     config = gpt.config
@@ -115,7 +116,10 @@ def write_file(gpt: GPT, tokenizer: Tokenizer, path: Path, dtype: str) -> None:
         writer.add_layer_norm_rms_eps(config.layer_norm_eps)
         writer.add_rope_dimension_count(config.head_dim)
         writer.add_rope_freq_base(config.rope_theta)
-        add_tokenizer(writer, tokenizer)
+        if tokenizer:
+            add_tokenizer(writer, tokenizer)
+        else:
+            writer.add_tokenizer_model("none")
         for name, tensor in gguf_tensors(gpt):
             add_tensor(writer, name, tensor.numpy(), dtype)
         writer.write_header_to_file()

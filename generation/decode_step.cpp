@@ -1,8 +1,9 @@
 // One decode step of a Lille model on the CPU: token in, logits out, one pass over the weights.
 //
 // fast_decode.py compiles this file and calls decode_step; model.py computes the same in PyTorch.
-// Weights W are float, bfloat16 or int8 with a scale per output row; the cache C is float or
-// bfloat16; all arithmetic is float. Every `omp for` ends with a barrier: five per layer.
+// Weights W are float, bfloat16 or int8 with a scale for every BLOCK of a row; the cache C is float
+// or bfloat16. Arithmetic is float; int8 weights are multiplied by activations rounded to 16 bits,
+// in integers within a block. Every `omp for` ends with a barrier: five per layer.
 
 #include <cmath>
 #include <cstdint>
@@ -32,7 +33,7 @@ static void store(bfloat16* at, float value) {  // rounds to nearest, ties to ev
 extern "C" {
 struct Matrix {  // rows of weights, row-major
     const void* data;
-    const float* scale;  // of each row; null: 1
+    const void* scales;  // of int8 weights: bfloat16 (rows, padded(n) / BLOCK)
 };
 struct Layer {
     const float *attention_norm, *feed_forward_norm;
@@ -50,7 +51,9 @@ struct Model {
 };
 }
 
-constexpr int64_t AHEAD = 1024;  // bytes read early; measured: 4 to 10 % for narrow weights only
+constexpr int64_t AHEAD = 2048;  // bytes that weights are read early
+constexpr int64_t BLOCK = 32;    // int8 weights that share a scale
+static int64_t padded(int64_t n) { return (n + BLOCK - 1) / BLOCK * BLOCK; }  // of int8 rows
 
 typedef float floats __attribute__((vector_size(32)));  // eight; GCC and Clang, any processor
 typedef int32_t ints __attribute__((vector_size(32)));
@@ -71,16 +74,9 @@ static floats load(const bfloat16* at) {
     return (floats)(__builtin_convertvector(bits, ints) << 16);
 #endif
 }
-static floats load(const int8_t* at) {
-#ifdef __AVX2__
-    const __m128i bytes = _mm_loadl_epi64((const __m128i*)at);
-    return (floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
-#else
-    typedef int8_t bytes __attribute__((vector_size(8)));
-    bytes values;
-    std::memcpy(&values, at, sizeof values);
-    return __builtin_convertvector(__builtin_convertvector(values, ints), floats);
-#endif
+
+static float sum_of(floats s) {
+    return ((s[0] + s[4]) + (s[1] + s[5])) + ((s[2] + s[6]) + (s[3] + s[7]));
 }
 
 // w . x in float. One stream of memory in order, and four sums that do not wait for each other.
@@ -89,24 +85,69 @@ static float dot(const W* w, const float* x, int64_t n) {
     floats s0 = {}, s1 = {}, s2 = {}, s3 = {};
     int64_t i = 0;
     for (; i + 32 <= n; i += 32) {
-        if (sizeof(W) < sizeof(float)) __builtin_prefetch((const char*)(w + i) + AHEAD);
+        for (size_t line = 0; line < 32 * sizeof(W); line += 64)
+            __builtin_prefetch((const char*)(w + i) + AHEAD + line);
         s0 += load(w + i) * load(x + i);
         s1 += load(w + i + 8) * load(x + i + 8);
         s2 += load(w + i + 16) * load(x + i + 16);
         s3 += load(w + i + 24) * load(x + i + 24);
     }
-    const floats s = (s0 + s1) + (s2 + s3);
-    float sum = ((s[0] + s[4]) + (s[1] + s[5])) + ((s[2] + s[6]) + (s[3] + s[7]));
+    float sum = sum_of((s0 + s1) + (s2 + s3));
     for (; i < n; i++) sum += float(w[i]) * x[i];
     return sum;
 }
 
-// Product of one row of a matrix (rows, n) and x (n).
-template <class W>
-static float dot_row(const Matrix& matrix, int64_t row, const float* x, int64_t n) {
-    const float product = dot(static_cast<const W*>(matrix.data) + row * n, x, n);
-    return matrix.scale ? product * matrix.scale[row] : product;
+// w . x of a BLOCK, in eight sums; at most 32 * 127 * 32767, so 32 bits hold them.
+static floats dot_of_block(const int8_t* w, const int16_t* x) {
+#ifdef __AVX2__
+    const auto half = [&](int64_t i) {
+        const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(w + i)));
+        return _mm256_madd_epi16(wide, _mm256_loadu_si256((const __m256i*)(x + i)));
+    };
+    return (floats)_mm256_cvtepi32_ps(_mm256_add_epi32(half(0), half(16)));
+#else
+    ints sums = {};
+    for (int64_t i = 0; i < BLOCK; i++) sums[i % 8] += int32_t(w[i]) * x[i];
+    return __builtin_convertvector(sums, floats);
+#endif
 }
+
+// Vectors (batch, n), and their products with the rows of a matrix (rows, n).
+template <class W>
+struct Vectors {
+    const float* const values;
+    const int64_t n;
+    Vectors(const float* values, int64_t, int64_t n) : values(values), n(n) {}
+    float dot_row(const Matrix& matrix, int64_t row, int64_t b) const {
+        return dot(static_cast<const W*>(matrix.data) + row * n, values + b * n, n);
+    }
+};
+template <>
+struct Vectors<int8_t> {  // the largest value of each vector becomes ±32767
+    const int64_t n;      // padded with zeros, as the rows of the matrix
+    std::vector<int16_t> values;
+    std::vector<float> scales;
+    Vectors(const float* x, int64_t batch, int64_t width)
+        : n(padded(width)), values(batch * n), scales(batch) {
+        for (int64_t b = 0; b < batch; b++, x += width) {
+            float largest = 1e-30f;
+            for (int64_t i = 0; i < width; i++) largest = std::fmax(largest, std::fabs(x[i]));
+            scales[b] = largest / 32767;
+            for (int64_t i = 0; i < width; i++)
+                values[b * n + i] = int16_t(std::lrint(x[i] * (32767 / largest)));
+        }
+    }
+    float dot_row(const Matrix& matrix, int64_t row, int64_t b) const {
+        const int8_t* const w = static_cast<const int8_t*>(matrix.data) + row * n;
+        const bfloat16* const s = static_cast<const bfloat16*>(matrix.scales) + row * (n / BLOCK);
+        floats sum = {};
+        for (int64_t i = 0; i < n; i += BLOCK) {
+            if (i % 64 == 0) __builtin_prefetch((const char*)(w + i) + AHEAD);
+            sum += dot_of_block(w + i, &values[b * n + i]) * float(s[i / BLOCK]);
+        }
+        return sum_of(sum) * scales[b];
+    }
+};
 
 static void rms_norm(const float* x, const float* weight, int64_t n, float eps, float* out) {
     float sum = 0;
@@ -156,9 +197,12 @@ static void step(
     const int64_t all_heads = heads + 2 * kv_heads, ffn = m.ffn_dim;
     std::vector<float> x(batch * n), qkv(batch * all_heads * width), y(batch * n), h(batch * ffn);
     for (int64_t b = 0; b < batch; b++) {
-        const W* row = static_cast<const W*>(m.embeddings.data) + tokens[b] * n;
-        const float scale = m.embeddings.scale ? m.embeddings.scale[tokens[b]] : 1.0f;
-        for (int64_t i = 0; i < n; i++) x[b * n + i] = float(row[i]) * scale;
+        const bool is_int8 = sizeof(W) == 1;
+        const int64_t stride = is_int8 ? padded(n) : n, at = tokens[b] * stride;
+        const W* row = static_cast<const W*>(m.embeddings.data) + at;
+        const bfloat16* scales = static_cast<const bfloat16*>(m.embeddings.scales) + at / BLOCK;
+        for (int64_t i = 0; i < n; i++)
+            x[b * n + i] = float(row[i]) * (is_int8 ? float(scales[i / BLOCK]) : 1.0f);
     }
 
 #pragma omp parallel num_threads(threads)
@@ -167,6 +211,7 @@ static void step(
         const auto norm_rows = [&](const float* weight) {
             for (int64_t b = 0; b < batch; b++)
                 rms_norm(&x[b * n], weight, n, m.eps, &normed[b * n]);
+            return Vectors<W>(normed.data(), batch, n);
         };
         // The cache is (n_layers, B, K, block_size, D).
         const auto offset = [&](int64_t layer, int64_t b, int64_t kv_head) {
@@ -174,14 +219,14 @@ static void step(
         };
         for (int64_t l = 0; l < m.n_layers; l++) {
             const Layer& layer = m.layers[l];
-            norm_rows(layer.attention_norm);
+            const Vectors<W> to_attention = norm_rows(layer.attention_norm);
 #pragma omp for schedule(static)
             for (int64_t head = 0; head < all_heads; head++) {
                 float* const first = &qkv[head * width];
                 for (int64_t i = 0; i < width; i++) {
                     for (int64_t b = 0; b < batch; b++) {
                         first[b * all_heads * width + i] =
-                            dot_row<W>(layer.qkv, head * width + i, &normed[b * n], n);
+                            to_attention.dot_row(layer.qkv, head * width + i, b);
                     }
                 }
                 for (int64_t b = 0; b < batch; b++) {
@@ -205,31 +250,33 @@ static void step(
                     &qkv[(b * all_heads + head) * width], keys + start, values + start,
                     lengths[b] + 1, width, scores.data(), &y[b * n + head * width]);
             }
+            const Vectors<W> attended(y.data(), batch, n);
 #pragma omp for schedule(static)
             for (int64_t row = 0; row < n; row++) {
                 for (int64_t b = 0; b < batch; b++)
-                    x[b * n + row] += dot_row<W>(layer.out, row, &y[b * n], n);
+                    x[b * n + row] += attended.dot_row(layer.out, row, b);
             }
-            norm_rows(layer.feed_forward_norm);
+            const Vectors<W> to_feed_forward = norm_rows(layer.feed_forward_norm);
 #pragma omp for schedule(static)
             for (int64_t row = 0; row < ffn; row++) {
                 for (int64_t b = 0; b < batch; b++) {
-                    const float gate = dot_row<W>(layer.gate, row, &normed[b * n], n);
-                    const float up = dot_row<W>(layer.up, row, &normed[b * n], n);
+                    const float gate = to_feed_forward.dot_row(layer.gate, row, b);
+                    const float up = to_feed_forward.dot_row(layer.up, row, b);
                     h[b * ffn + row] = gate / (1 + std::exp(-gate)) * up;
                 }
             }
+            const Vectors<W> hidden(h.data(), batch, ffn);
 #pragma omp for schedule(static)
             for (int64_t row = 0; row < n; row++) {
                 for (int64_t b = 0; b < batch; b++)
-                    x[b * n + row] += dot_row<W>(layer.down, row, &h[b * ffn], ffn);
+                    x[b * n + row] += hidden.dot_row(layer.down, row, b);
             }
         }
-        norm_rows(m.norm);
+        const Vectors<W> to_head = norm_rows(m.norm);
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < m.vocab_size; row++) {
             for (int64_t b = 0; b < batch; b++)
-                logits[b * m.vocab_size + row] = dot_row<W>(m.embeddings, row, &normed[b * n], n);
+                logits[b * m.vocab_size + row] = to_head.dot_row(m.embeddings, row, b);
         }
     }
 }

@@ -16,9 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from model import GPT, rope_tables
 from ops.cpp_build import native_library
+from ops.huge_pages import use_huge_pages
 from ops.kv_cache import KVCache
 
 # For speed, the compiler may reorder the sums.
@@ -29,6 +31,7 @@ LIBRARY = (
     "-fno-signed-zeros",
 )
 WEIGHT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # as in decode_step.cpp
+BLOCK = 32  # int8 weights that share a scale, as in decode_step.cpp
 SHAPE = ("n_embd", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "block_size", "ffn_dim")
 LARGEST_NATIVE_BATCH = 8  # rows; PyTorch's matrix products are faster for more
 
@@ -37,7 +40,7 @@ LARGEST_NATIVE_BATCH = 8  # rows; PyTorch's matrix products are faster for more
 
 
 class Matrix(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p), ("scale", ctypes.c_void_p)]
+    _fields_ = [("data", ctypes.c_void_p), ("scales", ctypes.c_void_p)]
 
 
 class Layer(ctypes.Structure):
@@ -50,6 +53,20 @@ class Model(ctypes.Structure):
     _fields_ += [("eps", ctypes.c_float), ("layers", ctypes.POINTER(Layer))]
     _fields_ += [("norm", ctypes.c_void_p), ("embeddings", Matrix)]
     _fields_ += [("cos", ctypes.c_void_p), ("sin", ctypes.c_void_p)]
+
+
+def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 (R, C) and bfloat16 scales (R, C / BLOCK) of a matrix, its rows padded with zeros.
+
+    C is rounded up to a multiple of BLOCK. The largest weight of each BLOCK becomes nearly ±127:
+    scales are rounded up.
+    """
+    blocks = F.pad(weight.float(), (0, -weight.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    scales = blocks.abs().amax(dim=2).clamp(min=1e-30) / 127
+    rounded = scales.bfloat16()
+    next_larger = (rounded.view(torch.int16) + 1).view(torch.bfloat16)
+    rounded = torch.where(rounded < scales, next_larger, rounded)
+    return (blocks / rounded[:, :, None]).round().to(torch.int8).flatten(1), rounded
 
 
 class NativeStep:
@@ -84,6 +101,7 @@ class NativeStep:
             cos=self.pointer(cos),
             sin=self.pointer(sin),
         )
+        use_huge_pages(self.tensors)
 
     def pointer(self, tensor: torch.Tensor) -> int:
         """Address of the tensor, which is kept alive."""
@@ -91,13 +109,11 @@ class NativeStep:
         return self.tensors[-1].data_ptr()
 
     def matrix(self, weight: torch.Tensor) -> Matrix:
-        """The weight in the dtype `weights`; in int8 the largest of each row is ±127."""
+        """The weight in the dtype `weights`."""
         weight = weight.detach()
         if self.weights is not torch.int8:
             return Matrix(self.pointer(weight.to(self.weights)), None)
-        scale = weight.float().abs().amax(dim=1, keepdim=True).clamp(min=1e-30) / 127
-        rounded = (weight.float() / scale).round().to(torch.int8)
-        return Matrix(self.pointer(rounded), self.pointer(scale))
+        return Matrix(*map(self.pointer, quantize(weight)))
 
     def __call__(self, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
         config, batch = self.config, len(tokens)

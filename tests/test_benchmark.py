@@ -1,6 +1,7 @@
 """benchmark.py: the clock and its tables, sections at tiny sizes, records, the generated README."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -12,19 +13,25 @@ import pytest
 import torch
 
 import benchmark
-from benchmarks import report, timing, tokenizing
+from benchmarks import decoding, report, runtimes, timing, tokenizing
 from benchmarks.learning_plot import tables
 from common import records
 from common.errors import UserError
+from formats import write_hf
+from generation.fast_decode import LIBRARY
+from model import GPT, GPTConfig
+from ops.cpp_build import native_library
+from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = "--n_layers=2 --n_embd=64 --n_heads=2 --n_kv_heads=1 --block_size=64 --new_tokens=6".split()
-TINY += "--rounds=1 --device=cpu".split()
+TINY += "--rounds=1 --device=cpu --decode_rows=3 --long_prompt=40".split()
 # Absent where only the core packages are, of which transformers is one.
 OPTIONAL = (
     "datasets gigatoken pyarrow matplotlib onnx onnxscript onnxruntime gguf gradio "
     "litgpt lm_eval simple_ai sophia_opt liger_kernel tiktoken llama_cpp"
 )
+needs_compiler = pytest.mark.skipif(native_library(*LIBRARY) is None, reason="needs a C++ compiler")
 ROW = dict(median_s=1.0, min_s=1.0, max_s=1.0, n=1, ratio=1.0)
 ANSWERS = {"title": "answers", "unit": "", "rows": {"ours": ROW}}
 
@@ -130,13 +137,56 @@ def test_sections_are_measured_printed_and_recorded(tmp_path, capsys, monkeypatc
     assert all(table["title"] in printed for table in first["tables"])
     assert "left out" not in printed
 
-    tokenized, decode = first["tables"]
+    tokenized, decode, batch, first_token = first["tables"]
     assert len(tokenized["rows"]) == 2 + 2 * (timing.peer("tiktoken") is not None)
     assert list(decode["rows"])[0] == "transformers generate"
     for row in decode["rows"].values():
         assert row["rate"] == pytest.approx(6 / row["median_s"], rel=1e-3) and row["share"] > 0
+    for name, row in batch["rows"].items():
+        assert row["rate"] == pytest.approx(18 / row["median_s"], rel=1e-3)
+        assert name in first_token["rows"] and name in decode["rows"]
     errors = {name: row["logit error"] for name, row in decode["rows"].items() if "ours" in name}
     assert errors.pop("ours, plain PyTorch") < 1e-5 and max(errors.values(), default=0) < 0.3
+
+
+@needs_compiler
+def test_decoding_shows_the_divergence_and_the_memory_of_each_runtime(
+    tmp_path, monkeypatch, capsys
+):
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(n_embd=64, n_layers=2, n_heads=2, n_kv_heads=1, block_size=64)).eval()
+    with torch.no_grad():  # so that probabilities differ much
+        gpt.tok_embeddings.weight.mul_(8)
+    folder, text = tmp_path / "named", tmp_path / "text.txt"
+    folder.mkdir()
+    write_hf.write_folder(gpt, load_tokenizer(), folder, "float32")
+    text.write_text("The cat sat on the mat, and the dog ran after it. " * 9)
+    monkeypatch.setattr(runtimes, "peer", lambda name: None)
+    names, makers = ("ours, float32 weights", "ours, int8 weights"), runtimes.makers
+
+    def two_and_a_broken_one(*arguments):
+        found = makers(*arguments)
+        return {name: found[name] for name in names} | {"broken": None}
+
+    monkeypatch.setattr(decoding, "makers", two_and_a_broken_one)
+    arguments = ["--section=decode", "--exports", f"--model={folder}", f"--text={text}"]
+    results = tmp_path / "r.jsonl"
+    assert benchmark.main([*TINY, *arguments, f"--results={results}"]) == 0
+    assert "broken: left out, a process of its own ended with: KeyError: 'broken'" in (
+        capsys.readouterr().out
+    )
+    (record,) = records.read_records(results)
+    rows = record["tables"][0]["rows"]
+    assert "parameters of named" in record["tables"][0]["title"]
+    assert 0 <= rows["ours, float32 weights"]["KL, nats"] < 1e-9
+    assert 1e-7 < rows["ours, int8 weights"]["KL, nats"] < 1e-2
+    assert all(10 < row["peak MB"] < 2000 for row in rows.values())
+
+
+def test_divergence_is_that_of_the_distributions():
+    p, q = torch.tensor([[0.5, 0.5], [0.9, 0.1]]), torch.tensor([[0.25, 0.75], [0.9, 0.1]])
+    expected = (0.5 * math.log(2) + 0.5 * math.log(0.5 / 0.75)) / 2
+    assert decoding.divergence(p.log(), q.log() + 7) == pytest.approx(expected)
 
 
 def test_sections_run_where_only_the_core_packages_are(tmp_path):
@@ -146,7 +196,8 @@ import sys
 for name in {OPTIONAL.split()!r}:
     sys.modules[name] = None
 import benchmark, demo
-from benchmarks import tokenizing, training_step
+from benchmarks import decoding, tokenizing, training_step
+decoding.peak_megabytes = lambda *arguments: 1.0
 demo.MODEL_SHAPE.update(n_layers=1, n_embd=64)
 demo.PRETRAIN.update(batch_size=2)
 training_step.N_DOCUMENTS = 200
@@ -160,7 +211,7 @@ sys.exit(benchmark.main({arguments!r}))
     for name in ("sophia_opt", "simple_ai", "onnx"):
         assert len(re.findall(f"^skipped: .*{name}", result.stdout, re.MULTILINE)) == 1, name
     (record,) = records.read_records(tmp_path / "r.jsonl")
-    sections = 3 * ["train"] + 2 * ["optimizer"] + ["data", "decode"]
+    sections = 3 * ["train"] + 2 * ["optimizer"] + ["data", *3 * ["decode"]]
     assert [table["section"] for table in record["tables"]] == sections
     assert all(any("ours" in name for name in table["rows"]) for table in record["tables"])
     assert "ours" not in re.findall("(.*): left out", result.stdout)
@@ -204,6 +255,10 @@ def test_mistakes_are_one_line():
         benchmark.main(["--section=speed"])
     with pytest.raises(UserError, match="new_tokens=60 after a prompt of 16 do not fit"):
         benchmark.main(["--block_size=64", "--new_tokens=60"])
+    with pytest.raises(UserError, match="long_prompt=400 does not fit into block_size=128"):
+        benchmark.main(["--block_size=128"])
+    with pytest.raises(UserError, match="--model and --text go together"):
+        benchmark.main(["--model=x.pt"])
     for setting in ("rounds=0", "new_tokens=0", "device=tpu", "dtype=half"):
         with pytest.raises(UserError, match=setting.replace("=", "='?")):
             benchmark.main([f"--{setting}", "--section=train"])

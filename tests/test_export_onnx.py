@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.runtimes import Onnxruntime
 from common.errors import UserError
 from formats import verify, write_onnx
 from formats.atomic_export import atomic_export
@@ -130,6 +131,17 @@ def test_rows_of_different_lengths(gpt, backend):
         assert np.abs(row[-len(prompt) :] - expected).max() < 1e-4
 
 
+def test_a_batch_computes_each_row_alone(folder, backend):
+    runtime, rows = Onnxruntime(folder, "cpu", "fp32"), [[1, 5, 2], [7, 7, 3]]
+    logits = backend.run(rows, backend.no_past(2))[0].numpy()
+    for row, ids in zip(logits, rows, strict=True):
+        expected = backend.all_logits(ids)
+        torch.testing.assert_close(torch.from_numpy(row), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(runtime.logits(ids), expected, atol=1e-5, rtol=1e-5)
+    runtime.answer(rows, 4)
+    assert runtime.n_bytes > 4 * 1000
+
+
 def test_prefix_reuse_equals_fresh_runs(folder, backend, monkeypatch):
     """Random changes of prefixes; only what is new is computed."""
     computed, run = [], backend.run
@@ -144,7 +156,7 @@ def test_prefix_reuse_equals_fresh_runs(folder, backend, monkeypatch):
         common = next((i for i, (a, b) in enumerate(zip(old, ids, strict=False)) if a != b), None)
         common = min(len(old), len(ids)) if common is None else common
         if len(computed) > 1:
-            assert computed[-1] == ids[min(common, len(ids) - 1) :]
+            assert computed[-1] == [ids[min(common, len(ids) - 1) :]]
             reused += len(ids) - len(computed[-1])
         fresh.cached = ([], [])
         assert (logits - fresh.logits(ids)).abs().max() < 1e-4
