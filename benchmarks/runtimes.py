@@ -20,7 +20,7 @@ import torch
 from benchmarks.timing import peer
 from checkpoint import load_model
 from formats.pretrained import quiet_transformers
-from generation.fast_decode import Decoder
+from generation.fast_decode import BLOCK, Decoder
 from model import GPT
 from ops.kv_cache import KVCache
 from tokenizer import load_tokenizer
@@ -49,7 +49,8 @@ class Ours:
         self.gpt = gpt_of(folder, device, dtype)
         self.decoder = Decoder(self.gpt, **options)
         weights = getattr(torch, options.get("weights") or str(dtype)[6:])
-        self.n_bytes = self.gpt.n_parameters() * weights.itemsize
+        scale = 2 / BLOCK if weights is torch.int8 else 0  # bytes of its share of a scale
+        self.n_bytes = self.gpt.n_parameters() * (weights.itemsize + scale)
         self.cache = functools.cache(self.new_cache)  # by the number of rows
 
     def new_cache(self, rows: int) -> KVCache:

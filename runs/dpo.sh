@@ -17,7 +17,7 @@ set -eu
 [ $# -eq 3 ] || { echo "usage: sh runs/dpo.sh model preferences.jsonl folder" >&2; exit 2; }
 [ "$PWD" = "$(cd "$(dirname "$0")/.." && pwd)" ] || { echo "run it in the project's folder" >&2; exit 2; }
 [ -f "$2" ] || { echo "$2 is not there: give a file of preferences" >&2; exit 2; }
-PATH="$PWD/.venv/bin:$PATH" # made by `make`; otherwise the python of your environment
+[ -n "${VIRTUAL_ENV:-}" ] || PATH="$PWD/.venv/bin:$PATH" # an active environment, or the one made by `make`
 
 python export.py --model="$1" --format=hf --dtype=float32 --output_dir="$3/before"
 mkdir -p "$3/data" && cp "$2" "$3/data/train.jsonl"

@@ -69,6 +69,7 @@ def test_transformers_js_and_the_page_have_the_same_greedy_tokens(folder, expect
     found = node(folder, prompts=prompts())
     assert found["greedy"] == expected
     assert found["paged"] == expected
+    assert found["unwanted"] == []  # of answers that were stopped before their first token
 
 
 @needs_node

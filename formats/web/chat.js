@@ -47,9 +47,9 @@ export function sample(logits, { temperature, topP, random = Math.random }) {
   return best;
 }
 
-/** Yields the ids of an answer until a token in `stop`, `maxNewTokens`, or the end of the context. */
+/** Yields the ids of an answer until a token in `stop`, `maxNewTokens`, the end of the context, or `stopped()`. */
 export async function* generate({ Tensor, DynamicCache }, model, prompt, options) {
-  const { context, maxNewTokens, stop } = options;
+  const { context, maxNewTokens, stop, stopped = () => false } = options;
   const tensor = (values) => new Tensor("int64", BigInt64Array.from(values, BigInt), [1, values.length]);
   const cache = new DynamicCache();
   try {
@@ -69,6 +69,7 @@ export async function* generate({ Tensor, DynamicCache }, model, prompt, options
           Object.fromEntries(present.map((name) => [name.replace("present", "past_key_values"), output[name]])),
         );
         await new Promise((resolve) => setTimeout(resolve)); // lets the page draw and hear the user
+        if (stopped()) return;
       }
       const token = sample(logits.data.subarray(-logits.dims[2]), options);
       if (stop.includes(token)) return;
@@ -103,9 +104,11 @@ async function load(settings, progress) {
     const dtype = [...order, ...ORDER[device]].find((name) => dtypes.includes(name));
     try {
       const model = await AutoModelForCausalLM.from_pretrained(".", { dtype, device, progress_callback: progress });
+      const first = generate(transformers, model, [settings.control.start], { context: 2, maxNewTokens: 1, stop: [] });
+      for await (const token of first); // now, since a GPU may lack an operation
       return { transformers, tokenizer, model, device, dtype };
     } catch (error) {
-      if (device === "wasm") throw error; // WebGPU may lack an operation
+      if (device === "wasm") throw error;
     }
   }
 }
@@ -150,26 +153,37 @@ async function page() {
   async function answer(text) {
     const maxNewTokens = value("max_new_tokens", 1, settings.context);
     const stop = [settings.control.end, settings.control.user];
-    const options = { context: settings.context, stop, maxNewTokens, temperature: value("temperature", 0, 2), topP: value("top_p", 0.05, 1) };
+    const options = {
+      ...{ context: settings.context, stop, maxNewTokens, stopped: () => stopped },
+      ...{ temperature: value("temperature", 0, 2), topP: value("top_p", 0.05, 1) },
+    };
     const asked = [...messages, { role: "user", content: text }];
     const { ids, dropped } = promptIds(tokenizer, asked, settings, maxNewTokens);
     message.value = "";
-    show("user", text);
+    const question = show("user", text);
     const line = show("assistant", "");
     say(dropped ? "The oldest turns no longer fit and were left out" : "Reading");
     const made = [];
     let start;
-    for await (const token of generate(transformers, model, ids, options)) {
-      start ??= performance.now();
-      made.push(token);
-      const text = tokenizer.decode(made, { skip_special_tokens: true });
-      line.textContent = text.replace(/\ufffd+$/, ""); // a character that is not whole yet
-      chat.scrollTop = chat.scrollHeight;
-      const seconds = (performance.now() - start) / 1000;
-      if (made.length > 1) say(`${made.length} tokens, ${((made.length - 1) / seconds).toFixed(1)} per second`);
-      if (stopped) break;
+    try {
+      for await (const token of generate(transformers, model, ids, options)) {
+        start ??= performance.now();
+        made.push(token);
+        const answer = tokenizer.decode(made, { skip_special_tokens: true });
+        line.textContent = answer.replace(/\ufffd+$/, ""); // a character that is not whole yet
+        chat.scrollTop = chat.scrollHeight;
+        const seconds = (performance.now() - start) / 1000;
+        if (made.length > 1) say(`${made.length} tokens, ${((made.length - 1) / seconds).toFixed(1)} per second`);
+      }
+    } finally {
+      if (!made.length) {
+        // the question goes back to where it was typed
+        message.value = text;
+        question.remove();
+        line.remove();
+      }
     }
-    if (made.length === 0) say("The model gave no answer");
+    if (made.length === 0) return say(stopped ? ready : "The model gave no answer");
     messages = [...asked.slice(dropped), { role: "assistant", content: line.textContent }];
   }
 

@@ -14,6 +14,7 @@ const { generate, promptIds, sample } = await import(
 const model = prompts.length ? await AutoModelForCausalLM.from_pretrained(folder, { dtype }) : null;
 const greedy = [];
 const paged = [];
+const unwanted = [];
 for (const prompt of prompts) {
   const shape = [1, prompt.length];
   const output = await model.generate({
@@ -28,6 +29,8 @@ for (const prompt of prompts) {
   const options = { context: settings.context, maxNewTokens: n, stop: [], temperature: 0 };
   for await (const token of generate(transformers, model, prompt, options)) ids.push(token);
   paged.push(ids);
+  const given_up = { ...options, stopped: () => true };
+  for await (const token of generate(transformers, model, prompt, given_up)) unwanted.push(token);
 }
 const encoded = chats.map((chat) => {
   try {
@@ -43,4 +46,4 @@ const rendered = chats.map((chat) => {
   const options = { add_generation_prompt: true, return_tensor: false, return_dict: false };
   return tokenizer.apply_chat_template(chat, options);
 });
-console.log(JSON.stringify({ rendered, greedy, paged, encoded, counts }));
+console.log(JSON.stringify({ rendered, greedy, paged, unwanted, encoded, counts }));
