@@ -27,7 +27,7 @@ from common.settings import config_from_constants, run_script
 from common.signals import SIGNALS, STOPPING, GracefulStop, Interrupted
 from training.checks import check_arguments
 from training.distributed import exit_rank, ranks_of_environment, report_failure_once
-from training.metrics import Metrics, Progress, evaluation_line, last_metrics
+from training.metrics import Metrics, Progress, evaluation_line, last_metrics, tracker_of
 from training.setup import TrainingRun, open_run
 
 # Data and checkpoints
@@ -56,7 +56,9 @@ optimizer = "sophiag"  # for the hidden matrices: "sophiag", or PyTorch's "adamw
 embedding_optimizer = "adamw"  # for embedding and norms; "same": one optimizer and rate for all
 learning_rate = 0.0  # peak of the hidden matrices' schedule; 0: by training/learning_rates.py
 embedding_learning_rate = 0.0  # peak of the embedding's and the norms'; 0: in proportion to it
-min_lr_ratio = 0.1  # the cosine schedule ends at this share of the peak
+schedule = "cosine"  # after the warm-up: "cosine", "linear", or "wsd", stable until its decay
+decay_share = 0.2  # wsd: the share of the run, at its end, in which the rate decays
+min_lr_ratio = 0.1  # the schedule ends at this share of the peak
 warmup_iters = 0  # steps of linear warm-up; 0: a tenth of the run, at most 2,000
 weight_decay = 0.1  # on matrices; norms have none
 beta1 = 0.9  # SophiaG: gradient average
@@ -88,8 +90,9 @@ log_interval = 10  # steps between metrics
 sample_prompt = "The most important thing about science is"  # text to continue
 finetune_sample_prompt = "What is the capital of France?"  # question to answer
 sample_tokens = 48  # longest sample, tokens; 0: none
-wandb_log = False  # also log to Weights & Biases (pip install wandb)
-wandb_project = "lille"  # its project there
+tracker = "none"  # also log to "trackio" (on this machine) or "wandb" (pip install either)
+wandb_log = False  # the same as tracker = "wandb"
+wandb_project = "lille"  # the project there, of trackio too
 
 # System
 device = "auto"  # "auto", "cuda", "mps" or "cpu"
@@ -104,16 +107,29 @@ distributed_timeout_minutes = 10.0  # a process that does not answer for this lo
 RENAMED = {"finetune_checkpoint": "model"}
 
 
-def learning_rate_at(step: int, peak: float, warmup: int, total: int, min_ratio: float) -> float:
-    """Linear warm-up over `warmup` steps, then a cosine from `peak` to `min_ratio * peak`.
+def learning_rate_at(
+    step: int,
+    peak: float,
+    warmup: int,
+    total: int,
+    min_ratio: float,
+    schedule: str = "cosine",
+    decay_share: float = 0.2,
+) -> float:
+    """Linear warm-up over `warmup` steps, then from `peak` to `min_ratio * peak`.
 
-    Steps count from 0; step 0 already has peak / (warmup + 1), the last one min_ratio * peak.
+    By a cosine, linearly, or ("wsd": warm-up, stable, decay; Hu et al., arXiv 2404.06395) at the
+    peak until the last `decay_share * total` steps, in which it falls linearly. Steps count from 0;
+    step 0 already has peak / (warmup + 1), the last one min_ratio * peak.
     """
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
-    progress = (step - warmup) / max(1, total - 1 - warmup)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    return peak * (min_ratio + (1 - min_ratio) * cosine)
+    decay = total - 1 - warmup  # steps
+    if schedule == "wsd":
+        decay = min(decay, round(decay_share * total))
+    progress = min(1.0, max(0, step - (total - 1 - decay)) / max(1, decay))
+    left = 0.5 * (1 + math.cos(math.pi * progress)) if schedule == "cosine" else 1 - progress
+    return peak * (min_ratio + (1 - min_ratio) * left)
 
 
 def train(config: Any) -> dict[str, Any]:
@@ -139,8 +155,9 @@ def loop(run: TrainingRun) -> None:
     config, trainer, ranks = run.config, run.trainer, run.ranks
     alone = ranks.world_size == 1
     schedule = (config.learning_rate, config.warmup_iters, run.total_steps, config.min_lr_ratio)
-    wandb = {"project": config.wandb_project, "config": dataclasses.asdict(config)}
-    metrics = Metrics(run.out_dir, run.step, wandb if config.wandb_log else None, ranks.is_main)
+    schedule += (config.schedule, config.decay_share)
+    metrics = Metrics(run.out_dir, run.step, ranks.is_main)
+    metrics.start_tracker(tracker_of(config), config.wandb_project, dataclasses.asdict(config))
     size = (run.step, run.total_steps, trainer.model.flops_per_token())
     progress = Progress(*size, trainer.device, ranks.world_size, ranks.is_main)
     writer = CheckpointWriter(run.out_dir, config.keep_checkpoints, ranks.is_main)

@@ -26,6 +26,7 @@ from model import GPT, GPTConfig
 from ops.cross_entropy import IGNORE_INDEX
 from tokenizer import load_tokenizer
 from training import setup
+from training.metrics import read_metrics
 from training.optimizers import gradient_scale
 from training.packing import Batch
 from training.trainer import MAX_BAD_STEPS, Trainer
@@ -74,6 +75,34 @@ def test_schedule_against_a_table():
     half = [0.1 + 0.45 * (1 + math.cos(math.pi * k / 8)) for k in range(9)]
     assert found == pytest.approx([0.2, 0.4, 0.6, 0.8, *half])
     assert found[4] == 1.0 and found[8] == pytest.approx(0.55) and found[-1] == pytest.approx(0.1)
+    found = [train.learning_rate_at(step, **settings, schedule="linear") for step in range(13)]
+    assert found == pytest.approx([0.2, 0.4, 0.6, 0.8, *(1 - 0.9 * k / 8 for k in range(9))])
+    settings |= {"schedule": "wsd", "decay_share": 0.3}  # of 13 steps: 4
+    found = [train.learning_rate_at(step, **settings) for step in range(13)]
+    assert found == pytest.approx([0.2, 0.4, 0.6, 0.8, *[1] * 5, 0.775, 0.55, 0.325, 0.1])
+    assert found[4:9] == [1.0] * 5
+    settings["decay_share"] = 0.0
+    assert train.learning_rate_at(11, **settings) == 1.0
+
+
+def test_a_stable_run_branches_into_finished_ones_of_several_lengths(text_data, tmp_path):
+    """Each branch is, bit for bit, the run that had its length from the beginning."""
+    stable = {"schedule": "wsd", "decay_share": 0.5, "warmup_iters": 2, "keep_checkpoints": 9}
+    train.train(config_of(text_data, tmp_path / "long", **stable, max_steps=20))
+    checkpoint = tmp_path / "long" / "ckpt_0000008.pt"
+    branch = stable | {"resume_checkpoint": str(checkpoint)}
+    with pytest.raises(UserError, match="decay of a run of 14 steps begins at 7: .*max_steps=16"):
+        train.train(config_of(text_data, tmp_path / "short", **branch, max_steps=14))
+    for name, changes in (("branch", branch), ("whole", stable)):
+        train.train(config_of(text_data, tmp_path / name, **changes, max_steps=16))
+    rates = [
+        row["lr"] for row in read_metrics(tmp_path / "branch" / "metrics.jsonl") if "lr" in row
+    ]
+    assert rates[0] == pytest.approx(3e-3 * (0.1 + 0.9 * 7 / 8)) and len(rates) == 8
+    assert rates[-1] == pytest.approx(3e-4) and sorted(rates)[::-1] == rates
+    ends = [load_checkpoint(tmp_path / name / "ckpt_0000016.pt") for name in ("branch", "whole")]
+    for key in ("model_state_dict", "optimizer_state_dict", "data_cursor", "rng_state"):
+        assert difference(*(end[key] for end in ends)) is None
 
 
 def test_a_finished_run_has_what_it_promises(finished):

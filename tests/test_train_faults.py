@@ -1,5 +1,6 @@
 """Training under attack: signals at any moment, odd folders, hostile checkpoints, NaN weights."""
 
+import importlib.machinery
 import json
 import os
 import signal
@@ -150,11 +151,27 @@ def test_a_tracker_that_fails_does_not_end_a_run(tmp_path, monkeypatch, capsys):
             raise ConnectionError("still none")
 
     monkeypatch.setitem(sys.modules, "wandb", Wandb("wandb"))
-    metrics = Metrics(tmp_path, 0, {"project": "lille"})
+    metrics = Metrics(tmp_path, 0)
+    metrics.start_tracker("wandb", "lille", {"seed": 1})
     metrics.log(1, loss=2.0)
     metrics.close()
     assert capsys.readouterr().err.count("ConnectionError: no network") == 1
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1]
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_tracker_gets_settings_and_every_line(name, text_data, tmp_path, monkeypatch):
+    calls, tracker = [], types.ModuleType(name)
+    tracker.init = lambda **settings: calls.append(settings)
+    tracker.log = lambda values, step: calls.append({"step": step} | values)
+    tracker.finish = lambda: calls.append("finished")
+    tracker.__spec__ = importlib.machinery.ModuleSpec(name, None, origin="here")
+    monkeypatch.setitem(sys.modules, name, tracker)
+    setting = {"wandb_log": True} if name == "wandb" else {"tracker": name}
+    train.train(config_of(text_data, tmp_path, **SHORT, **setting))
+    first, *lines, last = calls
+    assert first["project"] == "lille" and first["config"]["n_layers"] == 2
+    assert lines == read_metrics(tmp_path / "metrics.jsonl") and last == "finished"
 
 
 def test_a_terminal_that_is_gone_does_not_end_a_run(monkeypatch):
@@ -183,7 +200,7 @@ JUNK += [
 def test_damaged_metrics_are_survived(tmp_path, capsys):
     rows = [json.dumps({"step": step, "loss": 3.0}).encode() for step in (1, 2, 3)]
     (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([*JUNK, *rows, *JUNK]))
-    metrics = Metrics(tmp_path, 2, None)
+    metrics = Metrics(tmp_path, 2)
     metrics.log(3, loss=2.0)
     metrics.plot()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_bytes().splitlines()]

@@ -1,6 +1,7 @@
 """Checks of a run: settings, ranks, schedule, prompt, disk space, the checkpoint to continue."""
 
 import importlib.util
+import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from checkpoint import TrainingState, check_tokenizer, checkpoints_in
 from common.errors import UserError
 from common.files import check_free_space
 from model import GPT
+from training.metrics import tracker_of
 
 # A fine-tune uses finetune_NAME in place of NAME.
 FINETUNE_NAMES = (
@@ -41,6 +43,8 @@ MAXIMA = {
 }
 CHOICES = {
     "optimizer": ("sophiag", "adamw", "muon"),
+    "schedule": ("cosine", "linear", "wsd"),
+    "tracker": ("none", "trackio", "wandb"),
     "embedding_optimizer": ("adamw", "same"),
     "optimizer_state_dtype": ("float32", "bfloat16"),
     "device": ("auto", "cuda", "mps", "cpu"),
@@ -103,8 +107,9 @@ def check_settings(config: Any, world_size: int = 1) -> None:
     for name in ("beta1", "beta2", "adamw_beta1", "adamw_beta2"):
         if not 0 <= getattr(config, name) < 1:
             raise UserError(f"{name}={getattr(config, name)} must be at least 0 and below 1")
-    if not 0 <= config.min_lr_ratio <= 1:
-        raise UserError(f"min_lr_ratio={config.min_lr_ratio} must be between 0 and 1")
+    for name in ("min_lr_ratio", "decay_share"):
+        if not 0 <= (value := getattr(config, name)) <= 1:
+            raise UserError(f"{name}={value} must be between 0 and 1")
     for name, choices in CHOICES.items():
         if getattr(config, name) not in choices:
             raise UserError(f"{name}={getattr(config, name)!r} must be one of {', '.join(choices)}")
@@ -124,9 +129,11 @@ def check_settings(config: Any, world_size: int = 1) -> None:
             f"optimizer_state_dtype={config.optimizer_state_dtype!r} needs optimizer='sophiag': "
             "set it to 'float32'"
         )
-    wandb = importlib.util.find_spec("wandb") if config.wandb_log else None
-    if config.wandb_log and (wandb is None or wandb.origin is None):  # a folder of old runs
-        raise UserError("wandb_log=True needs wandb: pip install wandb, or set wandb_log=False")
+    if (name := tracker_of(config)) != "none":
+        package = importlib.util.find_spec(name)
+        if package is None or package.origin is None:  # a folder of old runs has none
+            setting = "wandb_log=True" if config.wandb_log else f"tracker={name!r}"
+            raise UserError(f"{setting} needs {name}: pip install {name}, or set tracker='none'")
     accumulation_name = flag_name(config, "gradient_accumulation_steps")
     accumulation = config.gradient_accumulation_steps
     if config.hess_batches > accumulation:
@@ -184,6 +191,23 @@ def check_schedule(config: Any, total_steps: int, rows_per_step: int, n_rows: in
             f"{name}={config.warmup_iters} takes up all of the run's {total_steps} steps: lower it "
             f"with --{name}={total_steps // 10}, or train for longer (more {epochs}, or smaller "
             f"batch_size and {flag_name(config, 'gradient_accumulation_steps')})"
+        )
+
+
+def check_decay(config: Any, old: TrainingState, total_steps: int, name: Path) -> None:
+    """Refuses to continue a stable run whose decay should have begun before the checkpoint."""
+    groups = old.optimizer_state_dict.get("param_groups")
+    if config.schedule != "wsd" or old.config.get("schedule") != "wsd" or not groups:
+        return
+    begin = total_steps - round(config.decay_share * total_steps)
+    is_stable = groups[0]["lr"] == old.config.get("learning_rate")
+    if is_stable and begin < old.iter_num < total_steps:
+        longer = math.ceil(old.iter_num / (1 - config.decay_share)) if config.decay_share < 1 else 0
+        ways = [f"set max_steps={longer} or more"] * bool(longer)
+        ways += [f"lower decay_share to {1 - old.iter_num / total_steps:.3f}"]
+        raise UserError(
+            f"{name} is at the stable rate of step {old.iter_num}, and the decay of a run of "
+            f"{total_steps} steps begins at {begin}: {', or '.join(ways)}"
         )
 
 

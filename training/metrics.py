@@ -1,5 +1,6 @@
-"""Metrics of a training run: metrics.jsonl, the loss curve, the progress bar, wandb."""
+"""Metrics of a training run: metrics.jsonl, the loss curve, the progress bar, a tracker."""
 
+import importlib
 import json
 import math
 import os
@@ -36,6 +37,11 @@ def peak_flops(device_name: str) -> float | None:
     return next(peaks, None)
 
 
+def tracker_of(config: Any) -> str:
+    """The tracker that the settings name: "none", "trackio" or "wandb"."""
+    return "wandb" if config.wandb_log else config.tracker
+
+
 class Metrics:
     """Appends one JSON object per line to `out_dir/metrics.jsonl` and draws its loss curves.
 
@@ -43,27 +49,26 @@ class Metrics:
     ends up the same as an undisturbed one's, except for timings and for the next loss where
     `log_interval` does not divide the step of the checkpoint. A failure (a full disk) loses lines
     and pictures, with one message, never the run. With several ranks only one is `active`.
+    `start_tracker` also sends the lines to a package with the functions of wandb.
     """
 
-    def __init__(
-        self,
-        out_dir: Path,
-        first_step: int,
-        wandb_settings: dict[str, Any] | None,
-        active: bool = True,
-    ):
+    def __init__(self, out_dir: Path, first_step: int, active: bool = True):
         self.path, self.curve = out_dir / "metrics.jsonl", out_dir / "loss_curve.png"
-        self.active, self.failed, self.wandb = active, False, None
+        self.active, self.failed, self.tracker = active, False, None
         if not active:
             return
         with self.reported_once():
             rows = [row for row in read_metrics(self.path) if row["step"] <= first_step]
             with atomic_file(self.path) as file:
                 file.writelines(json.dumps(row).encode() + b"\n" for row in rows if first_step)
-        if wandb_settings is not None:
-            import wandb
 
-            self.wandb = wandb.init(**wandb_settings)
+    def start_tracker(self, name: str, project: str, settings: dict[str, Any]) -> None:
+        """Starts a run of the package `name`, "trackio" or "wandb"; nothing for "none"."""
+        if self.active and name != "none":
+            with self.reported_once():
+                package = importlib.import_module(name)
+                package.init(project=project, config=settings)
+                self.tracker = package
 
     def log(self, step: int, **values: float | str) -> None:
         if not self.active:
@@ -74,9 +79,9 @@ class Metrics:
         }
         with self.reported_once(), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step} | json_values) + "\n")
-        if self.wandb is not None:
+        if self.tracker is not None:
             with self.reported_once():
-                self.wandb.log(values, step=step)
+                self.tracker.log({k: v for k, v in values.items() if v is not None}, step=step)
 
     @contextmanager
     def reported_once(self) -> Iterator[None]:
@@ -107,9 +112,9 @@ class Metrics:
                 figure.savefig(file, dpi=120, format="png")
 
     def close(self) -> None:
-        if self.wandb is not None:
+        if self.tracker is not None:
             with self.reported_once():
-                self.wandb.finish()
+                self.tracker.finish()
 
 
 def draw_losses(axes: Any, rows: list[dict[str, Any]], title: str) -> None:

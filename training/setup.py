@@ -28,6 +28,7 @@ from model import GPT, GPTConfig
 from tokenizer import Tokenizer, load_tokenizer
 from training.checks import (
     FINETUNE_NAMES,
+    check_decay,
     check_disk,
     check_rates,
     check_resume,
@@ -118,6 +119,8 @@ class TrainingRun:
         if self.config.max_steps:
             self.total_steps = min(self.total_steps, self.config.max_steps)
         self.keep_warmup({"warmup_iters": warmup_steps(self.total_steps)})
+        if self.source is not None:
+            check_decay(self.config, state, self.total_steps, self.source)
 
     def keep_warmup(self, settings: Any) -> None:
         """A warm-up that is not given is that of a continued run, which does not move with it."""
