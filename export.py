@@ -160,7 +160,7 @@ def main(argv: list[str] | None = None) -> int:
         elif config.format == "onnx":
             write_onnx.export_onnx(gpt, tokenizer, target, dtypes, facts, config.push)
         else:
-            title = config.title or Path(config.model).stem
+            title = config.title or Path(config.model).name.removesuffix(".pt")
             card = (facts, config.push)
             write_web.export_web(gpt, tokenizer, target, dtypes, *card, title, config.web_library)
     print(f"wrote {target}")

@@ -54,7 +54,7 @@ max_new_tokens = 500  # longest answer, tokens
 temperature = 0.5  # 0: always the most likely token
 top_p = 0.95  # keep the fewest tokens whose probabilities reach this; 1: all
 top_k = 0  # keep this many tokens; 0: all
-seed = 0  # seed of the sampling; -1: a new one in each run
+seed = 0  # seed of the sampling; -1: a new one in each run. The server's requests bring theirs
 
 
 def lille(

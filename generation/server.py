@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from generation.backends import TorchBackend, check_vocabulary, open_backend
+from generation.backends import check_vocabulary, open_backend
 from generation.batching import BatchedDecoder, Request
 from generation.conversation import Lille, Sampling
 from generation.guard import LOOPBACK, guarded
@@ -298,16 +298,14 @@ def api_key_for(host: str) -> str:
 
 def run(config: Any, options: dict[str, Any]) -> None:
     """Serves the model of inference.py's settings until Ctrl-C; `options` of the sampling."""
-    key = api_key_for(config.host)
-    backend = open_backend(
-        config.backend, config.model, config.device or None, config.dtype or None
-    )
-    if not isinstance(backend, TorchBackend):
+    if config.backend != "torch":
         raise UserError("--serve decodes with the torch backend only: leave out --backend")
+    key = api_key_for(config.host)
+    backend = open_backend("torch", config.model, config.device or None, config.dtype or None)
     tokenizer = load_tokenizer()
     check_vocabulary(config.model, backend.vocab_size, tokenizer)
     decoder = BatchedDecoder(backend.gpt, backend.decoder)
-    name = Path(config.model).stem
+    name = Path(config.model).name.removesuffix(".pt")
     serve(
         Server(decoder, tokenizer, name, options, key, config.host in LOOPBACK),
         config.host,
