@@ -31,7 +31,7 @@ from training.metrics import Metrics, Progress, evaluation_line, last_metrics, t
 from training.setup import TrainingRun, open_run
 
 # Data and checkpoints
-data_dir = "data/fineweb_edu_sample_10BT"  # shards to pretrain on
+data_dir = "data/fineweb_edu_sample_10BT"  # shards to pretrain on; "a, b:2, c:0.5" mixes folders
 out_dir = "checkpoints"  # checkpoints, metrics and the loss curve
 resume_checkpoint = "auto"  # "auto": the newest in out_dir; a path; "": only a new run
 keep_checkpoints = 2  # number of ckpt_*.pt files kept, beside best_model.pt
@@ -75,7 +75,7 @@ grad_clip = 1.0  # largest norm of the gradient; 0: no clipping
 # Fine-tuning
 finetune = False  # use the finetune_* values in place of their namesakes above
 model = "checkpoints/best_model.pt"  # the .pt checkpoint that a fine-tune starts from
-finetune_data_dir = "data/finetune"  # shards of conversations
+finetune_data_dir = "data/finetune"  # shards of conversations, or a mixture as above
 finetune_out_dir = "checkpoints_ft"  # another folder than out_dir
 finetune_learning_rate = 0.0  # peak of the hidden matrices' schedule; 0: half of the rule's
 finetune_embedding_learning_rate = 0.0  # peak of the embedding's and the norms'; 0: in proportion

@@ -43,6 +43,15 @@ def text_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def mixed_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of 40 other documents, for mixtures with those of text_data."""
+    directory, rng = tmp_path_factory.mktemp("mixed"), random.Random(2)
+    documents = [sentence(rng, rng.randint(3, 60)).upper() for _ in range(40)]
+    (directory / "input.txt").write_text("<|endoftext|>".join(documents), "utf-8")
+    return prepare(directory / "input.txt", "others")
+
+
+@pytest.fixture(scope="session")
 def chat_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of 60 conversations of one or two turns."""
     directory, rng = tmp_path_factory.mktemp("chat"), random.Random(1)
@@ -57,9 +66,9 @@ def chat_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return prepare(directory / "input.jsonl")
 
 
-def prepare(path: Path) -> Path:
+def prepare(path: Path, name: str = "shards") -> Path:
     """Shards of an input file, in a folder beside it."""
-    output = path.parent / "shards"
+    output = path.parent / name
     arguments = [f"--input_file_path={path}", f"--output_dir={output}", "--val_split=0.1"]
     assert prepare_dataset.main(arguments) == 0
     return output

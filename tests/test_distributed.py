@@ -122,10 +122,13 @@ def whole(text_data, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_two_ranks_are_one_run_with_the_other_optimizers(optimizer, text_data, tmp_path):
+def test_two_ranks_are_one_run_with_the_other_optimizers(
+    optimizer, text_data, mixed_data, tmp_path
+):
     settings = {"optimizer": optimizer, "max_steps": 6, "dropout": 0.0}
-    alone(text_data, tmp_path / "one", **settings)
-    torchrun(2, text_data, tmp_path / "two", **settings)
+    data = text_data if optimizer == "muon" else f"{text_data}:0.5, {mixed_data}"
+    alone(data, tmp_path / "one", **settings)
+    torchrun(2, data, tmp_path / "two", **settings)
     assert_the_same_run(tmp_path / "two", tmp_path / "one")
 
 

@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from common.errors import UserError
 from common.prefetch import Prefetcher
 from dataset import NpzDataset, ShardWriter
 from ops.cross_entropy import IGNORE_INDEX
 from tokenizer import load_tokenizer
 from training import packing
+from training.mixture import DataSet, parse_mixture
 from training.packing import ChatFormat, PackedRows, cut_documents, pack
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -122,6 +124,49 @@ def test_order_is_a_function_of_seed_and_epoch(tmp_path):
     n = rows.rows_per_epoch
     crossing = rows.batch([n - 1, n]).ids.tolist()  # an epoch border inside a batch
     assert crossing == [epoch_rows(0, 0)[-1], epoch_rows(0, 1)[0]]
+
+
+def test_over_two_epochs_a_token_is_a_label_twice_as_often_as_its_weight_says(tmp_path):
+    rng = np.random.default_rng(0)
+    documents = unique_documents(rng.integers(2, 50, size=300).tolist())
+    weights, parts = [1.0, 2.0, 0.5, 1.5], [documents[i::4] for i in range(4)]
+    sources = [DataSet(str(weight), weight) for weight in weights]
+    rows = PackedRows(shards(tmp_path, *parts), 64, PAD, 5, None, sources, n_epochs=2)
+    labels = [Counter(), Counter()]
+    for row in range(rows.rows_of(2)):
+        targets = rows.batch([row]).targets
+        labels[row >= rows.rows_of(1)].update(targets[targets != IGNORE_INDEX].tolist())
+    for weight, part in zip(weights, parts, strict=True):
+        tokens = [token for document in part for token in document[1:].tolist()]
+        assert {labels[0][t] + labels[1][t] for t in tokens} == {2 * weight}
+        first = sum(labels[0][t] for t in tokens) / len(tokens)
+        assert first == pytest.approx(weight, abs=0.15)
+        expected = weight * sum(map(len, part))
+        assert rows.shares()[DataSet(str(weight), weight)] == expected
+    resumed = PackedRows(shards(tmp_path, *parts), 64, PAD, 5, None, sources, n_epochs=3)
+    for row in (rows.rows_of(2) - 1, rows.rows_of(1), 0):
+        assert resumed.batch([row]).ids.equal(rows.batch([row]).ids)
+    assert resumed.fingerprint() == rows.fingerprint()
+    plain = PackedRows(shards(tmp_path, *parts), 64, PAD, 5)
+    ones = PackedRows(shards(tmp_path, *parts), 64, PAD, 5, None, [DataSet("a")] * 4)
+    assert ones.fingerprint() == plain.fingerprint() != rows.fingerprint()
+
+
+def test_settings_of_mixtures(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sets = parse_mixture("data/web, data/code:2,C:\\mine:0.5,data/none:0,D:\\all")
+    assert list(map(str, sets)) == ["data/web", "data/code:2", "C:\\mine:0.5", "D:\\all"]
+    Path("a,b:2").mkdir()
+    assert parse_mixture("a,b:2") == [DataSet("a,b:2")]
+    for text, message in {
+        "data/web,,data/code": "empty folder",
+        "data/web:-1": "0 to 1000 times",
+        "data/web:inf": "0 to 1000 times",
+        "data/web, data/web:2": "named twice",
+        "data/web:0": "no data set",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            parse_mixture(text)
 
 
 def test_fingerprint_notices_one_token(tmp_path, monkeypatch):

@@ -119,13 +119,16 @@ class Metrics:
 
 def draw_losses(axes: Any, rows: list[dict[str, Any]], title: str) -> None:
     """Draws training and validation losses against steps on matplotlib `axes`."""
+    sets = sorted({key for row in rows for key in row if re.fullmatch("val/.*_loss", key)})
     for key, label, style in (
         ("loss", "training", {"linewidth": 1, "alpha": 0.8}),
         ("val_loss", "validation", {"marker": "o", "markersize": 4}),
+        *((key, key[4:-5], {"marker": ".", "linewidth": 1}) for key in sets),
         ("pretrain_val_loss", "pretraining validation", {"marker": "s", "markersize": 4}),
     ):
         points = [(row["step"], row[key]) for row in rows if type(row.get(key)) in (int, float)]
         if points:
+            label = os.fsencode(label).decode(errors="replace").lstrip("_")  # _: not in the legend
             axes.plot(*zip(*points, strict=True), label=label, **style)
     axes.set(xlabel="step", ylabel="loss (nats per token)")
     title = os.fsencode(title).decode(errors="replace")  # a path may hold any bytes

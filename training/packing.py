@@ -20,6 +20,7 @@ import torch
 
 from dataset import NpzDataset
 from ops.cross_entropy import IGNORE_INDEX
+from training.mixture import DataSet, times_in_epoch
 
 HASHED_TOKENS = 1 << 26  # a dataset of no more is hashed whole, in a fraction of a second
 
@@ -134,8 +135,10 @@ def pack(
 class PackedRows:
     """All shards of a split as an endless sequence of packed rows, epoch after epoch.
 
-    Row numbers run on across epochs: row r belongs to epoch r // rows_per_epoch. Every epoch packs
-    the same segments anew. `chat` selects conversations, which are never cut in the middle.
+    Row numbers run on across epochs, of `rows_per_epoch` rows each. Every epoch packs the segments
+    anew: each once, or as often as the weights of `sources`, the data set of each shard, say (see
+    mixture.py). Epochs of a weight that is not whole differ by some rows; `n_epochs` of them are
+    planned at once. `chat` selects conversations, which are never cut in the middle.
     """
 
     def __init__(
@@ -145,6 +148,8 @@ class PackedRows:
         pad_id: int,
         seed: int = 0,
         chat: ChatFormat | None = None,
+        sources: Sequence[DataSet] | None = None,
+        n_epochs: int = 1,
     ):
         self.block_size, self.pad_id, self.seed, self.chat = block_size, pad_id, seed, chat
         self.tokens = [np.asarray(dataset.tokens) for dataset in datasets]  # cheap to slice
@@ -162,11 +167,31 @@ class PackedRows:
             starts.append(s + base)
             lengths.append(n)
         self.starts, self.lengths = np.concatenate(starts), np.concatenate(lengths)
-        self.epoch = -1
-        self.plan_epoch(0)
-        # Lengths alone decide which lengths share a row, so these are the same in every epoch.
-        self.rows_per_epoch = len(self.borders) - 1
-        self.max_segments = int(np.diff(self.borders).max(initial=0)) + 1  # with padding
+        self.sources = sources or [DataSet("data")] * len(lengths)
+        self.weights = [source.weight for source in self.sources]
+        self.sizes = list(map(len, lengths))  # segments of each shard
+        self.epoch, self.first_rows, self.max_segments = -1, [0], 0  # first rows of planned epochs
+        # Lengths alone decide which lengths share a row, so epochs of the same segments are alike.
+        self.differ = any(weight % 1 for weight in self.weights)
+        for epoch in range(n_epochs if self.differ else 1)[::-1]:
+            self.plan_epoch(epoch)
+            self.first_rows.insert(1, len(self.borders) - 1)
+            segments = int(np.diff(self.borders).max(initial=0)) + 1  # with padding
+            self.max_segments = max(self.max_segments, segments)
+        self.first_rows = np.cumsum(self.first_rows).tolist()
+        self.rows_per_epoch = self.first_rows[1]  # of the first one
+
+    def rows_of(self, n_epochs: int) -> int:
+        """The number of rows of the first `n_epochs` epochs."""
+        return self.first_rows[n_epochs] if self.differ else self.rows_per_epoch * n_epochs
+
+    def shares(self) -> dict[DataSet, float]:
+        """The tokens of each data set that an epoch trains on, in the mean over epochs."""
+        parts = np.split(self.lengths, np.cumsum(self.sizes)[:-1])
+        tokens = dict.fromkeys(self.sources, 0.0)
+        for source, part in zip(self.sources, parts, strict=True):
+            tokens[source] += source.weight * float(part.sum())
+        return tokens
 
     @property
     def description(self) -> str:
@@ -185,23 +210,38 @@ class PackedRows:
             sampled.update(tokens[sample].tobytes())
             if self.bases[-1] <= HASHED_TOKENS:
                 every.update(tokens)
+        if set(self.weights) != {1.0}:
+            sampled.update(repr(self.weights).encode())
         parts = [sampled, every] if self.bases[-1] <= HASHED_TOKENS else [sampled]
         return "-".join(part.hexdigest()[:16] for part in parts)
 
     @property
     def fill(self) -> float:
         """Share of the token positions of an epoch's rows that hold a token."""
-        return float(self.lengths.sum() / max(1, self.rows_per_epoch * self.block_size))
+        return sum(self.shares().values()) / max(1, self.rows_per_epoch * self.block_size)
 
     def plan_epoch(self, epoch: int) -> None:
-        if epoch != self.epoch:
-            rng = np.random.default_rng((self.seed, epoch))
+        if epoch == self.epoch:
+            return
+        rng = np.random.default_rng((self.seed, epoch))
+        if set(self.weights) == {1.0}:
             self.order, self.borders = pack(self.lengths, self.block_size, rng)
-            self.epoch = epoch
+        else:
+            same = np.random.default_rng((self.seed, len(self.weights)))  # in every epoch
+            pairs = zip(self.sizes, self.weights, strict=True)
+            times = np.concatenate([times_in_epoch(n, w, epoch, same) for n, w in pairs])
+            segments = np.repeat(np.arange(len(times)), times)
+            order, self.borders = pack(self.lengths[segments], self.block_size, rng)
+            self.order = segments[order]
+        self.epoch = epoch
 
     def segments(self, row: int) -> list[np.ndarray]:
         """The token ids of the segments of a row."""
-        epoch, row = divmod(row, self.rows_per_epoch)
+        if self.differ:
+            epoch = int(np.searchsorted(self.first_rows, row, side="right")) - 1
+            row -= self.first_rows[epoch]
+        else:
+            epoch, row = divmod(row, self.rows_per_epoch)
         self.plan_epoch(epoch)
         arrays = []
         for segment in self.order[self.borders[row] : self.borders[row + 1]]:

@@ -40,6 +40,7 @@ from training.checks import (
 )
 from training.distributed import SINGLE_PROCESS, Ranks, init_distributed
 from training.learning_rates import warmup_steps, with_peak_rates
+from training.mixture import DataSet, parse_mixture
 from training.optimizers import first_moments
 from training.packing import ChatFormat, PackedRows
 from training.trainer import Trainer, prefetch_steps, prompt_ids
@@ -76,7 +77,7 @@ class TrainingRun:
 
     @property
     def end_row(self) -> int:
-        return self.rows.rows_per_epoch * self.config.num_epochs
+        return self.rows.rows_of(self.config.num_epochs)
 
     def advance(self) -> None:
         """Counts one step."""
@@ -161,6 +162,13 @@ class TrainingRun:
             f"{rows.block_size}, {rows.fill:.2%} full, {epochs:.3g} epochs; validation on "
             f"{n_validation:,} rows"
         )
+        shares = rows.shares()
+        for data_set, tokens in shares.items() if len(shares) > 1 else ():
+            share = tokens / sum(shares.values())
+            print(
+                f"  {data_set}: {tokens:,.0f} tokens of an epoch, {share:.1%}, about "
+                f"{share * rows.rows_per_epoch:,.0f} rows"
+            )
         if rows.n_shortened or rows.n_dropped:
             print(
                 f"{rows.n_shortened} conversations longer than {rows.block_size} tokens keep their "
@@ -230,7 +238,10 @@ def build_run(config: Any, pretrain_data_dir: str, ranks: Ranks) -> TrainingRun:
     block_size = model.config.block_size
     config = with_peak_rates(config, model.config.n_embd, block_size)
     check_rates(config)
-    rows = open_rows(config.data_dir, "train", tokenizer, block_size, config.seed, config.finetune)
+    rows = open_rows(
+        *(config.data_dir, "train", tokenizer, block_size, config.seed, config.finetune),
+        n_epochs=config.num_epochs,
+    )
     validation = open_validation(config, pretrain_data_dir, tokenizer, block_size)
     max_segments = max(split.max_segments for split in (rows, *validation.values()))
     for split in (rows, *validation.values()):  # one shape of cu_seqlens: compiled once
@@ -361,12 +372,26 @@ def build_model(
 
 
 def open_rows(
-    directory: str, split: str, tokenizer: Tokenizer, block_size: int, seed: int, chat: bool
+    directory: str,
+    split: str,
+    tokenizer: Tokenizer,
+    block_size: int,
+    seed: int,
+    chat: bool,
+    n_epochs: int = 1,
 ) -> PackedRows:
-    """The packed rows of a split; UserError when it has no label to train on."""
-    shards = open_split(directory, split, tokenizer.sha256, tokenizer.vocab_size)
+    """The packed rows of a split of one data set or of a mixture.
+
+    Validation has every text of each set once. UserError when there is no label to train on.
+    """
+    shards, sources = [], []
+    for data_set in parse_mixture(directory):
+        found = open_split(data_set.folder, split, tokenizer.sha256, tokenizer.vocab_size)
+        shards += found
+        sources += [data_set if split == "train" else DataSet(data_set.folder)] * len(found)
     format = ChatFormat(tokenizer.bos_id, tokenizer.user_id, tokenizer.assistant_mask)
-    rows = PackedRows(shards, block_size, tokenizer.pad_id, seed, format if chat else None)
+    format = format if chat else None
+    rows = PackedRows(shards, block_size, tokenizer.pad_id, seed, format, sources, n_epochs)
     if rows.batch(range(min(64, rows.rows_per_epoch))).n_labels == 0:
         context = f"the context of {block_size} tokens"
         kind = f"conversation that fits {context}" if chat else "text"
@@ -377,9 +402,18 @@ def open_rows(
 def open_validation(
     config: Any, pretrain_data_dir: str, tokenizer: Tokenizer, block_size: int
 ) -> dict[str, PackedRows]:
-    """Validation rows by name; a fine-tune also watches the loss on the pretraining data."""
+    """Validation rows by name: "val", of a mixture also those of each data set.
+
+    A fine-tune also watches the loss on the pretraining data.
+    """
     rows = open_rows(config.data_dir, "val", tokenizer, block_size, 0, config.finetune)
     validation = {"val": rows}
+    folders = [data_set.folder for data_set in parse_mixture(config.data_dir)]
+    names = [Path(folder).name for folder in folders]
+    for folder, name in zip(folders, names, strict=True) if len(folders) > 1 else ():
+        name = name if names.count(name) == 1 else folder
+        rows = open_rows(folder, "val", tokenizer, block_size, 0, config.finetune)
+        validation[f"val/{name}"] = rows
     if config.finetune:
         try:
             rows = open_rows(pretrain_data_dir, "val", tokenizer, block_size, 0, chat=False)
