@@ -130,6 +130,7 @@ class TrainingState:
     rng_state: dict[str, torch.Tensor]  # by device type
     data: str | None  # dataset id of the training data
     base: str | None  # sha256 of the checkpoint that a fine-tune started from
+    average: dict[str, Any] | None = None  # {"n": steps, "weights": {name: tensor}} of average_last
 
     @classmethod
     def of(cls, checkpoint: dict[str, Any], name: str | Path) -> "TrainingState":
@@ -217,7 +218,8 @@ class CheckpointWriter:
     """Writes checkpoints in the background; keeps the last `keep` of them and the best one.
 
     `save` copies the tensors before it returns, so training continues at once; UserError if they
-    are not finite, which would replace good ones. A failed write (a full disk) is reported and
+    are not finite, which would replace good ones. `best` saves the same state as the best model, or
+    the state `averaged`. A failed write (a full disk) is reported and
     leaves the earlier checkpoints; `wait` raises it. With several ranks only one is `active`; the
     others write nothing.
     """
@@ -231,7 +233,7 @@ class CheckpointWriter:
         if active:
             directory.mkdir(parents=True, exist_ok=True)
 
-    def save(self, state: TrainingState, best: bool) -> Path:
+    def save(self, state: TrainingState, best: bool, averaged: TrainingState | None = None) -> Path:
         self.close()
         path = self.directory / f"ckpt_{state.iter_num:07d}.pt"
         if not self.active:
@@ -244,19 +246,23 @@ class CheckpointWriter:
                 "warmup_iters, and "
                 + (f"continue from {good}, which is good" if good else "start anew")
             )
-        thread = threading.Thread(target=self.write, args=(path, snapshot(vars(state)), best))
+        copy = snapshot(vars(state))
+        other = snapshot(vars(averaged)) if best and averaged else copy
+        thread = threading.Thread(target=self.write, args=(path, copy, other if best else None))
         self.written.clear()
         thread.start()
         return path
 
-    def write(self, path: Path, state: dict[str, Any], best: bool) -> None:
+    def write(self, path: Path, state: dict[str, Any], best: dict[str, Any] | None) -> None:
         try:
-            if self.unsaved_best is not None and not best:
+            other = self.unsaved_best if best is None else best
+            if other is not None and other is not state:
                 with atomic_file(self.directory / BEST) as file:
-                    torch.save(self.unsaved_best, file)
+                    torch.save(other, file)
             with atomic_file(path) as file:
                 torch.save(state, file)
-                if best:  # before the rename: after a kill in between, a resumed run makes it again
+                # Before the rename: after a kill in between, a resumed run makes it again.
+                if best is state:
                     file.flush()
                     os.fsync(file.fileno())
                     link_or_copy(Path(file.name), self.directory / BEST)
@@ -267,7 +273,7 @@ class CheckpointWriter:
             self.error = self.unsaved_best = None
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             self.error = error if isinstance(error, OSError) else OSError(str(error))
-            self.unsaved_best = state if best else self.unsaved_best
+            self.unsaved_best = self.unsaved_best if best is None else best
             print(f"could not save {path}: {error}; the earlier checkpoints are intact", flush=True)
         finally:
             self.written.set()

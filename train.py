@@ -58,6 +58,7 @@ learning_rate = 0.0  # peak of the hidden matrices' schedule; 0: by training/lea
 embedding_learning_rate = 0.0  # peak of the embedding's and the norms'; 0: in proportion to it
 schedule = "cosine"  # after the warm-up: "cosine", "linear", or "wsd", stable until its decay
 decay_share = 0.2  # wsd: the share of the run, at its end, in which the rate decays
+average_last = 0.0  # share of the run whose weights are averaged; the better are best_model.pt
 min_lr_ratio = 0.1  # the schedule ends at this share of the peak
 warmup_iters = 0  # steps of linear warm-up; 0: a tenth of the run, at most 2,000
 weight_decay = 0.1  # on matrices; norms have none
@@ -184,6 +185,8 @@ def loop(run: TrainingRun) -> None:
             lr = learning_rate_at(run.step, *schedule)
             loss, norm = trainer.step(micro_batches, lr, n_labels)
             run.advance()
+            if run.step > run.total_steps - round(config.average_last * run.total_steps):
+                trainer.add_to_average()
             progress.advance(n_labels)
             losses.append(loss)
 
@@ -199,9 +202,11 @@ def loop(run: TrainingRun) -> None:
             if evaluate:
                 with progress.paused():
                     results = trainer.evaluate_all(run.validation, run.tokenizer)
-                    is_best = results["val_loss"] < run.best
-                    run.best = min(run.best, results["val_loss"])
-                    path, saved_step = writer.save(run.state(), is_best), run.step
+                    losses_of = [results["val_loss"], results.get("averaged_val_loss", math.inf)]
+                    is_best = min(losses_of) < run.best
+                    run.best = min(run.best, *losses_of)
+                    averaged = run.averaged_state() if losses_of[1] < losses_of[0] else None
+                    path, saved_step = writer.save(run.state(), is_best, averaged), run.step
                     metrics.log(run.step, **results)
                     metrics.plot()
                     progress.write(evaluation_line(run.step, results, is_best))

@@ -153,6 +153,43 @@ def test_ten_pinned_losses(text_data, tmp_path):
     assert losses == pytest.approx(PINNED_LOSSES, abs=2e-4)
 
 
+def test_the_mean_of_the_last_weights_is_evaluated_saved_and_resumed(text_data, tmp_path, capsys):
+    settings = {"average_last": 0.25, "max_steps": 24, "eval_interval": 1, "keep_checkpoints": 99}
+    settings |= {"learning_rate": 3e-2, "min_lr_ratio": 1.0}  # so large that the mean is better
+    train.train(config_of(text_data, tmp_path / "whole", **settings))
+    printed = capsys.readouterr().out
+    steps = [load_checkpoint(tmp_path / "whole" / f"ckpt_{n:07d}.pt") for n in range(1, 25)]
+    assert [step["average"] and step["average"]["n"] for step in steps] == [
+        *[None] * 18,
+        *range(1, 7),
+    ]
+    for name, mean in steps[-1]["average"]["weights"].items():
+        of_steps = torch.stack([step["model_state_dict"][name] for step in steps[18:]])
+        torch.testing.assert_close(mean, of_steps.double().mean(0).float(), atol=1e-6, rtol=1e-5)
+    rows = [r for r in read_metrics(tmp_path / "whole" / "metrics.jsonl") if "val_loss" in r]
+    assert all(("averaged_val_loss" in row) == (row["step"] > 18) for row in rows)
+    last = rows[-1]
+    assert last["averaged_val_loss"] < last["val_loss"] - 1e-3
+    best = load_checkpoint(tmp_path / "whole" / "best_model.pt")
+    assert "(best so far, the averaged weights)" in printed
+    step, loss = min(((r["step"], r["averaged_val_loss"]) for r in rows[18:]), key=lambda p: p[1])
+    assert best["best_val_loss"] == loss and best["iter_num"] == step
+    mean = steps[step - 1]["average"]["weights"]
+    assert all(torch.equal(best["model_state_dict"][name], mean[name]) for name in mean)
+    # Two equal evaluations in a row: the weights of the last step were back in their place.
+    (tmp_path / "again").mkdir()
+    shutil.copy(tmp_path / "whole" / "ckpt_0000020.pt", tmp_path / "again")
+    train.train(config_of(text_data, tmp_path / "again", **settings))
+    assert difference(steps[-1], load_checkpoint(tmp_path / "again" / "ckpt_0000024.pt")) is None
+    again = load_checkpoint(tmp_path / "again" / "best_model.pt")
+    assert difference(best, again) is None
+    damaged = steps[19] | {"average": {"n": 2, "weights": {"norm.weight": torch.zeros(3)}}}
+    (tmp_path / "damaged").mkdir()
+    torch.save(damaged, tmp_path / "damaged" / "ckpt_0000020.pt")
+    with pytest.raises(UserError, match="its average does not fit this run"):
+        train.train(config_of(text_data, tmp_path / "damaged", **settings))
+
+
 def test_a_mixture_resumes_bit_for_bit_and_shows_the_loss_of_each_set(
     text_data, mixed_data, tmp_path, capsys
 ):

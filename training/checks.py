@@ -107,7 +107,7 @@ def check_settings(config: Any, world_size: int = 1) -> None:
     for name in ("beta1", "beta2", "adamw_beta1", "adamw_beta2"):
         if not 0 <= getattr(config, name) < 1:
             raise UserError(f"{name}={getattr(config, name)} must be at least 0 and below 1")
-    for name in ("min_lr_ratio", "decay_share"):
+    for name in ("min_lr_ratio", "decay_share", "average_last"):
         if not 0 <= (value := getattr(config, name)) <= 1:
             raise UserError(f"{name}={value} must be between 0 and 1")
     for name, choices in CHOICES.items():
@@ -252,6 +252,11 @@ def is_plain(value: Any) -> bool:
     return type(value) is dict and {*map(type, value.values())} <= {bool, int, float, str}
 
 
+def is_average(value: Any) -> bool:
+    keys = type(value) is dict and value.keys() == {"n", "weights"}
+    return keys and is_number(value["n"]) and value["n"] > 0 and type(value["weights"]) is dict
+
+
 # What a checkpoint to continue must hold beside its tensors.
 VALUES: dict[str, Callable[[Any], bool]] = {
     "optimizer_state_dict": lambda value: type(value) is dict and type(value.get("state")) is dict,
@@ -264,6 +269,7 @@ VALUES: dict[str, Callable[[Any], bool]] = {
     "rng_state": lambda value: type(value) is dict,
     "data": is_text,
     "base": is_text,
+    "average": lambda value: value is None or is_average(value),
 }
 
 
@@ -333,10 +339,12 @@ def check_tensors(old: TrainingState, new: TrainingState, name: Path) -> None:
     moments, expected = old.optimizer_state_dict["state"], new.optimizer_state_dict["state"]
     devices = {"cpu"} | new.rng_state.keys() & old.rng_state.keys()
     generators = {key: new.rng_state[key] for key in devices}
+    named = {key: v for key, v in new.model_state_dict.items() if key != "lm_head.weight"}
     pairs = {
         "model_state_dict": (old.model_state_dict, new.model_state_dict),
         "optimizer_state_dict": (moments, expected if moments or old.iter_num else {}),
         "rng_state": ({key: old.rng_state.get(key) for key in generators}, generators),
+        "average": (old.average["weights"], named) if old.average else ({}, {}),
     }
     if old.scaler_state_dict and new.scaler_state_dict:
         pairs["scaler_state_dict"] = (old.scaler_state_dict, new.scaler_state_dict)

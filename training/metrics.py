@@ -124,6 +124,7 @@ def draw_losses(axes: Any, rows: list[dict[str, Any]], title: str) -> None:
         ("loss", "training", {"linewidth": 1, "alpha": 0.8}),
         ("val_loss", "validation", {"marker": "o", "markersize": 4}),
         *((key, key[4:-5], {"marker": ".", "linewidth": 1}) for key in sets),
+        ("averaged_val_loss", "validation, averaged weights", {"marker": "x", "markersize": 4}),
         ("pretrain_val_loss", "pretraining validation", {"marker": "s", "markersize": 4}),
     ):
         points = [(row["step"], row[key]) for row in rows if type(row.get(key)) in (int, float)]
@@ -232,5 +233,7 @@ class Progress:
 def evaluation_line(step: int, results: dict[str, Any], is_best: bool) -> str:
     """An evaluation as text: its numbers, and the text sample on a line of its own."""
     numbers = ", ".join(f"{k} {v:.4f}" for k, v in results.items() if isinstance(v, float))
-    line = f"step {step}: {numbers}" + (" (best so far)" if is_best else "")
+    averaged = results.get("averaged_val_loss", math.inf) < results["val_loss"]
+    which = ", the averaged weights" if averaged else ""
+    line = f"step {step}: {numbers}" + (f" (best so far{which})" if is_best else "")
     return line + (f"\n    {results['sample']!r}" if "sample" in results else "")

@@ -95,6 +95,12 @@ class TrainingRun:
             base=self.base,
         )
 
+    def averaged_state(self) -> TrainingState:
+        """The state with the averaged weights, to be the best model."""
+        with self.trainer.averaged():
+            weights = {name: w.clone() for name, w in self.trainer.model.state_dict().items()}
+        return dataclasses.replace(self.state(), model_state_dict=weights, average=None)
+
     def expected_state(self, old_config: Any) -> TrainingState:
         """The state before the first step, with moments in the dtype of a checkpoint's settings."""
         settings = old_config if isinstance(old_config, dict) else {}
@@ -120,6 +126,9 @@ class TrainingRun:
         if self.config.max_steps:
             self.total_steps = min(self.total_steps, self.config.max_steps)
         self.keep_warmup({"warmup_iters": warmup_steps(self.total_steps)})
+        averaged = round(self.config.average_last * self.total_steps)
+        if self.step <= self.total_steps - averaged:  # it has not begun in a run of this length
+            self.trainer.average, self.trainer.n_averaged = {}, 0
         if self.source is not None:
             check_decay(self.config, state, self.total_steps, self.source)
 
@@ -139,6 +148,9 @@ class TrainingRun:
             moments = first_moments(
                 self.trainer.optimizer, getattr(torch, config.optimizer_state_dtype)
             )
+            if config.average_last:  # one more copy of the weights
+                n = self.trainer.model.n_parameters()
+                moments[-1] = {"average": torch.empty(n, device="meta")}
             check_disk(self.out_dir, self.trainer.model, config.keep_checkpoints, moments)
         self.print_summary()
         if config.compile:

@@ -1,7 +1,8 @@
 """Training, Hessian and evaluation steps of a run; train.py is the loop over them."""
 
 import math
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -67,6 +68,8 @@ class Trainer:
         self.optimizer = make_optimizer(model, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.bad_steps = torch.zeros((), dtype=torch.int64, device=device)  # consecutive, skipped
+        self.average: dict[str, torch.Tensor] = {}  # running mean of the weights, by name
+        self.n_averaged = 0  # steps in it
 
     @property
     def uses_hessian(self) -> bool:
@@ -183,6 +186,34 @@ class Trainer:
             )
 
     @torch.no_grad()
+    def add_to_average(self) -> None:
+        """Makes the weights a part of their running mean over steps, on the device.
+
+        Polyak and Juditsky, 1992, over the last steps of a run alone.
+        """
+        weights = dict(self.model.named_parameters())
+        self.n_averaged += 1
+        if self.n_averaged == 1:
+            self.average = {name: weight.detach().clone() for name, weight in weights.items()}
+        means = [self.average[name] for name in weights]
+        torch._foreach_lerp_(means, list(weights.values()), 1 / self.n_averaged)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Has the averaged weights in the model; afterwards, bit for bit, those of before."""
+        weights = dict(self.model.named_parameters())
+        kept = {name: weight.detach().clone() for name, weight in weights.items()}
+        try:
+            with torch.no_grad():
+                for name, weight in weights.items():
+                    weight.copy_(self.average[name])
+            yield
+        finally:
+            with torch.no_grad():
+                for name, weight in weights.items():
+                    weight.copy_(kept[name])
+
+    @torch.no_grad()
     def evaluate(self, rows: PackedRows, token_bytes: torch.Tensor) -> tuple[float, float]:
         """Loss in nats per label, and bits per byte, on the first `eval_rows` rows.
 
@@ -209,6 +240,9 @@ class Trainer:
         for name, rows in validation.items():
             loss, bits_per_byte = self.evaluate(rows, token_bytes)
             results |= {f"{name}_loss": loss, f"{name}_bpb": bits_per_byte}
+        if self.n_averaged:
+            with self.averaged():
+                results["averaged_val_loss"] = self.evaluate(validation["val"], token_bytes)[0]
         if self.config.sample_tokens and self.ranks.is_main:
             results["sample"] = self.sample_text(tokenizer)
         return results
@@ -238,11 +272,15 @@ class Trainer:
             "scaler_state_dict": self.scaler.state_dict(),
             "model_args": self.model.config.to_dict(),
             "rng_state": rng_state,
+            "average": {"n": self.n_averaged, "weights": self.average} if self.n_averaged else None,
         }
 
     def restore(self, state: TrainingState) -> None:
         """Loads weights, moments, loss scaling and random states."""
         self.model.load_state_dict(state.model_state_dict)
+        if state.average:
+            self.n_averaged = state.average["n"]
+            self.average = {k: v.to(self.device) for k, v in state.average["weights"].items()}
         settings = self.optimizer.state_dict()["param_groups"]  # this run's, not the saved ones
         moments = state.optimizer_state_dict["state"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": settings})
