@@ -34,9 +34,11 @@ from training.setup import TrainingRun, open_run
 data_dir = "data/fineweb_edu_sample_10BT"  # shards to pretrain on; "a, b:2, c:0.5" mixes folders
 out_dir = "checkpoints"  # checkpoints, metrics and the loss curve
 resume_checkpoint = "auto"  # "auto": the newest in out_dir; a path; "": only a new run
+init_from = ""  # a new run from these weights: a .pt, an exported folder or a hub id; "": random
+watch_data_dir = ""  # also report the loss on these shards, to see what is forgotten; "": none
 keep_checkpoints = 2  # number of ckpt_*.pt files kept, beside best_model.pt
 
-# Model (a fine-tune takes its shape from its checkpoint)
+# Model (with init_from and in a fine-tune its shape is that of the weights)
 n_layers = 24  # transformer blocks
 n_embd = 640  # width; a multiple of n_heads
 n_heads = 10  # query heads
@@ -75,7 +77,7 @@ grad_clip = 1.0  # largest norm of the gradient; 0: no clipping
 
 # Fine-tuning
 finetune = False  # use the finetune_* values in place of their namesakes above
-model = "checkpoints/best_model.pt"  # the .pt checkpoint that a fine-tune starts from
+model = "checkpoints/best_model.pt"  # what a fine-tune starts from, in place of init_from
 finetune_data_dir = "data/finetune"  # shards of conversations, or a mixture as above
 finetune_out_dir = "checkpoints_ft"  # another folder than out_dir
 finetune_learning_rate = 0.0  # peak of the hidden matrices' schedule; 0: half of the rule's

@@ -8,7 +8,6 @@ allows, which is all that scoring needs.
 """
 
 import io
-import json
 from collections.abc import Sequence
 from contextlib import redirect_stderr
 from pathlib import Path
@@ -18,7 +17,12 @@ import torch
 
 from checkpoint import check_tokenizer, load_checkpoint, model_from_checkpoint
 from common.errors import UserError, one_line
-from formats.pretrained import CONFIG, gpt_from_folder, quiet_transformers, read_json, resolve_model
+from formats.pretrained import (
+    gpt_from_folder,
+    has_our_tokenizer,
+    quiet_transformers,
+    resolve_model,
+)
 from model import GPT
 from tokenizer import Tokenizer, load_tokenizer
 
@@ -185,16 +189,6 @@ def open_model(name: str, device: str = "cpu", dtype: torch.dtype = torch.float3
     if has_our_tokenizer(path):
         return Lille(gpt_from_folder(path).to(device, dtype))
     return open_peer(name, device, dtype, path)
-
-
-def has_our_tokenizer(folder: Path) -> bool:
-    """Whether a folder has the vocabulary of Hastings, or one of its size and no tokenizer."""
-    path, tokenizer = folder / "tokenizer.json", load_tokenizer()
-    if not path.is_file():
-        others = any(folder.glob("tokenizer*")) or (folder / "vocab.json").is_file()
-        return not others and read_json(folder / CONFIG).get("vocab_size") == tokenizer.vocab_size
-    ours, theirs = json.loads(tokenizer.json_text), read_json(path)
-    return theirs.get("model", {}).get("vocab") == ours["model"]["vocab"]
 
 
 def open_peer(name: str, device: str, dtype: torch.dtype, folder: Path, **source: str) -> Peer:

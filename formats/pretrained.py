@@ -19,6 +19,7 @@ from common.errors import MALFORMED_ANSWER, UserError
 from common.files import file_sha256
 from formats.llama import gpt_from_llama
 from model import GPT
+from tokenizer import load_tokenizer
 
 VERSIONS = {
     "130m-instruct": "Nikity/lille-130m-instruct",
@@ -58,6 +59,16 @@ def gpt_from_folder(folder: Path) -> GPT:
         return gpt_from_llama(read_json(folder / CONFIG), read_tensors(folder))
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:  # UserError too
         raise UserError(f"{folder}: {' '.join(str(error).split())[:300]}") from None
+
+
+def has_our_tokenizer(folder: Path) -> bool:
+    """Whether a folder has the vocabulary of Hastings, or one of its size and no tokenizer."""
+    path, tokenizer = folder / "tokenizer.json", load_tokenizer()
+    if not path.is_file():
+        others = any(folder.glob("tokenizer*")) or (folder / "vocab.json").is_file()
+        return not others and read_json(folder / CONFIG).get("vocab_size") == tokenizer.vocab_size
+    ours, theirs = json.loads(tokenizer.json_text), read_json(path)
+    return theirs.get("model", {}).get("vocab") == ours["model"]["vocab"]
 
 
 def read_json(path: Path) -> dict[str, Any]:

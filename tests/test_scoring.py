@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from common.errors import UserError
-from evaluation.models import Lille, Peer, has_our_tokenizer, open_model
+from evaluation.models import Lille, Peer, open_model
 from evaluation.scoring import Score, Scorer, TrieRow, trie_rows
+from formats.pretrained import has_our_tokenizer
 from formats.write_hf import export_hf
 from model import GPT, GPTConfig
 from tests.lm_eval_parity import predictions

@@ -20,12 +20,14 @@ from tiny import TINY, difference, newest
 import train
 from checkpoint import CheckpointWriter, TrainingState, load_checkpoint, load_model
 from common.errors import UserError
-from common.files import locked
+from common.files import file_sha256, locked
 from common.settings import config_from_constants
+from formats import write_hf
 from model import GPT, GPTConfig
 from ops.cross_entropy import IGNORE_INDEX
 from tokenizer import load_tokenizer
 from training import setup
+from training.checks import check_arguments
 from training.metrics import read_metrics
 from training.optimizers import gradient_scale
 from training.packing import Batch
@@ -188,6 +190,47 @@ def test_the_mean_of_the_last_weights_is_evaluated_saved_and_resumed(text_data, 
     torch.save(damaged, tmp_path / "damaged" / "ckpt_0000020.pt")
     with pytest.raises(UserError, match="its average does not fit this run"):
         train.train(config_of(text_data, tmp_path / "damaged", **settings))
+
+
+def test_pretraining_goes_on_with_other_data_from_a_checkpoint_or_a_folder(
+    finished, text_data, mixed_data, tmp_path, capsys
+):
+    base = finished[0] / "best_model.pt"
+    write_hf.export_hf(load_model(base), load_tokenizer(), tmp_path / "hf", "float32", {})
+    other_shape = {"n_layers": 5, "n_embd": 32, "block_size": 16}  # that of the weights is taken
+    settings = other_shape | {"watch_data_dir": text_data, "keep_checkpoints": 9, "num_epochs": 4}
+    settings |= {"learning_rate": 1e-3, "dropout": 0.0}
+    for name, path in {"a": base, "b": tmp_path / "hf"}.items():
+        train.train(config_of(mixed_data, tmp_path / name, init_from=path, **settings))
+    first, second = (read_metrics(tmp_path / name / "metrics.jsonl") for name in "ab")
+    assert [r["loss"] for r in first if "loss" in r] == [r["loss"] for r in second if "loss" in r]
+    watched = [row["watch_val_loss"] for row in first if "val_loss" in row]
+    new = [row["val_loss"] for row in first if "val_loss" in row]
+    before = read_metrics(finished[0] / "metrics.jsonl")
+    best = min(row["val_loss"] for row in before if "val_loss" in row)
+    assert best < watched[0] < best + 1 and watched[-1] > watched[0] and new[-1] < new[0]
+    cut = newest(tmp_path / "a")
+    assert (
+        load_checkpoint(cut)["base"]
+        == file_sha256(base)
+        != load_checkpoint(newest(tmp_path / "b"))["base"]
+    )
+    (tmp_path / "resumed").mkdir()
+    shutil.copy(tmp_path / "a" / "ckpt_0000004.pt", tmp_path / "resumed")
+    train.train(config_of(mixed_data, tmp_path / "resumed", init_from=base, **settings))
+    ends = [
+        load_checkpoint(path) | {"config": None} for path in (cut, newest(tmp_path / "resumed"))
+    ]
+    assert difference(*ends) is None
+    with pytest.raises(UserError, match="was trained with base="):
+        train.train(config_of(mixed_data, tmp_path / "a", init_from=cut, **settings))
+    vocabulary = json.loads((tmp_path / "hf" / "tokenizer.json").read_text())
+    vocabulary["model"]["vocab"] = {"a": 0}
+    (tmp_path / "hf" / "tokenizer.json").write_text(json.dumps(vocabulary))
+    with pytest.raises(UserError, match="has another tokenizer than this project's"):
+        train.train(config_of(mixed_data, tmp_path / "c", init_from=tmp_path / "hf"))
+    with pytest.raises(UserError, match="--init_from has no effect with --finetune"):
+        check_arguments(["--init_from=x", "--finetune"], finetune=True)
 
 
 def test_a_mixture_resumes_bit_for_bit_and_shows_the_loss_of_each_set(

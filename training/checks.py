@@ -59,6 +59,8 @@ PATH_SETTINGS = (
     "finetune_data_dir",
     "finetune_out_dir",
     "resume_checkpoint",
+    "init_from",
+    "watch_data_dir",
 )
 # Settings that an earlier train.py had other values of.
 RECIPE_OF_SOPHIAG = ("beta1", "beta2", "rho", "cautious")
@@ -85,6 +87,8 @@ def check_arguments(arguments: list[str], finetune: bool) -> None:
             idle, used, how = used, idle, "with"
         if idle in given and used not in given and idle != "data_dir":  # for pretrain_val_loss
             raise UserError(f"--{idle} has no effect {how} --finetune: set --{used} in its place")
+    if "init_from" in given and finetune:
+        raise UserError("--init_from has no effect with --finetune: set --model in its place")
     if "model" in given and not finetune:
         raise UserError("--model is what a fine-tune starts from: add --finetune, or leave it out")
 

@@ -125,6 +125,7 @@ def draw_losses(axes: Any, rows: list[dict[str, Any]], title: str) -> None:
         ("val_loss", "validation", {"marker": "o", "markersize": 4}),
         *((key, key[4:-5], {"marker": ".", "linewidth": 1}) for key in sets),
         ("averaged_val_loss", "validation, averaged weights", {"marker": "x", "markersize": 4}),
+        ("watch_val_loss", "watched data", {"marker": "s", "markersize": 4}),
         ("pretrain_val_loss", "pretraining validation", {"marker": "s", "markersize": 4}),
     ):
         points = [(row["step"], row[key]) for row in rows if type(row.get(key)) in (int, float)]

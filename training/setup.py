@@ -24,6 +24,7 @@ from common.errors import UserError, printable
 from common.files import file_sha256, locked
 from common.prefetch import Prefetcher
 from dataset import open_split
+from formats.pretrained import WEIGHTS, gpt_from_folder, has_our_tokenizer, resolve_model
 from model import GPT, GPTConfig
 from tokenizer import Tokenizer, load_tokenizer
 from training.checks import (
@@ -242,11 +243,14 @@ def build_run(config: Any, pretrain_data_dir: str, ranks: Ranks) -> TrainingRun:
     device, dtype = choose_device(config, ranks)
     tokenizer = load_tokenizer()
     path, checkpoint = ranks.broadcast(lambda: find_checkpoint(config) or (None, None))
+    if path is None and config.init_from:  # a model on the hub becomes a folder
+        folder = ranks.broadcast(lambda: str(resolve_model(config.init_from, with_tokenizer=True)))
+        config = dataclasses.replace(config, init_from=folder)
     base = ranks.broadcast(lambda: base_checkpoint_hash(config))
     torch.manual_seed(config.seed)
     model = build_model(config, tokenizer, path, checkpoint, ranks)
     if path is None and ranks.broadcast(lambda: base_checkpoint_hash(config)) != base:
-        raise UserError(f"{config.model} was replaced while it was read: run again")
+        raise UserError(f"{config.init_from} was replaced while it was read: run again")
     block_size = model.config.block_size
     config = with_peak_rates(config, model.config.n_embd, block_size)
     check_rates(config)
@@ -283,7 +287,7 @@ def settings_in_force(config: Any) -> Any:
             "pretrained model: change finetune_out_dir"
         )
     values = {name: getattr(config, f"finetune_{name}") for name in FINETUNE_NAMES}
-    return dataclasses.replace(config, **values)
+    return dataclasses.replace(config, **values, init_from=config.model)
 
 
 def choose_device(config: Any, ranks: Ranks = SINGLE_PROCESS) -> tuple[torch.device, torch.dtype]:
@@ -364,10 +368,10 @@ def build_model(
     checkpoint: dict[str, Any] | None,
     ranks: Ranks,
 ) -> GPT:
-    """A new model, or in a fine-tune the one of the checkpoint to continue or to start from."""
-    if config.finetune:
-        name = path or config.model
-        checkpoint = checkpoint or ranks.broadcast(lambda: load_checkpoint(name))
+    """A new model, or with `init_from` the one of the checkpoint to continue or to start from."""
+    if config.init_from:
+        name = path or Path(config.init_from)
+        checkpoint = checkpoint or ranks.broadcast(lambda: load_base(name))
         check_tokenizer(checkpoint.get("tokenizer_sha256"), name, tokenizer.sha256)
         model = model_from_checkpoint(checkpoint, name, dropout=config.dropout)
         if (vocab_size := model.config.vocab_size) != tokenizer.vocab_size:  # it names no tokenizer
@@ -381,6 +385,19 @@ def build_model(
         return GPT(GPTConfig(**shape | {"vocab_size": tokenizer.vocab_size}))
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def load_base(path: Path) -> dict[str, Any]:
+    """The entries of a checkpoint, or of an exported folder as if it were one."""
+    if not path.is_dir():
+        return load_checkpoint(path)
+    if not has_our_tokenizer(path):
+        raise UserError(
+            f"{path} has another tokenizer than this project's, in whose ids the shards are: start "
+            "from a model that was trained with hastings.json"
+        )
+    gpt = gpt_from_folder(path)
+    return {"model_state_dict": gpt.state_dict(), "model_args": gpt.config.to_dict()}
 
 
 def open_rows(
@@ -416,7 +433,7 @@ def open_validation(
 ) -> dict[str, PackedRows]:
     """Validation rows by name: "val", of a mixture also those of each data set.
 
-    A fine-tune also watches the loss on the pretraining data.
+    And those of `watch_data_dir`; a fine-tune also watches the loss on the pretraining data.
     """
     rows = open_rows(config.data_dir, "val", tokenizer, block_size, 0, config.finetune)
     validation = {"val": rows}
@@ -426,6 +443,9 @@ def open_validation(
         name = name if names.count(name) == 1 else folder
         rows = open_rows(folder, "val", tokenizer, block_size, 0, config.finetune)
         validation[f"val/{name}"] = rows
+    if config.watch_data_dir:
+        rows = open_rows(config.watch_data_dir, "val", tokenizer, block_size, 0, chat=False)
+        validation["watch_val"] = rows
     if config.finetune:
         try:
             rows = open_rows(pretrain_data_dir, "val", tokenizer, block_size, 0, chat=False)
@@ -441,6 +461,7 @@ def dataset_id(rows: PackedRows) -> str:
 
 
 def base_checkpoint_hash(config: Any) -> str | None:
-    """sha256 of the checkpoint that a fine-tune starts from; None if it no longer exists."""
-    base = Path(config.model)
-    return file_sha256(base) if config.finetune and base.is_file() else None
+    """sha256 of the weights that `init_from` names; None if no such file is there (any more)."""
+    base = Path(config.init_from)
+    file = base / WEIGHTS if base.is_dir() else base
+    return file_sha256(file) if config.init_from and file.is_file() else None
