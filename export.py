@@ -5,17 +5,24 @@
     python export.py --format=web                      # the same with a page that chats with it
     python export.py --format=gguf --dtype=q8_0        # a file for llama.cpp
     python export.py --model=checkpoints/best_model.pt --output_dir=my_model
+    python export.py --mix=checkpoints/best_model.pt:0.3,checkpoints_ft/best_model.pt:0.7
 
 Every export is read back and compared with the checkpoint before it replaces an earlier one. A
 checkpoint with rope_style="lille", such as the original's, cannot be a Llama: "hf" then writes a
 folder that needs `trust_remote_code=True`, and "gguf" refuses.
+
+A mix is the weighted mean of models of one shape, for example of a base and what was fine-tuned
+from it, which forgets less (Wortsman et al., arXiv 2109.01903).
 """
 
 import common.threads  # noqa: F401  before torch, which reads what it sets
 
 # isort: split
+import dataclasses
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from checkpoint import load_checkpoint, load_model, model_from_checkpoint
 from common.errors import UserError
@@ -26,10 +33,12 @@ from common.signals import terminated_as_interrupted
 from formats import push_hub, write_gguf, write_hf, write_onnx, write_web
 from formats.model_card import model_card
 from formats.pretrained import resolve_model
-from model import GPTConfig
+from model import GPT, GPTConfig
 from tokenizer import Tokenizer, load_tokenizer
+from training.mixture import parse_mixture
 
 model = "checkpoints_ft/best_model.pt"  # a .pt, a folder, a hub id, or "130m-instruct"
+mix = ""  # in place of model: "a.pt:0.7,b.pt:0.3", models of one shape and their shares
 format = "hf"  # "hf", "gguf", "onnx", or "web": a page that chats in the browser
 output_dir = ""  # folder to write, gguf: or a .gguf file; "": beside the model, named after it
 evaluations = "evaluations"  # evaluate.py's out_dir: the card shows the model's newest results
@@ -138,20 +147,56 @@ def check_vocabulary(
         )
 
 
+def mixed_model(text: str, tokenizer: Tokenizer) -> tuple[GPT, str]:
+    """The weighted mean of the models in `mix`, in float32, and their shares as text.
+
+    Raises UserError unless their shares sum to 1, and for models that differ in shape.
+    """
+    parts = parse_mixture(text, "mix")
+    if abs((total := sum(part.weight for part in parts)) - 1) > 1e-6:
+        raise UserError(
+            f"mix: the shares sum to {total:g}: give a number after each colon, 1 in all"
+        )
+    mean: GPT | None = None
+    for part in parts:
+        path = resolve_model(part.folder)
+        state = load_checkpoint(path) if path.is_file() else {}
+        gpt = model_from_checkpoint(state, path) if state else load_model(path)
+        check_vocabulary(part.folder, gpt.config, state.get("tokenizer_sha256"), tokenizer)
+        shape = dataclasses.replace(gpt.config, dropout=0.0)
+        if mean is None:
+            mean = GPT(shape)
+            for weight in mean.parameters():
+                torch.nn.init.zeros_(weight)
+        if shape != mean.config:
+            raise UserError(f"mix: {part.folder} has another shape than {parts[0].folder}")
+        with torch.no_grad():
+            for weight, other in zip(mean.parameters(), gpt.parameters(), strict=True):
+                weight.add_(other, alpha=part.weight)
+    return mean.eval(), ", ".join(f"{part.weight:g}" for part in parts)
+
+
 def main(argv: list[str] | None = None) -> int:
     config = config_from_constants(globals(), argv, renamed=RENAMED)
+    if config.mix and not config.output_dir:
+        raise UserError("--mix needs --output_dir: name the folder or file to write")
     target = export_target(config.model, config.output_dir, config.format)
     check_settings(config.format, config.dtype, config.model, target)
     if config.push:
         push_hub.check_push(config.push)
-    tokenizer, path = load_tokenizer(), resolve_model(config.model)
-    state = load_checkpoint(path) if path.is_file() else {}
-    gpt = model_from_checkpoint(state, path).eval() if state else load_model(path)
-    check_vocabulary(config.model, gpt.config, state.get("tokenizer_sha256"), tokenizer)
+    tokenizer = load_tokenizer()
+    if config.mix:
+        gpt, shares = mixed_model(config.mix, tokenizer)
+        facts = {"Weighted mean of models, with the shares": shares}
+    else:
+        path = resolve_model(config.model)
+        state = load_checkpoint(path) if path.is_file() else {}
+        gpt = model_from_checkpoint(state, path).eval() if state else load_model(path)
+        check_vocabulary(config.model, gpt.config, state.get("tokenizer_sha256"), tokenizer)
+        facts = training_facts(state) | evaluation_facts(path, config.evaluations)
     own_dtype = str(gpt.tok_embeddings.weight.dtype).removeprefix("torch.")
     dtype = config.dtype or DEFAULTS.get(config.format, own_dtype)
     dtypes = chosen_names("dtype", dtype, DTYPES[config.format])
-    facts = training_facts(state) | evaluation_facts(path, config.evaluations)
     with terminated_as_interrupted():
         if config.format == "hf":
             write_hf.export_hf(gpt, tokenizer, target, dtype, facts, config.push)

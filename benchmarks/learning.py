@@ -117,6 +117,7 @@ def train_once(config: Any, settings: dict[str, Any]) -> dict[str, Any]:
         if trainer.uses_hessian and step % config.hess_interval == 0:
             trainer.update_hessian(batches[-1])
         schedule = (config.learning_rate, config.warmup_iters, steps, config.min_lr_ratio)
+        schedule += (config.schedule, config.decay_share)
         trainer.step(batches, train.learning_rate_at(step, *schedule))
         n_labels += sum(batch.n_labels for batch in batches)
         seconds += time.process_time() - started

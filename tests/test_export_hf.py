@@ -355,6 +355,36 @@ def test_greedy_check_sees_other_tokens(exported):
         model.generation_config.repetition_penalty = None
 
 
+def test_a_mix_is_the_weighted_mean_of_models_of_one_shape(tmp_path):
+    models = {}
+    for seed, name in enumerate(("a", "b", "other")):
+        torch.manual_seed(seed)
+        shape = {"n_embd": 64, "n_layers": 1 + (name == "other"), "n_heads": 2, "n_kv_heads": 1}
+        gpt = models[name] = GPT(GPTConfig(**shape, block_size=64, dropout=seed / 10))
+        state = {"model_state_dict": gpt.state_dict(), "model_args": gpt.config.to_dict()}
+        torch.save(state, tmp_path / f"{name}.pt")
+    out = tmp_path / "mixed"
+    write_hf.export_hf(models["b"], load_tokenizer(), tmp_path / "hf", "float32", {})
+    mix = f"--mix={tmp_path}/a.pt:0.25, {tmp_path}/hf:0.75"
+    assert export.main([mix, f"--output_dir={out}"]) == 0
+    weights = (dict(model.named_parameters()) for model in (load_model(out), *models.values()))
+    mixed, a, b, _ = weights
+    for name, weight in mixed.items():
+        torch.testing.assert_close(weight, 0.25 * a[name] + 0.75 * b[name])
+    assert "0.25, 0.75" in (card := (out / "README.md").read_text()) and str(tmp_path) not in card
+    for mix, message in {
+        "a.pt:0.5,b.pt:0.4": "the shares sum to 0.9",
+        "a.pt:0.5,other.pt:0.5": "has another shape than",
+        "a.pt:0.5,nothing.pt:0.5": "nothing.pt is not there",
+    }.items():
+        mix = ",".join(f"{tmp_path}/{part}" for part in mix.split(","))
+        with pytest.raises(UserError, match=message):
+            export.main([f"--mix={mix}", f"--output_dir={tmp_path}/no"])
+    with pytest.raises(UserError, match="--mix needs --output_dir"):
+        export.main(["--mix=a.pt:0.5,b.pt:0.5"])
+    assert not (tmp_path / "no").exists()
+
+
 def test_mistakes_are_one_line(tmp_path, monkeypatch):
     write_checkpoint(tmp_path / "m.pt", "llama", tokenizer_sha256="0" * 64)
     small = GPT(GPTConfig(vocab_size=96, n_embd=8, n_layers=1, n_heads=1, n_kv_heads=1))

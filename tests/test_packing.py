@@ -160,10 +160,10 @@ def test_settings_of_mixtures(tmp_path, monkeypatch):
     assert parse_mixture("a,b:2") == [DataSet("a,b:2")]
     for text, message in {
         "data/web,,data/code": "empty folder",
-        "data/web:-1": "0 to 1000 times",
-        "data/web:inf": "0 to 1000 times",
+        "data/web:-1": "a weight is 0 to 1000",
+        "data/web:inf": "a weight is 0 to 1000",
         "data/web, data/web:2": "named twice",
-        "data/web:0": "no data set",
+        "data/web:0": "no weight above 0",
     }.items():
         with pytest.raises(UserError, match=message):
             parse_mixture(text)

@@ -25,7 +25,7 @@ class DataSet:
         return self.folder if self.weight == 1 else f"{self.folder}:{self.weight:g}"
 
 
-def parse_mixture(text: str) -> list[DataSet]:
+def parse_mixture(text: str, setting: str = "data_dir") -> list[DataSet]:
     """The data sets of a setting, those of weight 0 left out; UserError for anything else."""
     if Path(text).exists():  # a folder whose name has a comma or a colon
         return [DataSet(text)]
@@ -39,16 +39,16 @@ def parse_mixture(text: str) -> list[DataSet]:
         if not colon or math.isnan(weight):  # C:\\data has a colon, too
             folder, weight = part.strip(), 1.0
         if not folder:
-            raise UserError(f"data_dir={text!r} names an empty folder: leave out the extra comma")
+            raise UserError(f"{setting}={text!r} names an empty folder: leave out the extra comma")
         if not 0 <= weight <= MAX_WEIGHT:
-            raise UserError(f"{part.strip()}: a weight is 0 to {MAX_WEIGHT} times an epoch")
+            raise UserError(f"{setting}: {part.strip()!r}: a weight is 0 to {MAX_WEIGHT}")
         sets.append(DataSet(folder, weight))
     names = [Path(data_set.folder).absolute() for data_set in sets]
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"{name} is named twice: name it once, with the weights' sum")
     if not any(data_set.weight for data_set in sets):
-        raise UserError(f"data_dir={text!r} has no data set with a weight above 0")
+        raise UserError(f"{setting}={text!r} has no weight above 0")
     return [data_set for data_set in sets if data_set.weight]
 
 
