@@ -27,6 +27,7 @@ import torch
 from checkpoint import load_checkpoint, load_model, model_from_checkpoint
 from common.errors import UserError
 from common.files import file_sha256
+from common.mixture import parse_mixture
 from common.records import read_records
 from common.settings import chosen_names, config_from_constants, run_script
 from common.signals import terminated_as_interrupted
@@ -35,7 +36,6 @@ from formats.model_card import model_card
 from formats.pretrained import resolve_model
 from model import GPT, GPTConfig
 from tokenizer import Tokenizer, load_tokenizer
-from training.mixture import parse_mixture
 
 model = "checkpoints_ft/best_model.pt"  # a .pt, a folder, a hub id, or "130m-instruct"
 mix = ""  # in place of model: "a.pt:0.7,b.pt:0.3", models of one shape and their shares

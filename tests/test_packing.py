@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
+from common.mixture import DataSet, parse_mixture
 from common.prefetch import Prefetcher
 from dataset import NpzDataset, ShardWriter
 from ops.cross_entropy import IGNORE_INDEX
 from tokenizer import load_tokenizer
 from training import packing
-from training.mixture import DataSet, parse_mixture
 from training.packing import ChatFormat, PackedRows, cut_documents, pack
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from common.mixture import DataSet, times_in_epoch
 from dataset import NpzDataset
 from ops.cross_entropy import IGNORE_INDEX
-from training.mixture import DataSet, times_in_epoch
 
 HASHED_TOKENS = 1 << 26  # a dataset of no more is hashed whole, in a fraction of a second
 

@@ -22,6 +22,7 @@ from checkpoint import (
 )
 from common.errors import UserError, printable
 from common.files import file_sha256, locked
+from common.mixture import DataSet, parse_mixture
 from common.prefetch import Prefetcher
 from dataset import open_split
 from formats.pretrained import WEIGHTS, gpt_from_folder, has_our_tokenizer, resolve_model
@@ -41,7 +42,6 @@ from training.checks import (
 )
 from training.distributed import SINGLE_PROCESS, Ranks, init_distributed
 from training.learning_rates import warmup_steps, with_peak_rates
-from training.mixture import DataSet, parse_mixture
 from training.optimizers import first_moments
 from training.packing import ChatFormat, PackedRows
 from training.trainer import Trainer, prefetch_steps, prompt_ids
