@@ -129,16 +129,17 @@ class TrainingState:
     data_cursor: int  # number of the next row
     rng_state: dict[str, torch.Tensor]  # by device type
     data: str | None  # dataset id of the training data
-    base: str | None  # sha256 of the checkpoint that a fine-tune started from
-    average: dict[str, Any] | None = None  # {"n": steps, "weights": {name: tensor}} of average_last
+    base: str | None  # sha256 of the weights that the run started from
+    average: dict[str, Any] | None = None  # {"n": steps, "weights": {name: tensor}}; n 0: is one
 
     @classmethod
     def of(cls, checkpoint: dict[str, Any], name: str | Path) -> "TrainingState":
         """The state in a loaded checkpoint; UserError for one that holds weights alone."""
         if "config" not in checkpoint:
             raise UserError(
-                f"{name} has no training state to continue from: fine-tune from it with "
-                f"--finetune --model={name} and another finetune_out_dir than its folder"
+                f"{name} has no training state to continue from: start from it with "
+                f"--init_from={name} and another out_dir, or to fine-tune with --finetune "
+                f"--model={name} and another finetune_out_dir than its folder"
             )
         return cls(**{field.name: checkpoint.get(field.name) for field in fields(cls)})
 

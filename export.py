@@ -54,7 +54,8 @@ DEFAULTS = {"gguf": "f32", "onnx": "fp32", "web": "int8"}  # hf: the model's
 RENAMED = {"output": "output_dir"}
 # Settings of a training run for the model card: no paths and no names.
 CARD_SETTINGS = (
-    "optimizer embedding_optimizer learning_rate embedding_learning_rate min_lr_ratio warmup_iters "
+    "optimizer embedding_optimizer learning_rate embedding_learning_rate schedule decay_share "
+    "min_lr_ratio warmup_iters average_last "
     "weight_decay beta1 beta2 rho cautious hess_interval adamw_beta1 adamw_beta2 grad_clip "
     "batch_size gradient_accumulation_steps num_epochs max_steps dropout finetune dtype seed"
 ).split()
@@ -117,7 +118,7 @@ def evaluation_facts(path: Path, evaluations: str) -> dict[str, str]:
     return facts
 
 
-def check_settings(format: str, dtype: str, model: str, target: Path) -> None:
+def check_settings(format: str, dtype: str, models: list[str], target: Path) -> None:
     """Raises UserError for wrong settings before a model is read."""
     if format not in DTYPES:
         raise UserError(f"--format={format}: expected {', '.join(DTYPES)}")
@@ -127,7 +128,7 @@ def check_settings(format: str, dtype: str, model: str, target: Path) -> None:
         raise UserError(
             f"--dtype={dtype}: expected {', '.join(DTYPES[format])} for --format={format}"
         )
-    if target.exists() and target.resolve() == Path(model).resolve():
+    if target.exists() and target.resolve() in [Path(model).resolve() for model in models]:
         raise UserError(f"--output_dir={target} is the model itself: choose another --output_dir")
 
 
@@ -180,8 +181,12 @@ def main(argv: list[str] | None = None) -> int:
     config = config_from_constants(globals(), argv, renamed=RENAMED)
     if config.mix and not config.output_dir:
         raise UserError("--mix needs --output_dir: name the folder or file to write")
-    target = export_target(config.model, config.output_dir, config.format)
-    check_settings(config.format, config.dtype, config.model, target)
+    if config.mix and config.model != model:
+        raise UserError("give --mix or --model, not both")
+    name = config.output_dir if config.mix else config.model
+    models = [p.folder for p in parse_mixture(config.mix, "mix")] if config.mix else [name]
+    target = export_target(name, config.output_dir, config.format)
+    check_settings(config.format, config.dtype, models, target)
     if config.push:
         push_hub.check_push(config.push)
     tokenizer = load_tokenizer()
@@ -205,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
         elif config.format == "onnx":
             write_onnx.export_onnx(gpt, tokenizer, target, dtypes, facts, config.push)
         else:
-            title = config.title or Path(config.model).name.removesuffix(".pt")
+            title = config.title or Path(name).name.removesuffix(".pt")
             card = (facts, config.push)
             write_web.export_web(gpt, tokenizer, target, dtypes, *card, title, config.web_library)
     print(f"wrote {target}")

@@ -15,7 +15,6 @@ import common.threads  # noqa: F401  before torch, which reads what it sets
 
 # isort: split
 import dataclasses
-import math
 import sys
 from contextlib import closing
 from typing import Any
@@ -27,7 +26,15 @@ from common.settings import config_from_constants, run_script
 from common.signals import SIGNALS, STOPPING, GracefulStop, Interrupted
 from training.checks import check_arguments
 from training.distributed import exit_rank, ranks_of_environment, report_failure_once
-from training.metrics import Metrics, Progress, evaluation_line, last_metrics, tracker_of
+from training.learning_rates import learning_rate_at
+from training.metrics import (
+    Metrics,
+    Progress,
+    best_loss,
+    evaluation_line,
+    last_metrics,
+    tracker_of,
+)
 from training.setup import TrainingRun, open_run
 
 # Data and checkpoints
@@ -110,31 +117,6 @@ distributed_timeout_minutes = 10.0  # a process that does not answer for this lo
 RENAMED = {"finetune_checkpoint": "model"}
 
 
-def learning_rate_at(
-    step: int,
-    peak: float,
-    warmup: int,
-    total: int,
-    min_ratio: float,
-    schedule: str = "cosine",
-    decay_share: float = 0.2,
-) -> float:
-    """Linear warm-up over `warmup` steps, then from `peak` to `min_ratio * peak`.
-
-    By a cosine, linearly, or ("wsd": warm-up, stable, decay; Hu et al., arXiv 2404.06395) at the
-    peak until the last `decay_share * total` steps, in which it falls linearly. Steps count from 0;
-    step 0 already has peak / (warmup + 1), the last one min_ratio * peak.
-    """
-    if step < warmup:
-        return peak * (step + 1) / (warmup + 1)
-    decay = total - 1 - warmup  # steps
-    if schedule == "wsd":
-        decay = min(decay, round(decay_share * total))
-    progress = min(1.0, max(0, step - (total - 1 - decay)) / max(1, decay))
-    left = 0.5 * (1 + math.cos(math.pi * progress)) if schedule == "cosine" else 1 - progress
-    return peak * (min_ratio + (1 - min_ratio) * left)
-
-
 def train(config: Any) -> dict[str, Any]:
     """Trains as configured and returns the last metrics: step, loss, val_loss, best_val_loss, ...
 
@@ -204,10 +186,9 @@ def loop(run: TrainingRun) -> None:
             if evaluate:
                 with progress.paused():
                     results = trainer.evaluate_all(run.validation, run.tokenizer)
-                    losses_of = [results["val_loss"], results.get("averaged_val_loss", math.inf)]
-                    is_best = min(losses_of) < run.best
-                    run.best = min(run.best, *losses_of)
-                    averaged = run.averaged_state() if losses_of[1] < losses_of[0] else None
+                    best, is_averaged = best_loss(results)
+                    is_best, run.best = best < run.best, min(run.best, best)
+                    averaged = run.averaged_state() if is_best and is_averaged else None
                     path, saved_step = writer.save(run.state(), is_best, averaged), run.step
                     metrics.log(run.step, **results)
                     metrics.plot()

@@ -6,6 +6,7 @@ of weight 0 is as if it were not named.
 """
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +28,7 @@ class DataSet:
 
 def parse_mixture(text: str, setting: str = "data_dir") -> list[DataSet]:
     """The data sets of a setting, those of weight 0 left out; UserError for anything else."""
-    if Path(text).exists():  # a folder whose name has a comma or a colon
+    if os.path.exists(text):  # a folder whose name has a comma or a colon
         return [DataSet(text)]
     sets = []
     for part in text.split(","):

@@ -130,9 +130,16 @@ struct Vectors<int8_t> {  // the largest value of each vector becomes ±32767
     Vectors(const float* x, int64_t batch, int64_t width)
         : n(padded(width)), values(batch * n), scales(batch) {
         for (int64_t b = 0; b < batch; b++, x += width) {
-            float largest = 1e-30f;
-            for (int64_t i = 0; i < width; i++) largest = std::fmax(largest, std::fabs(x[i]));
+            float largest = 1e-30f, sum = 0;
+            for (int64_t i = 0; i < width; i++) {
+                largest = std::fmax(largest, std::fabs(x[i]));
+                sum += x[i] * 0;
+            }
             scales[b] = largest / 32767;
+            if (!(sum == 0)) {  // NaN or infinity: products are NaN, as of floats
+                scales[b] = NAN;
+                continue;
+            }
             for (int64_t i = 0; i < width; i++)
                 values[b * n + i] = int16_t(std::lrint(x[i] * (32767 / largest)));
         }

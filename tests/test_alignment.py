@@ -22,14 +22,14 @@ QUESTION = {"role": "user", "content": "Who <|assistant|> are you?"}
 GOOD, BAD = ({"role": "assistant", "content": text} for text in ("I am Lille.", "I am a person."))
 
 
-def run(command: list[str], cwd: Path) -> None:
+def run(command: list[str], cwd: Path, home: Path) -> None:
     environment = os.environ | {
         "STEPS": "12",
         "VIRTUAL_ENV": sys.prefix,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "HF_HUB_OFFLINE": "1",
-        "HF_HOME": str(cwd / "cache"),
+        "HF_HOME": str(home),
     }
     result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -57,7 +57,7 @@ def test_preferences_are_learned_and_the_result_is_a_model_of_ours(tmp_path):
     line = {"prompt": [QUESTION], "chosen": [GOOD], "rejected": [BAD]}
     (tmp_path / "preferences.jsonl").write_text(48 * (json.dumps(line) + "\n"))
     names = [str(tmp_path / name) for name in ("model.pt", "preferences.jsonl", "aligned")]
-    run(["sh", "runs/dpo.sh", *names], ROOT)
+    run(["sh", "runs/dpo.sh", *names], ROOT, tmp_path / "home")
     before, after = (log_odds(tmp_path / "aligned" / name) for name in ("before", "model"))
     assert after > before + 0.01
 
@@ -67,5 +67,5 @@ def test_preferences_are_learned_and_the_result_is_a_model_of_ours(tmp_path):
     chats = json.dumps({"messages": [QUESTION, GOOD]}) + "\n"
     (tmp_path / "chats.jsonl").write_text(8 * chats)
     shorter = code.replace("max_length=512,", "max_length=64, max_steps=3, learning_rate=1e-2,")
-    run([sys.executable, "-c", shorter], tmp_path)
+    run([sys.executable, "-c", shorter], tmp_path, tmp_path / "home")
     assert log_odds(tmp_path / "sft" / "model") > before

@@ -380,6 +380,13 @@ def test_a_mix_is_the_weighted_mean_of_models_of_one_shape(tmp_path):
         mix = ",".join(f"{tmp_path}/{part}" for part in mix.split(","))
         with pytest.raises(UserError, match=message):
             export.main([f"--mix={mix}", f"--output_dir={tmp_path}/no"])
+    before = (tmp_path / "hf" / "model.safetensors").read_bytes()
+    mix = f"--mix={tmp_path}/a.pt:0.5,{tmp_path}/hf:0.5"
+    with pytest.raises(UserError, match="is the model itself"):
+        export.main([mix, f"--output_dir={tmp_path}/hf"])
+    assert (tmp_path / "hf" / "model.safetensors").read_bytes() == before
+    with pytest.raises(UserError, match="--mix or --model"):
+        export.main([mix, f"--model={tmp_path}/a.pt", f"--output_dir={tmp_path}/no"])
     with pytest.raises(UserError, match="--mix needs --output_dir"):
         export.main(["--mix=a.pt:0.5,b.pt:0.5"])
     assert not (tmp_path / "no").exists()

@@ -95,6 +95,19 @@ def test_rounded_weights_equal_a_model_that_holds_them(weights, shape):
     assert 1e-4 < (logits - exact).norm() / exact.norm() < {"bfloat16": 0.02, "int8": 0.05}[weights]
 
 
+@needs_compiler
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
+def test_a_weight_that_is_not_a_number_reaches_the_logits(weights):
+    model = tiny_model()
+    with torch.no_grad():
+        model.layers[0].feed_forward.norm.weight[3] = math.nan
+    assert (
+        decode_all(model, Decoder(model, weights), random_ids(1, 1), empty_cache(model, 1))
+        .isnan()
+        .all()
+    )
+
+
 @pytest.mark.parametrize("columns", [64, 50])
 def test_quantized_blocks_have_the_smallest_bfloat16_scale_that_holds_them(columns):
     torch.manual_seed(0)

@@ -128,7 +128,7 @@ def test_order_is_a_function_of_seed_and_epoch(tmp_path):
 
 def test_over_two_epochs_a_token_is_a_label_twice_as_often_as_its_weight_says(tmp_path):
     rng = np.random.default_rng(0)
-    documents = unique_documents(rng.integers(2, 50, size=300).tolist())
+    documents = unique_documents(rng.integers(2, 200, size=300).tolist())
     weights, parts = [1.0, 2.0, 0.5, 1.5], [documents[i::4] for i in range(4)]
     sources = [DataSet(str(weight), weight) for weight in weights]
     rows = PackedRows(shards(tmp_path, *parts), 64, PAD, 5, None, sources, n_epochs=2)
@@ -137,7 +137,10 @@ def test_over_two_epochs_a_token_is_a_label_twice_as_often_as_its_weight_says(tm
         targets = rows.batch([row]).targets
         labels[row >= rows.rows_of(1)].update(targets[targets != IGNORE_INDEX].tolist())
     for weight, part in zip(weights, parts, strict=True):
-        tokens = [token for document in part for token in document[1:].tolist()]
+        tokens = [token for document in part for token in np.delete(document, slice(0, None, 64))]
+        for document in part:  # seen whole, or not at all
+            times = {labels[0][token] for token in np.delete(document, slice(0, None, 64))}
+            assert len(times) <= 1
         assert {labels[0][t] + labels[1][t] for t in tokens} == {2 * weight}
         first = sum(labels[0][t] for t in tokens) / len(tokens)
         assert first == pytest.approx(weight, abs=0.15)

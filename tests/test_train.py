@@ -93,7 +93,7 @@ def test_a_stable_run_branches_into_finished_ones_of_several_lengths(text_data, 
     train.train(config_of(text_data, tmp_path / "long", **stable, max_steps=20))
     checkpoint = tmp_path / "long" / "ckpt_0000008.pt"
     branch = stable | {"resume_checkpoint": str(checkpoint)}
-    with pytest.raises(UserError, match="decay of a run of 14 steps begins at 7: .*max_steps=16"):
+    with pytest.raises(UserError, match="a run of 14 steps has 0.0026.*max_steps=16"):
         train.train(config_of(text_data, tmp_path / "short", **branch, max_steps=14))
     for name, changes in (("branch", branch), ("whole", stable)):
         train.train(config_of(text_data, tmp_path / name, **changes, max_steps=16))
@@ -178,13 +178,21 @@ def test_the_mean_of_the_last_weights_is_evaluated_saved_and_resumed(text_data, 
     assert best["best_val_loss"] == loss and best["iter_num"] == step
     mean = steps[step - 1]["average"]["weights"]
     assert all(torch.equal(best["model_state_dict"][name], mean[name]) for name in mean)
-    # Two equal evaluations in a row: the weights of the last step were back in their place.
     (tmp_path / "again").mkdir()
     shutil.copy(tmp_path / "whole" / "ckpt_0000020.pt", tmp_path / "again")
     train.train(config_of(text_data, tmp_path / "again", **settings))
     assert difference(steps[-1], load_checkpoint(tmp_path / "again" / "ckpt_0000024.pt")) is None
     again = load_checkpoint(tmp_path / "again" / "best_model.pt")
     assert difference(best, again) is None
+    for name, changes, n in (
+        ("less", {"average_last": 0.125}, 3),
+        ("none", {"average_last": 0}, 0),
+    ):
+        (tmp_path / name).mkdir()
+        shutil.copy(tmp_path / "whole" / "ckpt_0000022.pt", tmp_path / name)
+        train.train(config_of(text_data, tmp_path / name, **settings | changes))
+        average = load_checkpoint(tmp_path / name / "ckpt_0000024.pt")["average"]
+        assert (average["n"] if average else 0) == n - bool(n)
     damaged = steps[19] | {"average": {"n": 2, "weights": {"norm.weight": torch.zeros(3)}}}
     (tmp_path / "damaged").mkdir()
     torch.save(damaged, tmp_path / "damaged" / "ckpt_0000020.pt")
@@ -229,6 +237,10 @@ def test_pretraining_goes_on_with_other_data_from_a_checkpoint_or_a_folder(
     (tmp_path / "hf" / "tokenizer.json").write_text(json.dumps(vocabulary))
     with pytest.raises(UserError, match="has another tokenizer than this project's"):
         train.train(config_of(mixed_data, tmp_path / "c", init_from=tmp_path / "hf"))
+    with pytest.raises(UserError, match="began with random weights, not with init_from"):
+        train.train(config_of(text_data, finished[0], init_from=base, num_epochs=3))
+    with pytest.raises(UserError, match="--n_layers has no effect with --init_from"):
+        check_arguments(["--init_from=x", "--n_layers=2"], finetune=False)
     with pytest.raises(UserError, match="--init_from has no effect with --finetune"):
         check_arguments(["--init_from=x", "--finetune"], finetune=True)
 

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 
 from checkpoint import TrainingState, check_tokenizer, checkpoints_in
-from common.errors import UserError
+from common.errors import UserError, printable
 from common.files import check_free_space
 from model import GPT
+from training.learning_rates import learning_rate_at
 from training.metrics import tracker_of
 
+SHAPE = ("n_layers", "n_embd", "n_heads", "n_kv_heads", "block_size", "layer_norm_eps")
 # A fine-tune uses finetune_NAME in place of NAME.
 FINETUNE_NAMES = (
     "data_dir",
@@ -87,6 +89,9 @@ def check_arguments(arguments: list[str], finetune: bool) -> None:
             idle, used, how = used, idle, "with"
         if idle in given and used not in given and idle != "data_dir":  # for pretrain_val_loss
             raise UserError(f"--{idle} has no effect {how} --finetune: set --{used} in its place")
+    shape = [name for name in SHAPE if name in given]
+    if "init_from" in given and shape:
+        raise UserError(f"--{shape[0]} has no effect with --init_from, whose shape is taken")
     if "init_from" in given and finetune:
         raise UserError("--init_from has no effect with --finetune: set --model in its place")
     if "model" in given and not finetune:
@@ -198,21 +203,33 @@ def check_schedule(config: Any, total_steps: int, rows_per_step: int, n_rows: in
         )
 
 
-def check_decay(config: Any, old: TrainingState, total_steps: int, name: Path) -> None:
-    """Refuses to continue a stable run whose decay should have begun before the checkpoint."""
+def check_decay(config: Any, old: TrainingState, total: int, data_steps: int, name: Path) -> None:
+    """Refuses to continue at a lower rate of "wsd" than the checkpoint's, of another length.
+
+    Its decay should have begun before. A rate that rises again is only announced. `data_steps` are
+    those for which there is data.
+    """
     groups = old.optimizer_state_dict.get("param_groups")
-    if config.schedule != "wsd" or old.config.get("schedule") != "wsd" or not groups:
+    same_peak = old.config.get("learning_rate") == config.learning_rate
+    if config.schedule != "wsd" or not groups or not same_peak or not 0 < old.iter_num < total:
         return
-    begin = total_steps - round(config.decay_share * total_steps)
-    is_stable = groups[0]["lr"] == old.config.get("learning_rate")
-    if is_stable and begin < old.iter_num < total_steps:
-        longer = math.ceil(old.iter_num / (1 - config.decay_share)) if config.decay_share < 1 else 0
-        ways = [f"set max_steps={longer} or more"] * bool(longer)
-        ways += [f"lower decay_share to {1 - old.iter_num / total_steps:.3f}"]
-        raise UserError(
-            f"{name} is at the stable rate of step {old.iter_num}, and the decay of a run of "
-            f"{total_steps} steps begins at {begin}: {', or '.join(ways)}"
-        )
+    settings = (config.learning_rate, config.warmup_iters, total, config.min_lr_ratio)
+    rate = learning_rate_at(old.iter_num - 1, *settings, "wsd", config.decay_share)
+    before = groups[0]["lr"]
+    if rate > before * (1 + 1e-6):
+        print(printable(f"{name} has a rate of {before:.3g}, this run at its step {rate:.3g}"))
+    if rate >= before * (1 - 1e-6):
+        return
+    longer = total
+    while longer <= data_steps and longer - round(config.decay_share * longer) < old.iter_num:
+        longer += 1
+    ways = [f"set max_steps={longer} or more" if longer <= data_steps else "train for more epochs"]
+    if (share := math.floor(1000 * (1 - old.iter_num / total)) / 1000) > 0:
+        ways.append(f"lower decay_share to {share}")
+    raise UserError(
+        f"{name} has the rate {before:.3g} after step {old.iter_num}, and a run of {total} steps "
+        f"has {rate:.3g} there, since its decay has begun: {', or '.join(ways)}"
+    )
 
 
 def check_disk(directory: Path, model: GPT, keep: int, moments: dict[int, Any]) -> None:
@@ -236,7 +253,7 @@ def explain_out_of_memory(config: Any) -> Iterator[None]:
         known = gpu or isinstance(error, MemoryError)
         if not known and not any(sign in str(error) for sign in OUT_OF_MEMORY_SIGNS):
             raise
-        shape = "" if config.finetune else "; or lower block_size, n_layers or n_embd"
+        shape = "" if config.init_from else "; or lower block_size, n_layers or n_embd"
         raise UserError(
             f"out of {'GPU ' if gpu else ''}memory: lower batch_size (now {config.batch_size}) and "
             f"raise {flag_name(config, 'gradient_accumulation_steps')} by the same factor{shape}"
@@ -258,7 +275,7 @@ def is_plain(value: Any) -> bool:
 
 def is_average(value: Any) -> bool:
     keys = type(value) is dict and value.keys() == {"n", "weights"}
-    return keys and is_number(value["n"]) and value["n"] > 0 and type(value["weights"]) is dict
+    return keys and is_number(value["n"]) and type(value["weights"]) is dict
 
 
 # What a checkpoint to continue must hold beside its tensors.
@@ -298,11 +315,18 @@ def check_resume(old: TrainingState, new: TrainingState, name: Path) -> list[str
         required["data"] = (old.data, re.sub("-[0-9a-f]*[)]$", ")", new.data))
     for key, (old_value, value) in required.items():
         if old_value != value and key != "dropout":
-            without = " (or without it, by --model=none)" if key == "base" else ""
+            flag = "--model=none" if new_config["finetune"] else "--init_from="
+            without = f" (or without it, by {flag})" if key == "base" else ""
             raise UserError(
                 f"{name} was trained with {key}={old_value} and this run has {value}: change it "
                 f"back to continue{without}, or start anew in another output folder"
             )
+    started_from = old.base or old_config.get("init_from") or new_config["finetune"]
+    if new_config["init_from"] and not started_from:
+        raise UserError(
+            f"{name} is of a run that began with random weights, not with init_from="
+            f"{new_config['init_from']!r}: choose another out_dir, or leave out init_from"
+        )
     check_embedding_optimizer(old_config, new_config, name)
     check_tensors(old, new, name)
     return [
@@ -344,11 +368,12 @@ def check_tensors(old: TrainingState, new: TrainingState, name: Path) -> None:
     devices = {"cpu"} | new.rng_state.keys() & old.rng_state.keys()
     generators = {key: new.rng_state[key] for key in devices}
     named = {key: v for key, v in new.model_state_dict.items() if key != "lm_head.weight"}
+    average = old.average or {"n": 0}
     pairs = {
         "model_state_dict": (old.model_state_dict, new.model_state_dict),
         "optimizer_state_dict": (moments, expected if moments or old.iter_num else {}),
         "rng_state": ({key: old.rng_state.get(key) for key in generators}, generators),
-        "average": (old.average["weights"], named) if old.average else ({}, {}),
+        "average": (average["weights"], named) if average["n"] else ({}, {}),
     }
     if old.scaler_state_dict and new.scaler_state_dict:
         pairs["scaler_state_dict"] = (old.scaler_state_dict, new.scaler_state_dict)

@@ -10,6 +10,7 @@ The loss is flat in the embedding's rate, whose power of the width is assumed.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 REFERENCE_WIDTH, REFERENCE_TOKENS = 64, 4096
@@ -64,3 +65,28 @@ def with_peak_rates(config: Any, n_embd: int, block_size: int) -> Any:
 def warmup_steps(total_steps: int) -> int:
     """A tenth of the run, at most MAX_WARMUP."""
     return max(1, min(MAX_WARMUP, round(total_steps / 10)))
+
+
+def learning_rate_at(
+    step: int,
+    peak: float,
+    warmup: int,
+    total: int,
+    min_ratio: float,
+    schedule: str = "cosine",
+    decay_share: float = 0.2,
+) -> float:
+    """Linear warm-up over `warmup` steps, then from `peak` to `min_ratio * peak`.
+
+    By a cosine, linearly, or ("wsd": warm-up, stable, decay; Hu et al., arXiv 2404.06395) at the
+    peak until the last `decay_share * total` steps, in which it falls linearly. Steps count from 0;
+    step 0 already has peak / (warmup + 1), the last one min_ratio * peak.
+    """
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    decay = total - 1 - warmup  # steps
+    if schedule == "wsd":
+        decay = min(decay, round(decay_share * total))
+    progress = min(1.0, max(0, step - (total - 1 - decay)) / max(1, decay))
+    left = 0.5 * (1 + math.cos(math.pi * progress)) if schedule == "cosine" else 1 - progress
+    return peak * (min_ratio + (1 - min_ratio) * left)

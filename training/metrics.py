@@ -55,6 +55,7 @@ class Metrics:
     def __init__(self, out_dir: Path, first_step: int, active: bool = True):
         self.path, self.curve = out_dir / "metrics.jsonl", out_dir / "loss_curve.png"
         self.active, self.failed, self.tracker = active, False, None
+        self.tracker_failed = False
         if not active:
             return
         with self.reported_once():
@@ -65,7 +66,7 @@ class Metrics:
     def start_tracker(self, name: str, project: str, settings: dict[str, Any]) -> None:
         """Starts a run of the package `name`, "trackio" or "wandb"; nothing for "none"."""
         if self.active and name != "none":
-            with self.reported_once():
+            with self.tracking():
                 package = importlib.import_module(name)
                 package.init(project=project, config=settings)
                 self.tracker = package
@@ -80,7 +81,7 @@ class Metrics:
         with self.reported_once(), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step} | json_values) + "\n")
         if self.tracker is not None:
-            with self.reported_once():
+            with self.tracking():
                 self.tracker.log({k: v for k, v in values.items() if v is not None}, step=step)
 
     @contextmanager
@@ -89,6 +90,17 @@ class Metrics:
             yield
         except Exception as error:
             self.report(f"cannot write metrics ({one_line(error)}); training goes on")
+
+    @contextmanager
+    def tracking(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if not self.tracker_failed:
+                self.tracker_failed = True
+                with suppress(OSError):
+                    line = f"the tracker fails ({one_line(error)}); training goes on"
+                    print(line, file=sys.stderr)
 
     def report(self, line: str) -> None:
         if not self.failed:
@@ -113,7 +125,7 @@ class Metrics:
 
     def close(self) -> None:
         if self.tracker is not None:
-            with self.reported_once():
+            with self.tracking():
                 self.tracker.finish()
 
 
@@ -231,10 +243,16 @@ class Progress:
             self.bar.close()
 
 
+def best_loss(results: dict[str, Any]) -> tuple[float, bool]:
+    """The lower validation loss of an evaluation; whether it is that of the averaged weights."""
+    losses = [results["val_loss"], results.get("averaged_val_loss", math.inf)]
+    last, averaged = (loss if math.isfinite(loss) else math.inf for loss in losses)
+    return min(last, averaged), averaged < last
+
+
 def evaluation_line(step: int, results: dict[str, Any], is_best: bool) -> str:
     """An evaluation as text: its numbers, and the text sample on a line of its own."""
     numbers = ", ".join(f"{k} {v:.4f}" for k, v in results.items() if isinstance(v, float))
-    averaged = results.get("averaged_val_loss", math.inf) < results["val_loss"]
-    which = ", the averaged weights" if averaged else ""
+    which = ", the averaged weights" if best_loss(results)[1] else ""
     line = f"step {step}: {numbers}" + (f" (best so far{which})" if is_best else "")
     return line + (f"\n    {results['sample']!r}" if "sample" in results else "")

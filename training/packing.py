@@ -156,6 +156,9 @@ class PackedRows:
         self.bases = np.cumsum([0] + [len(tokens) for tokens in self.tokens])
         self.n_documents = sum(len(dataset) for dataset in datasets)
         self.n_shortened = self.n_dropped = 0
+        self.sources = sources or [DataSet("data")] * len(datasets)
+        self.weights = [source.weight for source in self.sources]
+        self.texts: list[np.ndarray] = []  # of each shard, the text of each segment; for weights
         starts, lengths = [], []
         for dataset, base in zip(datasets, self.bases, strict=False):
             if chat is None:
@@ -164,11 +167,12 @@ class PackedRows:
                 s, n, shortened, dropped = cut_conversations(dataset, block_size, chat.user_id)
                 self.n_shortened += shortened
                 self.n_dropped += dropped
+            if set(self.weights) != {1.0}:
+                offsets = np.asarray(dataset.offsets, dtype=np.int64)
+                self.texts.append(np.searchsorted(offsets, s, side="right") - 1)
             starts.append(s + base)
             lengths.append(n)
         self.starts, self.lengths = np.concatenate(starts), np.concatenate(lengths)
-        self.sources = sources or [DataSet("data")] * len(lengths)
-        self.weights = [source.weight for source in self.sources]
         self.sizes = list(map(len, lengths))  # segments of each shard
         self.epoch, self.first_rows, self.max_segments = -1, [0], 0  # first rows of planned epochs
         # Lengths alone decide which lengths share a row, so epochs of the same segments are alike.
@@ -218,7 +222,8 @@ class PackedRows:
     @property
     def fill(self) -> float:
         """Share of the token positions of an epoch's rows that hold a token."""
-        return sum(self.shares().values()) / max(1, self.rows_per_epoch * self.block_size)
+        rows = self.first_rows[-1] / (len(self.first_rows) - 1)  # the mean over planned epochs
+        return sum(self.shares().values()) / max(1, rows * self.block_size)
 
     def plan_epoch(self, epoch: int) -> None:
         if epoch == self.epoch:
@@ -228,8 +233,11 @@ class PackedRows:
             self.order, self.borders = pack(self.lengths, self.block_size, rng)
         else:
             same = np.random.default_rng((self.seed, len(self.weights)))  # in every epoch
-            pairs = zip(self.sizes, self.weights, strict=True)
-            times = np.concatenate([times_in_epoch(n, w, epoch, same) for n, w in pairs])
+            times = []
+            for texts, weight in zip(self.texts, self.weights, strict=True):
+                n_texts = int(texts.max(initial=-1)) + 1
+                times.append(times_in_epoch(n_texts, weight, epoch, same)[texts])
+            times = np.concatenate(times)
             segments = np.repeat(np.arange(len(times)), times)
             order, self.borders = pack(self.lengths[segments], self.block_size, rng)
             self.order = segments[order]

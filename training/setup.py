@@ -58,9 +58,9 @@ class TrainingRun:
     tokenizer: Tokenizer
     trainer: Trainer
     rows: PackedRows
-    validation: dict[str, PackedRows]  # by name: "val", and in a fine-tune "pretrain_val"
+    validation: dict[str, PackedRows]  # by name, see open_validation
     data: str  # dataset id of `rows`
-    base: str | None  # sha256 of the checkpoint that a fine-tune starts from
+    base: str | None  # sha256 of the weights that `init_from` names
     checkpoint: tuple[Path, dict[str, Any]] | None  # path and content of the one to continue
     source: Path | None = None  # path of the checkpoint that was continued
     step: int = 0  # completed steps
@@ -100,7 +100,9 @@ class TrainingRun:
         """The state with the averaged weights, to be the best model."""
         with self.trainer.averaged():
             weights = {name: w.clone() for name, w in self.trainer.model.state_dict().items()}
-        return dataclasses.replace(self.state(), model_state_dict=weights, average=None)
+        return dataclasses.replace(
+            self.state(), model_state_dict=weights, average={"n": 0, "weights": {}}
+        )
 
     def expected_state(self, old_config: Any) -> TrainingState:
         """The state before the first step, with moments in the dtype of a checkpoint's settings."""
@@ -123,15 +125,24 @@ class TrainingRun:
             changes = "".join(f"; {change}" for change in changes)
             print(printable(f"continuing {self.source} at step {self.step}{changes}"))
         steps_left = math.ceil(max(0, self.end_row - self.row) / self.rows_per_step)
-        self.total_steps = self.step + steps_left
+        self.total_steps = data_steps = self.step + steps_left
         if self.config.max_steps:
             self.total_steps = min(self.total_steps, self.config.max_steps)
         self.keep_warmup({"warmup_iters": warmup_steps(self.total_steps)})
-        averaged = round(self.config.average_last * self.total_steps)
-        if self.step <= self.total_steps - averaged:  # it has not begun in a run of this length
-            self.trainer.average, self.trainer.n_averaged = {}, 0
         if self.source is not None:
-            check_decay(self.config, state, self.total_steps, self.source)
+            check_decay(self.config, state, self.total_steps, data_steps, self.source)
+            self.keep_average(state)
+
+    def keep_average(self, state: TrainingState) -> None:
+        """Drops a restored average that has steps which this run does not average."""
+        trainer = self.trainer
+        first = self.total_steps - round(self.config.average_last * self.total_steps)
+        if state.average and state.average["n"] == 0:
+            print(f"{self.source} has averaged weights: the run goes on from those")
+        if trainer.n_averaged > max(0, self.step - first):
+            if self.step > first:
+                print("the average begins anew: the one saved has steps from before its share")
+            trainer.average, trainer.n_averaged = {}, 0
 
     def keep_warmup(self, settings: Any) -> None:
         """A warm-up that is not given is that of a continued run, which does not move with it."""
@@ -414,7 +425,7 @@ def open_rows(
     Validation has every text of each set once. UserError when there is no label to train on.
     """
     shards, sources = [], []
-    for data_set in parse_mixture(directory):
+    for data_set in parse_mixture(directory, "finetune_data_dir" if chat else "data_dir"):
         found = open_split(data_set.folder, split, tokenizer.sha256, tokenizer.vocab_size)
         shards += found
         sources += [data_set if split == "train" else DataSet(data_set.folder)] * len(found)
@@ -424,7 +435,10 @@ def open_rows(
     if rows.batch(range(min(64, rows.rows_per_epoch))).n_labels == 0:
         context = f"the context of {block_size} tokens"
         kind = f"conversation that fits {context}" if chat else "text"
-        raise UserError(f"{directory}: its {split} split has no {kind}; prepare it again")
+        raise UserError(
+            f"{directory}: the first epoch of its {split} split has no {kind}: prepare it again, "
+            "or raise the weights of a mixture"
+        )
     return rows
 
 

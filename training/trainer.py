@@ -278,7 +278,7 @@ class Trainer:
     def restore(self, state: TrainingState) -> None:
         """Loads weights, moments, loss scaling and random states."""
         self.model.load_state_dict(state.model_state_dict)
-        if state.average:
+        if state.average and state.average["n"]:
             self.n_averaged = state.average["n"]
             self.average = {k: v.to(self.device) for k, v in state.average["weights"].items()}
         settings = self.optimizer.state_dict()["param_groups"]  # this run's, not the saved ones
