@@ -248,14 +248,14 @@ def test_pretraining_goes_on_with_other_data_from_a_checkpoint_or_a_folder(
 def test_a_mixture_resumes_bit_for_bit_and_shows_the_loss_of_each_set(
     text_data, mixed_data, tmp_path, capsys
 ):
-    settings = {"keep_checkpoints": 99, "num_epochs": 3, "eval_interval": 5}
+    settings = {"keep_checkpoints": 99, "num_epochs": 2, "eval_interval": 9}
     mixture = f"{text_data}:0.5, {mixed_data}:2"
     result = train.train(config_of(mixture, tmp_path / "whole", **settings))
     assert f"{mixed_data}:2: " in (printed := capsys.readouterr().out), printed
     rows = read_metrics(tmp_path / "whole" / "metrics.jsonl")
     names = {key for key in rows[-1] if key.endswith("_loss")}
     assert names == {"val_loss", f"val/{text_data.name}_loss", f"val/{mixed_data.name}_loss"}
-    for cut in (5, result["step"] // 5 * 5):
+    for cut in (9, result["step"] // 9 * 9):
         (tmp_path / str(cut)).mkdir()
         shutil.copy(tmp_path / "whole" / f"ckpt_{cut:07d}.pt", tmp_path / str(cut))
         train.train(config_of(f"{mixture}, nothing:0", tmp_path / str(cut), **settings))
@@ -263,7 +263,7 @@ def test_a_mixture_resumes_bit_for_bit_and_shows_the_loss_of_each_set(
         ends = [end | {"config": None} for end in ends]
         assert difference(*ends) is None
     with pytest.raises(UserError, match="was trained with data="):
-        train.train(config_of(mixture.replace("0.5", "0.75"), tmp_path / "5", **settings))
+        train.train(config_of(mixture.replace("0.5", "0.75"), tmp_path / "9", **settings))
 
 
 @pytest.mark.parametrize("cut", [12, 16])  # before and after the border of the first epoch
