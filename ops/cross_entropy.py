@@ -10,7 +10,7 @@ F.linear_cross_entropy in LOG.md.
 import torch
 import torch.nn.functional as F
 
-from ops.sampling import sample
+from ops.sampling import draw, sample
 
 IGNORE_INDEX = -100  # target of a position without a label
 MIN_CHUNK, MAX_CHUNK = 128, 512  # tokens whose logits exist at once; 64 MiB of float32 at most
@@ -65,8 +65,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                     torch.mm(x_chunk, head.t(), out=logits)
                 else:
                     logits.copy_(x_chunk @ head.t())
-                target = (sample(logits) if sample_targets else targets[chunk])[:, None]
                 torch.softmax(logits, dim=-1, out=probabilities)
+                target = (draw(probabilities) if sample_targets else targets[chunk])[:, None]
                 # logsumexp = max - log p(max): exact, as p(max) is never small, unlike p(target)
                 maxima = logits.amax(dim=-1, keepdim=True)
                 logsumexp = maxima - probabilities.amax(dim=-1, keepdim=True).log()

@@ -22,7 +22,7 @@ from ops import cpp_build
 from ops.cpp_build import native_library
 from ops.huge_pages import use_huge_pages
 from ops.kv_cache import KVCache
-from ops.sampling import nucleus, sample
+from ops.sampling import draw, nucleus, sample
 
 needs_compiler = pytest.mark.skipif(native_library(*LIBRARY) is None, reason="needs a C++ compiler")
 
@@ -271,6 +271,21 @@ def test_a_decoder_follows_training_in_place_but_rounded_copies_do_not():
     after = [decode_all(model, decoder, ids, empty_cache(model, 1)) for decoder in (own, copied)]
     assert not torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
     torch.testing.assert_close(after[0], model(ids).detach(), atol=5e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [5, 128, 300])
+def test_drawn_indices_have_their_probabilities(size):
+    torch.manual_seed(0)
+    p = torch.rand(size) ** 4
+    p[0] = p[-1] = p[2] = 0
+    n = 200_000
+    counts = torch.bincount(draw(3 * p.expand(n, size).clone()), minlength=size)
+    expected = n * p / p.sum()
+    assert (counts[p == 0] == 0).all() and counts.sum() == n
+    assert ((counts - expected).abs() <= 5 * expected.sqrt()).all()
+    one = torch.zeros(4, size)
+    one[range(4), [0, 1, size - 1, size // 2]] = 1e-3
+    assert draw(one).tolist() == [0, 1, size - 1, size // 2]
 
 
 @pytest.mark.parametrize("spread", [8.0, 0.01])  # a partial sort is enough; it is not

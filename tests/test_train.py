@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -135,15 +136,15 @@ def test_a_finished_run_has_what_it_promises(finished):
 
 PINNED_LOSSES = [
     10.39198,
-    10.2936,
-    9.88658,
-    9.2321,
-    8.41682,
-    7.4826,
-    6.79286,
-    6.22754,
-    5.96891,
-    5.81134,
+    10.29404,
+    9.88832,
+    9.234,
+    8.41659,
+    7.47462,
+    6.79272,
+    6.22633,
+    5.96672,
+    5.81067,
 ]
 
 
@@ -155,9 +156,25 @@ def test_ten_pinned_losses(text_data, tmp_path):
     assert losses == pytest.approx(PINNED_LOSSES, abs=2e-4)
 
 
-def test_the_mean_of_the_last_weights_is_evaluated_saved_and_resumed(text_data, tmp_path, capsys):
+def test_the_mean_of_the_last_weights_is_evaluated_saved_and_resumed(
+    text_data, tmp_path, capsys, monkeypatch
+):
     settings = {"average_last": 0.25, "max_steps": 24, "eval_interval": 1, "keep_checkpoints": 99}
-    settings |= {"learning_rate": 3e-2, "min_lr_ratio": 1.0}  # so large that the mean is better
+    averaged, evaluate, inside = Trainer.averaged, Trainer.evaluate, []
+
+    @contextmanager
+    def noted(trainer):
+        with averaged(trainer):
+            inside.append(True)
+            yield
+            inside.clear()
+
+    def better_inside(trainer, *arguments):
+        loss, bits_per_byte = evaluate(trainer, *arguments)
+        return loss - 0.5 * len(inside), bits_per_byte
+
+    monkeypatch.setattr(Trainer, "averaged", noted)
+    monkeypatch.setattr(Trainer, "evaluate", better_inside)
     train.train(config_of(text_data, tmp_path / "whole", **settings))
     printed = capsys.readouterr().out
     steps = [load_checkpoint(tmp_path / "whole" / f"ckpt_{n:07d}.pt") for n in range(1, 25)]
@@ -171,7 +188,7 @@ def test_the_mean_of_the_last_weights_is_evaluated_saved_and_resumed(text_data, 
     rows = [r for r in read_metrics(tmp_path / "whole" / "metrics.jsonl") if "val_loss" in r]
     assert all(("averaged_val_loss" in row) == (row["step"] > 18) for row in rows)
     last = rows[-1]
-    assert last["averaged_val_loss"] < last["val_loss"] - 1e-3
+    assert last["averaged_val_loss"] < last["val_loss"] - 0.01
     best = load_checkpoint(tmp_path / "whole" / "best_model.pt")
     assert "(best so far, the averaged weights)" in printed
     step, loss = min(((r["step"], r["averaged_val_loss"]) for r in rows[18:]), key=lambda p: p[1])
