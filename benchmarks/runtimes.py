@@ -171,7 +171,7 @@ class LlamaCpp:
 
 
 def makers(device: str, dtype: torch.dtype, exports: bool) -> dict[str, Callable[..., Runtime]]:
-    """What makes each runtime of a folder, by name; those of packages that are absent are not."""
+    """Factories of the runtimes, by name, each taking the folder; absent packages have none."""
     common: dict[str, Any] = {"device": device, "dtype": dtype}
     of: dict[str, Callable[..., Runtime]] = {
         "transformers generate": functools.partial(Transformers, **common),

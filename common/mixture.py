@@ -37,7 +37,9 @@ def parse_mixture(text: str, setting: str = "data_dir") -> list[DataSet]:
             weight = float(number) if colon else math.nan
         except ValueError:
             weight = math.nan
-        if not colon or math.isnan(weight):  # C:\\data has a colon, too
+        if math.isnan(weight):
+            if colon and not {*"/\\"} & {*number}:  # C:\\data has a colon, too
+                raise UserError(f"{setting}: {part.strip()!r}: its weight is not a number")
             folder, weight = part.strip(), 1.0
         if not folder:
             raise UserError(f"{setting}={text!r} names an empty folder: leave out the extra comma")

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from common.errors import UserError
 
-GROUP = 128  # entries whose probabilities `draw` sums up first
+GROUP = 128  # entries of which `draw` first takes the sum
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
@@ -41,29 +41,31 @@ def sample(
         probabilities = probabilities.masked_fill(logits < least, 0.0)
     if top_p is not None and top_p < 1:
         probabilities = nucleus(probabilities, top_p)
-    # argmax(p / e) with e ~ Exp(1) draws from p, without the synchronisation of multinomial.
-    noise = torch.empty_like(probabilities).exponential_(generator=generator)
-    return (probabilities / noise).argmax(dim=-1)
+    return race(probabilities, generator)
 
 
 def draw(probabilities: torch.Tensor) -> torch.Tensor:
     """Draws an index (B,) from each row of probabilities (B, V), which need not sum to 1.
 
-    By the inverse of the distribution function, over groups and then within one: a single random
-    number a row. For 128 rows of 32,768 on a CPU 2 ms, where `sample` needs 90 for its noise.
+    First a group of GROUP entries, then one of them, so that noise is drawn for V / GROUP + GROUP
+    entries in place of V: 128 rows of 32,768 take 2 ms on a CPU, and `sample` 90.
     """
-    size = probabilities.shape[1]
-    exact = torch.float32 if probabilities.device.type == "mps" else torch.float64
-    padding = -size % GROUP
+    padding = -probabilities.shape[1] % GROUP
     groups = F.pad(probabilities, (0, padding)) if padding else probabilities
     groups = groups.unflatten(1, (-1, GROUP))
-    ends = groups.sum(dim=2).to(exact).cumsum(dim=1)
-    point = torch.rand(len(ends), 1, dtype=exact, device=ends.device) * ends[:, -1:]
-    group = torch.searchsorted(ends, point, right=True).clamp_(max=ends.shape[1] - 1)
-    before = F.pad(ends, (1, 0)).gather(1, group)
-    chosen = groups[torch.arange(len(ends), device=ends.device), group[:, 0]]
-    within = torch.searchsorted(chosen.to(exact).cumsum(dim=1), point - before, right=True)
-    return (group * GROUP + within.clamp_(max=GROUP - 1))[:, 0].clamp_(max=size - 1)
+    group = race(groups.sum(dim=2))
+    rows = torch.arange(len(groups), device=groups.device)
+    return group * GROUP + race(groups[rows, group])
+
+
+def race(weights: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Draws an index (B,) in proportion to weights (B, N).
+
+    argmax(w / e) with e ~ Exp(1) draws from w, without the synchronisation of multinomial, and
+    rounding of the weights changes the winner only where two are nearly equal.
+    """
+    noise = torch.empty_like(weights).exponential_(generator=generator)
+    return (weights / noise).argmax(dim=-1)
 
 
 def nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:

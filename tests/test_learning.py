@@ -90,13 +90,13 @@ def test_the_originals_hessian(two_rates):
     assert not any(group["bias_correction"] for group in trainer.sophiag.param_groups)
     batch = PaddedStarts([documents()], 8, PAD).batch([0, 2, 3])
 
-    torch.manual_seed(5)
+    torch.manual_seed(6)
     logits = model(batch.ids, positions=batch.positions).flatten(0, 1)
     loss = F.cross_entropy(logits, draw(logits.detach().softmax(-1)))  # of all 24 positions
     gradients = torch.autograd.grad(loss, list(model.parameters()))
     norm = torch.cat([g.flatten() for g in gradients]).norm()
     assert norm > 1
-    torch.manual_seed(5)
+    torch.manual_seed(6)
     trainer.update_hessian(batch)
     checked = 0
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):

@@ -163,6 +163,7 @@ def test_settings_of_mixtures(tmp_path, monkeypatch):
     assert parse_mixture("a,b:2") == [DataSet("a,b:2")]
     for text, message in {
         "data/web,,data/code": "empty folder",
+        "data/web:two": "its weight is not a number",
         "data/web:-1": "a weight is 0 to 1000",
         "data/web:inf": "a weight is 0 to 1000",
         "data/web, data/web:2": "named twice",
