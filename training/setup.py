@@ -15,35 +15,31 @@ from checkpoint import (
     BEST,
     TrainingState,
     check_tokenizer,
-    checkpoints_in,
-    latest_checkpoint,
     load_checkpoint,
     model_from_checkpoint,
 )
 from common.errors import UserError, printable
 from common.files import file_sha256, locked
-from common.mixture import DataSet, parse_mixture
 from common.prefetch import Prefetcher
-from dataset import open_split
 from formats.pretrained import WEIGHTS, gpt_from_folder, has_our_tokenizer, resolve_model
 from model import GPT, GPTConfig
 from tokenizer import Tokenizer, load_tokenizer
 from training.checks import (
     FINETUNE_NAMES,
-    check_decay,
     check_disk,
     check_rates,
-    check_resume,
     check_sample_prompt,
     check_schedule,
     check_settings,
     explain_out_of_memory,
     flag_name,
 )
+from training.data import dataset_id, open_rows, open_validation
 from training.distributed import SINGLE_PROCESS, Ranks, init_distributed
 from training.learning_rates import warmup_steps, with_peak_rates
 from training.optimizers import first_moments
-from training.packing import ChatFormat, PackedRows
+from training.packing import PackedRows
+from training.resume import check_decay, check_resume, find_checkpoint
 from training.trainer import Trainer, prefetch_steps, prompt_ids
 
 LEFTOVERS = ("*.pt.tmp", "metrics.jsonl.tmp", "loss_curve.png.tmp")  # of a killed run
@@ -340,38 +336,6 @@ def make_folder(directory: Path) -> None:
         raise UserError(f"cannot write to {directory}: change its permissions, or choose another")
 
 
-def find_checkpoint(config: Any) -> tuple[Path, dict[str, Any]] | None:
-    """Path and content of the checkpoint to continue from, or None for a new run.
-
-    UserError when `resume_checkpoint` cannot be read, and when a new run would overwrite the
-    results of another.
-    """
-    out_dir = Path(config.out_dir)
-    checkpoints = checkpoints_in(out_dir)
-    if config.resume_checkpoint not in ("auto", ""):
-        path = Path(config.resume_checkpoint)
-        checkpoint = load_checkpoint(path)
-        if not checkpoints and (out_dir / BEST).exists():
-            checkpoints = [out_dir / BEST]
-        if checkpoints and checkpoints[0].resolve() != path.resolve():
-            raise UserError(
-                f"{checkpoints[0]} is newer than {path} or of another run, and continuing would "
-                f"replace it: change {flag_name(config, 'out_dir')}, move its files away, or "
-                "continue that run with --resume_checkpoint=auto"
-            )
-        return path, checkpoint
-    if config.resume_checkpoint == "auto":
-        newest = latest_checkpoint(out_dir)
-        if newest is not None:
-            return newest
-    if checkpoints or (out_dir / BEST).exists():
-        ways = f"change {flag_name(config, 'out_dir')}, or move its files away"
-        if config.resume_checkpoint == "":
-            ways = f"continue it with --resume_checkpoint=auto, {ways}"
-        raise UserError(f"{out_dir} holds the results of an earlier run: {ways}")
-    return None
-
-
 def build_model(
     config: Any,
     tokenizer: Tokenizer,
@@ -409,69 +373,6 @@ def load_base(path: Path) -> dict[str, Any]:
         )
     gpt = gpt_from_folder(path)
     return {"model_state_dict": gpt.state_dict(), "model_args": gpt.config.to_dict()}
-
-
-def open_rows(
-    directory: str,
-    split: str,
-    tokenizer: Tokenizer,
-    block_size: int,
-    seed: int,
-    chat: bool,
-    n_epochs: int = 1,
-) -> PackedRows:
-    """The packed rows of a split of one data set or of a mixture.
-
-    Validation has every text of each set once. UserError when there is no label to train on.
-    """
-    shards, sources = [], []
-    for data_set in parse_mixture(directory, "finetune_data_dir" if chat else "data_dir"):
-        found = open_split(data_set.folder, split, tokenizer.sha256, tokenizer.vocab_size)
-        shards += found
-        sources += [data_set if split == "train" else DataSet(data_set.folder)] * len(found)
-    format = ChatFormat(tokenizer.bos_id, tokenizer.user_id, tokenizer.assistant_mask)
-    format = format if chat else None
-    rows = PackedRows(shards, block_size, tokenizer.pad_id, seed, format, sources, n_epochs)
-    if rows.batch(range(min(64, rows.rows_per_epoch))).n_labels == 0:
-        context = f"the context of {block_size} tokens"
-        kind = f"conversation that fits {context}" if chat else "text"
-        raise UserError(
-            f"{directory}: the first epoch of its {split} split has no {kind}: prepare it again, "
-            "or raise the weights of a mixture"
-        )
-    return rows
-
-
-def open_validation(
-    config: Any, pretrain_data_dir: str, tokenizer: Tokenizer, block_size: int
-) -> dict[str, PackedRows]:
-    """Validation rows by name: "val", of a mixture also those of each data set.
-
-    And those of `watch_data_dir`; a fine-tune also watches the loss on the pretraining data.
-    """
-    rows = open_rows(config.data_dir, "val", tokenizer, block_size, 0, config.finetune)
-    validation = {"val": rows}
-    folders = [data_set.folder for data_set in parse_mixture(config.data_dir)]
-    names = [Path(folder).name for folder in folders]
-    for folder, name in zip(folders, names, strict=True) if len(folders) > 1 else ():
-        name = name if names.count(name) == 1 else folder
-        rows = open_rows(folder, "val", tokenizer, block_size, 0, config.finetune)
-        validation[f"val/{name}"] = rows
-    if config.watch_data_dir:
-        rows = open_rows(config.watch_data_dir, "val", tokenizer, block_size, 0, chat=False)
-        validation["watch_val"] = rows
-    if config.finetune:
-        try:
-            rows = open_rows(pretrain_data_dir, "val", tokenizer, block_size, 0, chat=False)
-            validation["pretrain_val"] = rows
-        except UserError as error:
-            print(f"no pretraining validation loss: {printable(error)}")
-    return validation
-
-
-def dataset_id(rows: PackedRows) -> str:
-    """Size and fingerprint of a dataset; must match on every rank and on resume."""
-    return f"{rows.description} ({rows.fingerprint()})"
 
 
 def base_checkpoint_hash(config: Any) -> str | None:
