@@ -5,7 +5,8 @@
     python export.py --format=web                      # the same with a page that chats with it
     python export.py --format=gguf --dtype=q8_0        # a file for llama.cpp
     python export.py --model=checkpoints/best_model.pt --output_dir=my_model
-    python export.py --mix=checkpoints/best_model.pt:0.3,checkpoints_ft/best_model.pt:0.7
+    python export.py --mix=checkpoints/best_model.pt:0.3,checkpoints_ft/best_model.pt:0.7 \
+        --output_dir=mixed
 
 Every export is read back and compared with the checkpoint before it replaces an earlier one. A
 checkpoint with rope_style="lille", such as the original's, cannot be a Llama: "hf" then writes a
@@ -148,6 +149,15 @@ def check_vocabulary(
         )
 
 
+def open_checked(name: str, tokenizer: Tokenizer) -> tuple[GPT, Path, dict[str, Any]]:
+    """The model of a name, its file or folder, and the entries of its checkpoint if it is one."""
+    path = resolve_model(name)
+    state = load_checkpoint(path) if path.is_file() else {}
+    gpt = model_from_checkpoint(state, path).eval() if state else load_model(path)
+    check_vocabulary(name, gpt.config, state.get("tokenizer_sha256"), tokenizer)
+    return gpt, path, state
+
+
 def mixed_model(text: str, tokenizer: Tokenizer) -> tuple[GPT, str]:
     """The weighted mean of the models in `mix`, in float32, and their shares as text.
 
@@ -160,10 +170,7 @@ def mixed_model(text: str, tokenizer: Tokenizer) -> tuple[GPT, str]:
         )
     mean: GPT | None = None
     for part in parts:
-        path = resolve_model(part.folder)
-        state = load_checkpoint(path) if path.is_file() else {}
-        gpt = model_from_checkpoint(state, path) if state else load_model(path)
-        check_vocabulary(part.folder, gpt.config, state.get("tokenizer_sha256"), tokenizer)
+        gpt, _, _ = open_checked(part.folder, tokenizer)
         shape = dataclasses.replace(gpt.config, dropout=0.0)
         if mean is None:
             mean = GPT(shape)
@@ -194,10 +201,7 @@ def main(argv: list[str] | None = None) -> int:
         gpt, shares = mixed_model(config.mix, tokenizer)
         facts = {"Weighted mean of models, with the shares": shares}
     else:
-        path = resolve_model(config.model)
-        state = load_checkpoint(path) if path.is_file() else {}
-        gpt = model_from_checkpoint(state, path).eval() if state else load_model(path)
-        check_vocabulary(config.model, gpt.config, state.get("tokenizer_sha256"), tokenizer)
+        gpt, path, state = open_checked(config.model, tokenizer)
         facts = training_facts(state) | evaluation_facts(path, config.evaluations)
     own_dtype = str(gpt.tok_embeddings.weight.dtype).removeprefix("torch.")
     dtype = config.dtype or DEFAULTS.get(config.format, own_dtype)

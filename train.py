@@ -26,7 +26,7 @@ from common.settings import config_from_constants, run_script
 from common.signals import SIGNALS, STOPPING, GracefulStop, Interrupted
 from training.checks import check_arguments
 from training.distributed import exit_rank, ranks_of_environment, report_failure_once
-from training.learning_rates import learning_rate_at
+from training.learning_rates import schedule_of
 from training.metrics import (
     Metrics,
     Progress,
@@ -139,8 +139,7 @@ def loop(run: TrainingRun) -> None:
     """Trains until `total_steps`, evaluating, logging and saving; on a signal saves and raises."""
     config, trainer, ranks = run.config, run.trainer, run.ranks
     alone = ranks.world_size == 1
-    schedule = (config.learning_rate, config.warmup_iters, run.total_steps, config.min_lr_ratio)
-    schedule += (config.schedule, config.decay_share)
+    learning_rate = schedule_of(config, run.total_steps)
     metrics = Metrics(run.out_dir, run.step, ranks.is_main)
     metrics.start_tracker(tracker_of(config), config.wandb_project, dataclasses.asdict(config))
     size = (run.step, run.total_steps, trainer.model.flops_per_token())
@@ -166,10 +165,10 @@ def loop(run: TrainingRun) -> None:
 
             if trainer.uses_hessian and run.step % config.hess_interval == 0:
                 trainer.update_hessian(*micro_batches[: ranks.local_count(config.hess_batches)])
-            lr = learning_rate_at(run.step, *schedule)
+            lr = learning_rate(run.step)
             loss, norm = trainer.step(micro_batches, lr, n_labels)
             run.advance()
-            if run.step > run.total_steps - round(config.average_last * run.total_steps):
+            if run.step > run.first_averaged:
                 trainer.add_to_average()
             progress.advance(n_labels)
             losses.append(loss)

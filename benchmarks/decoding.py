@@ -28,9 +28,9 @@ from benchmarks.inputs import model_config
 from benchmarks.peers import original_of
 from benchmarks.runtimes import Ours, Runtime, makers, write_files
 from benchmarks.timing import compare, error_line, limits
-from checkpoint import load_model
 from common.errors import UserError
 from evaluation.models import Lille, open_model
+from formats.llama import gpt_from_llama
 from model import GPT
 
 KL_TOKENS = 512  # of `text`, or as many as the context holds
@@ -60,7 +60,11 @@ def weights_and_text(config: Any) -> tuple[GPT, list[int]]:
         return GPT(model_config(config)), []
     opened = open_model(config.model)
     is_ours = isinstance(opened, Lille)
-    gpt = opened.gpt if is_ours else load_model(config.model, dtype=torch.float32)
+    gpt = (
+        opened.gpt
+        if is_ours
+        else gpt_from_llama(opened.model.config.to_dict(), opened.model.state_dict())
+    )
     longest = max(config.prompt_tokens + config.new_tokens, config.long_prompt)
     if longest > gpt.config.block_size:
         raise UserError(

@@ -28,7 +28,6 @@ from typing import Any
 
 import torch
 
-import train
 from benchmarks import learning_recipes as recipes
 from benchmarks.inputs import train_config
 from benchmarks.learning_plot import SIZE, draw, of_one_size, sizes_table, study_table
@@ -36,7 +35,7 @@ from common.errors import UserError
 from common.records import append_record, git, markdown_table, processor, read_records
 from common.settings import chosen_names, config_from_constants, run_script
 from model import GPT, GPTConfig
-from training.learning_rates import warmup_steps, with_peak_rates
+from training.learning_rates import schedule_of, warmup_steps, with_peak_rates
 from training.packing import PackedRows
 from training.trainer import Trainer
 
@@ -110,15 +109,14 @@ def train_once(config: Any, settings: dict[str, Any]) -> dict[str, Any]:
 
     points = {steps * k // settings["eval_points"] for k in range(1, settings["eval_points"] + 1)}
     curve, n_labels, seconds = [], 0, 0.0
+    learning_rate = schedule_of(config, steps)
     for step in range(steps):
         started = time.process_time()
         first_rows = range(step * rows_per_step, (step + 1) * rows_per_step, config.batch_size)
         batches = [rows.batch(range(row, row + config.batch_size)) for row in first_rows]
         if trainer.uses_hessian and step % config.hess_interval == 0:
             trainer.update_hessian(batches[-1])
-        schedule = (config.learning_rate, config.warmup_iters, steps, config.min_lr_ratio)
-        schedule += (config.schedule, config.decay_share)
-        trainer.step(batches, train.learning_rate_at(step, *schedule))
+        trainer.step(batches, learning_rate(step))
         n_labels += sum(batch.n_labels for batch in batches)
         seconds += time.process_time() - started
         if step + 1 in points:

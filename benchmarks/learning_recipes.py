@@ -41,6 +41,7 @@ ORIGINAL_SETTINGS = {
     "beta2": 0.95,
     "rho": 0.04,
 }
+LINEAR, LINEAR_TO_0, WSD = ("ours linear", "ours linear to 0", "ours wsd")
 RECIPES: dict[str, dict[str, Any]] = {  # what differs from train.py's constants
     OURS: {},
     ADAMW: {"optimizer": "adamw"},
@@ -59,6 +60,9 @@ RECIPES: dict[str, dict[str, Any]] = {  # what differs from train.py's constants
     ORIGINAL_TWO_RATES: ORIGINAL_SETTINGS,
     PADDED: {"batches": "padded"},
     ROPE: {"rope_style": "lille"},
+    LINEAR: {"schedule": "linear"},
+    LINEAR_TO_0: {"schedule": "linear", "min_lr_ratio": 0.0},
+    WSD: {"schedule": "wsd"},
 }
 # Where the tuning of each recipe begins at 64 wide and 4,096 positions a step, in its order.
 TUNED: dict[str, dict[str, float]] = {
@@ -73,7 +77,9 @@ TUNED: dict[str, dict[str, float]] = {
     ORIGINAL: {"learning_rate": 1e-3, "rho": 0.04},
     ORIGINAL_TWO_RATES: {"learning_rate": 2e-3, "embedding_learning_rate": 6.4e-2},
 }
-VARIANTS = {PADDED: OURS, ROPE: OURS}  # at the settings of another recipe
+VARIANTS = dict.fromkeys(
+    (PADDED, ROPE, LINEAR, LINEAR_TO_0, WSD), OURS
+)  # at the settings of another recipe
 
 
 # train.py's constants that are recorded with each run: a study goes on with those it began with.

@@ -207,9 +207,9 @@ static void step(
         const bool is_int8 = sizeof(W) == 1;
         const int64_t stride = is_int8 ? padded(n) : n, at = tokens[b] * stride;
         const W* row = static_cast<const W*>(m.embeddings.data) + at;
-        const bfloat16* scales = static_cast<const bfloat16*>(m.embeddings.scales) + at / BLOCK;
+        const bfloat16* scales = static_cast<const bfloat16*>(m.embeddings.scales);
         for (int64_t i = 0; i < n; i++)
-            x[b * n + i] = float(row[i]) * (is_int8 ? float(scales[i / BLOCK]) : 1.0f);
+            x[b * n + i] = float(row[i]) * (is_int8 ? float(scales[(at + i) / BLOCK]) : 1.0f);
     }
 
 #pragma omp parallel num_threads(threads)

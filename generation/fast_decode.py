@@ -178,8 +178,8 @@ class Decoder:
     `mode` "auto" is decode_step.cpp on the CPU where it can be compiled and a CUDA graph on a GPU;
     "eager" is plain PyTorch; "compile" is torch.compile, inside the CUDA graph on a GPU (it takes a
     minute or two, and gains nothing on the CPU).
-    `weights` "bfloat16" or "int8" (CPU only) decode with rounded copies of the weights; all
-    arithmetic stays float32, and prompts still run through the model itself.
+    `weights` "bfloat16" or "int8" (CPU only) decode with rounded copies of the weights, in float32
+    or, within blocks of int8, in integers; prompts still run through the model itself.
     Make a new decoder after moving or casting the model: its parameters are bound here.
     Raises ValueError where `weights` are not supported.
     """

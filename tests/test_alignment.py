@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import export
 from checkpoint import load_model
 from common.files import atomic_file
 from model import GPT, GPTConfig
@@ -60,6 +61,8 @@ def test_preferences_are_learned_and_the_result_is_a_model_of_ours(tmp_path):
     run(["sh", "runs/dpo.sh", *names], ROOT, tmp_path / "home")
     before, after = (log_odds(tmp_path / "aligned" / name) for name in ("before", "model"))
     assert after > before + 0.01
+    again = [f"--model={tmp_path}/aligned/model", f"--output_dir={tmp_path}/again"]
+    assert export.main(again) == 0
 
     (code,) = re.findall(
         r"```python\n(.*?)```", (ROOT / "docs/alignment.md").read_text(), re.DOTALL

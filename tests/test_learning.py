@@ -113,6 +113,8 @@ def test_each_recipe_is_what_it_is_called():
     """Its optimizers and settings; rates that are not given follow the rule."""
     shape = SHAPE | {"batch_size": 2, "gradient_accumulation_steps": 1, "seed": 0}
     kinds = {}
+    schedules = {"ours linear": ("linear", 0.1), "ours linear to 0": ("linear", 0.0)}
+    schedules["ours wsd"] = ("wsd", 0.1)
     for name in RECIPES:
         trainer = learning.make_trainer(shape | recipe_settings(name) | {"learning_rate": 0.01})
         parts = getattr(trainer.optimizer, "optimizers", (trainer.optimizer,))
@@ -122,6 +124,7 @@ def test_each_recipe_is_what_it_is_called():
             kinds[name] += [group[key] for key in ("cautious", "bias_correction", "rho", "betas")]
         config = trainer.config
         assert config.learning_rate == 0.01
+        assert (config.schedule, config.min_lr_ratio) == schedules.get(name, ("cosine", 0.1))
         assert (config.embedding_learning_rate > 0) == (config.embedding_optimizer == "adamw")
         assert config.dropout == trainer.model.config.dropout == 0.1 * ("original" in name)
         if name.endswith(" cautious") and name != "ours not cautious":
@@ -133,6 +136,7 @@ def test_each_recipe_is_what_it_is_called():
         "AdamW cautious": ["AdamW", "AdamW", "cautious_step"],
         "Muon cautious": ["Muon", "AdamW", "cautious_step"],
         "ours padded": ours,
+        **dict.fromkeys(schedules, ours),
         "ours lille RoPE": ours,
         "ours not cautious": ours[:2] + [False] + ours[3:],
         "AdamW": ["AdamW", "AdamW"],

@@ -146,6 +146,8 @@ def test_over_two_epochs_a_token_is_a_label_twice_as_often_as_its_weight_says(tm
         assert first == pytest.approx(weight, abs=0.15)
         expected = weight * sum(map(len, part))
         assert rows.shares()[DataSet(str(weight), weight)] == expected
+    taken = sum(len(segment) for row in range(rows.rows_of(2)) for segment in rows.segments(row))
+    assert rows.fill == pytest.approx(taken / rows.rows_of(2) / 64)
     resumed = PackedRows(shards(tmp_path, *parts), 64, PAD, 5, None, sources, n_epochs=3)
     for row in (rows.rows_of(2) - 1, rows.rows_of(1), 0):
         assert resumed.batch([row]).ids.equal(rows.batch([row]).ids)

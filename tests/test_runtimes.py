@@ -168,6 +168,19 @@ def test_the_page_in_a_browser(gpt, folder):
         assert page.text_content("#chat .assistant") == answer
         page.click("#reset")
         assert page.locator("#chat p").count() == 0
+        stop = (TOKENIZER.eos_id, TOKENIZER.user_id)
+        for n in range(20):
+            message = {"role": "user", "content": f"What is {n} and {n * n}?"}
+            ids = TOKENIZER.encode_chat([message], add_generation_prompt=True)
+            (made,) = gpt.generate([ids], 20, temperature=0, stop_tokens=stop)
+            page.fill("#message", message["content"])
+            page.press("#message", "Enter")
+            page.wait_for_function(
+                "() => document.querySelector('#send').textContent === 'Send' &&"
+                " !/Reading/.test(document.querySelector('#status').textContent)"
+            )
+            assert page.text_content("#chat .assistant") == TOKENIZER.decode(made).rstrip("\ufffd")
+            page.click("#reset")
         assert all(url.startswith((address, f"blob:{address}")) for url in requests)
         browser.close()
 

@@ -23,12 +23,13 @@ from checkpoint import CheckpointWriter, TrainingState, load_checkpoint, load_mo
 from common.errors import UserError
 from common.files import file_sha256, locked
 from common.settings import config_from_constants
-from formats import write_hf
+from formats import pretrained, write_hf
 from model import GPT, GPTConfig
 from ops.cross_entropy import IGNORE_INDEX
 from tokenizer import load_tokenizer
 from training import setup
 from training.checks import check_arguments
+from training.learning_rates import learning_rate_at
 from training.metrics import read_metrics
 from training.optimizers import gradient_scale
 from training.packing import Batch
@@ -74,21 +75,22 @@ def finished(text_data, tmp_path_factory) -> tuple[Path, dict]:
 
 def test_schedule_against_a_table():
     settings = {"peak": 1.0, "warmup": 4, "total": 13, "min_ratio": 0.1}
-    found = [train.learning_rate_at(step, **settings) for step in range(13)]
+    found = [learning_rate_at(step, **settings) for step in range(13)]
     half = [0.1 + 0.45 * (1 + math.cos(math.pi * k / 8)) for k in range(9)]
     assert found == pytest.approx([0.2, 0.4, 0.6, 0.8, *half])
     assert found[4] == 1.0 and found[8] == pytest.approx(0.55) and found[-1] == pytest.approx(0.1)
-    found = [train.learning_rate_at(step, **settings, schedule="linear") for step in range(13)]
+    found = [learning_rate_at(step, **settings, schedule="linear") for step in range(13)]
     assert found == pytest.approx([0.2, 0.4, 0.6, 0.8, *(1 - 0.9 * k / 8 for k in range(9))])
     settings |= {"schedule": "wsd", "decay_share": 0.3}  # of 13 steps: 4
-    found = [train.learning_rate_at(step, **settings) for step in range(13)]
+    found = [learning_rate_at(step, **settings) for step in range(13)]
     assert found == pytest.approx([0.2, 0.4, 0.6, 0.8, *[1] * 5, 0.775, 0.55, 0.325, 0.1])
     assert found[4:9] == [1.0] * 5
-    settings["decay_share"] = 0.0
-    assert train.learning_rate_at(11, **settings) == 1.0
+    settings["decay_share"] = 0.0  # at least the last step
+    assert learning_rate_at(11, **settings) == 1.0
+    assert learning_rate_at(12, **settings) == pytest.approx(0.1)
 
 
-def test_a_stable_run_branches_into_finished_ones_of_several_lengths(text_data, tmp_path):
+def test_a_stable_run_branches_into_finished_ones_of_several_lengths(text_data, tmp_path, capsys):
     """Each branch is, bit for bit, the run that had its length from the beginning."""
     stable = {"schedule": "wsd", "decay_share": 0.5, "warmup_iters": 2, "keep_checkpoints": 9}
     train.train(config_of(text_data, tmp_path / "long", **stable, max_steps=20))
@@ -103,6 +105,11 @@ def test_a_stable_run_branches_into_finished_ones_of_several_lengths(text_data, 
     ]
     assert rates[0] == pytest.approx(3e-3 * (0.1 + 0.9 * 7 / 8)) and len(rates) == 8
     assert rates[-1] == pytest.approx(3e-4) and sorted(rates)[::-1] == rates
+    longer = branch | {"resume_checkpoint": str(tmp_path / "branch" / "ckpt_0000016.pt")}
+    train.train(config_of(text_data, tmp_path / "longer", **longer, max_steps=20))
+    assert "ckpt_0000016.pt has a rate of 0.0003, this run at its step 0.0" in (
+        capsys.readouterr().out
+    )
     ends = [load_checkpoint(tmp_path / name / "ckpt_0000016.pt") for name in ("branch", "whole")]
     for key in ("model_state_dict", "optimizer_state_dict", "data_cursor", "rng_state"):
         assert difference(*(end[key] for end in ends)) is None
@@ -262,13 +269,55 @@ def test_pretraining_goes_on_with_other_data_from_a_checkpoint_or_a_folder(
         check_arguments(["--init_from=x", "--finetune"], finetune=True)
 
 
+def test_a_fine_tune_mixes_conversations(finished, text_data, chat_data, tmp_path):
+    settings = {"finetune": True, "model": finished[0] / "best_model.pt", "finetune_num_epochs": 1}
+    settings |= {"finetune_gradient_accumulation_steps": 2, "finetune_warmup_iters": 1}
+    other = shutil.copytree(chat_data, tmp_path / "other")
+    steps = {}
+    for name, mixture in {"one": chat_data, "mixed": f"{chat_data}:0.5, {other}:2"}.items():
+        where = {"finetune_data_dir": mixture, "finetune_out_dir": tmp_path / name}
+        steps[name] = train.train(config_of(text_data, tmp_path, **settings, **where))["step"]
+    assert 2.3 < steps["mixed"] / steps["one"] < 2.7
+    rows = read_metrics(tmp_path / "mixed" / "metrics.jsonl")
+    assert {"val/shards_loss", "val/other_loss", "pretrain_val_loss"} <= rows[-1].keys()
+
+
+def test_a_run_starts_from_a_model_on_the_hub(finished, mixed_data, tmp_path, monkeypatch):
+    folder = tmp_path / "hub"
+    write_hf.export_hf(
+        load_model(finished[0] / "best_model.pt"), load_tokenizer(), folder, "float32", {}
+    )
+    asked = []
+
+    def download(repo_id, also=()):
+        asked.append((repo_id, "tokenizer*" in also))
+        return folder
+
+    monkeypatch.setattr(pretrained, "download", download)
+    settings = {"keep_checkpoints": 9, "max_steps": 6}
+    train.train(config_of(mixed_data, tmp_path / "run", init_from="me/base", **settings))
+    assert asked == [("me/base", True)]
+    shutil.copytree(tmp_path / "run", tmp_path / "cut")
+    (tmp_path / "cut" / "ckpt_0000006.pt").unlink()
+    train.train(config_of(mixed_data, tmp_path / "cut", init_from="me/base", **settings))
+    assert len(asked) == 1
+    ends = (load_checkpoint(newest(tmp_path / name)) for name in ("run", "cut"))
+    assert difference(*(end | {"config": None, "base": None} for end in ends)) is None
+    with pytest.raises(UserError, match="began with init_from='me/base', not 'me/other'"):
+        train.train(config_of(mixed_data, tmp_path / "cut", init_from="me/other", max_steps=9))
+
+
 def test_a_mixture_resumes_bit_for_bit_and_shows_the_loss_of_each_set(
     text_data, mixed_data, tmp_path, capsys
 ):
     settings = {"keep_checkpoints": 99, "num_epochs": 2, "eval_interval": 9}
     mixture = f"{text_data}:0.5, {mixed_data}:2"
     result = train.train(config_of(mixture, tmp_path / "whole", **settings))
-    assert f"{mixed_data}:2: " in (printed := capsys.readouterr().out), printed
+    rows = setup.open_rows(mixture, "train", load_tokenizer(), 32, 1337, chat=False, n_epochs=2)
+    of_set = {str(data_set): tokens for data_set, tokens in rows.shares().items()}
+    part, every = of_set[f"{mixed_data}:2"], sum(of_set.values())
+    line = f"  {mixed_data}:2: {part:,.0f} tokens of an epoch, {part / every:.1%}, about "
+    assert line in (printed := capsys.readouterr().out), printed
     rows = read_metrics(tmp_path / "whole" / "metrics.jsonl")
     names = {key for key in rows[-1] if key.endswith("_loss")}
     assert names == {"val_loss", f"val/{text_data.name}_loss", f"val/{mixed_data.name}_loss"}

@@ -121,6 +121,8 @@ def check_settings(config: Any, world_size: int = 1) -> None:
             f"optimizer_state_dtype={config.optimizer_state_dtype!r} needs optimizer='sophiag': "
             "set it to 'float32'"
         )
+    if config.wandb_log and config.tracker == "trackio":
+        raise UserError("wandb_log=True and tracker='trackio': choose one, as tracker")
     if (name := tracker_of(config)) != "none":
         package = importlib.util.find_spec(name)
         if package is None or package.origin is None:  # a folder of old runs has none

@@ -18,13 +18,14 @@ def open_rows(
     seed: int,
     chat: bool,
     n_epochs: int = 1,
+    setting: str = "data_dir",
 ) -> PackedRows:
     """The packed rows of a split of one data set or of a mixture.
 
     Validation has every text of each set once. UserError when there is no label to train on.
     """
     shards, sources = [], []
-    for data_set in parse_mixture(directory, "finetune_data_dir" if chat else "data_dir"):
+    for data_set in parse_mixture(directory, "finetune_data_dir" if chat else setting):
         found = open_split(data_set.folder, split, tokenizer.sha256, tokenizer.vocab_size)
         shards += found
         sources += [data_set if split == "train" else DataSet(data_set.folder)] * len(found)
@@ -48,21 +49,18 @@ def open_validation(
 
     And those of `watch_data_dir`; a fine-tune also watches the loss on the pretraining data.
     """
-    rows = open_rows(config.data_dir, "val", tokenizer, block_size, 0, config.finetune)
-    validation = {"val": rows}
+    common = ("val", tokenizer, block_size, 0)
+    validation = {"val": open_rows(config.data_dir, *common, config.finetune)}
     folders = [data_set.folder for data_set in parse_mixture(config.data_dir)]
     names = [Path(folder).name for folder in folders]
     for folder, name in zip(folders, names, strict=True) if len(folders) > 1 else ():
         name = name if names.count(name) == 1 else folder
-        rows = open_rows(folder, "val", tokenizer, block_size, 0, config.finetune)
-        validation[f"val/{name}"] = rows
-    if config.watch_data_dir:
-        rows = open_rows(config.watch_data_dir, "val", tokenizer, block_size, 0, chat=False)
-        validation["watch_val"] = rows
+        validation[f"val/{name}"] = open_rows(folder, *common, config.finetune)
+    if folder := config.watch_data_dir:
+        validation["watch_val"] = open_rows(folder, *common, chat=False, setting="watch_data_dir")
     if config.finetune:
         try:
-            rows = open_rows(pretrain_data_dir, "val", tokenizer, block_size, 0, chat=False)
-            validation["pretrain_val"] = rows
+            validation["pretrain_val"] = open_rows(pretrain_data_dir, *common, chat=False)
         except UserError as error:
             print(f"no pretraining validation loss: {printable(error)}")
     return validation

@@ -10,7 +10,9 @@ The loss is flat in the embedding's rate, whose power of the width is assumed.
 """
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 REFERENCE_WIDTH, REFERENCE_TOKENS = 64, 4096
@@ -86,7 +88,20 @@ def learning_rate_at(
         return peak * (step + 1) / (warmup + 1)
     decay = total - 1 - warmup  # steps
     if schedule == "wsd":
-        decay = min(decay, round(decay_share * total))
+        decay = min(decay, max(1, round(decay_share * total)))
     progress = min(1.0, max(0, step - (total - 1 - decay)) / max(1, decay))
     left = 0.5 * (1 + math.cos(math.pi * progress)) if schedule == "cosine" else 1 - progress
     return peak * (min_ratio + (1 - min_ratio) * left)
+
+
+def schedule_of(config: Any, total: int) -> Callable[[int], float]:
+    """The learning rate of each step of a run of `total` steps with train.py's settings."""
+    return functools.partial(
+        learning_rate_at,
+        peak=config.learning_rate,
+        warmup=config.warmup_iters,
+        total=total,
+        min_ratio=config.min_lr_ratio,
+        schedule=config.schedule,
+        decay_share=config.decay_share,
+    )

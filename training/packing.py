@@ -1,4 +1,4 @@
-"""Packs documents into rows of `block_size` tokens, so that an epoch trains on every token once.
+"""Packs documents into rows of `block_size` tokens; an epoch trains on every token once.
 
 Documents longer than a row are cut into segments, and the segments are packed best-fit into rows,
 over 99.5 % full; attention and positions are confined to a segment (see model.py). The order of an
@@ -158,6 +158,7 @@ class PackedRows:
         self.n_shortened = self.n_dropped = 0
         self.sources = sources or [DataSet("data")] * len(datasets)
         self.weights = [source.weight for source in self.sources]
+        self.weighted = set(self.weights) != {1.0}
         self.texts: list[np.ndarray] = []  # of each shard, the text of each segment; for weights
         starts, lengths = [], []
         for dataset, base in zip(datasets, self.bases, strict=False):
@@ -167,7 +168,7 @@ class PackedRows:
                 s, n, shortened, dropped = cut_conversations(dataset, block_size, chat.user_id)
                 self.n_shortened += shortened
                 self.n_dropped += dropped
-            if set(self.weights) != {1.0}:
+            if self.weighted:
                 offsets = np.asarray(dataset.offsets, dtype=np.int64)
                 self.texts.append(np.searchsorted(offsets, s, side="right") - 1)
             starts.append(s + base)
@@ -176,7 +177,7 @@ class PackedRows:
         self.sizes = list(map(len, lengths))  # segments of each shard
         self.epoch, self.first_rows, self.max_segments = -1, [0], 0  # first rows of planned epochs
         # Lengths alone decide which lengths share a row, so epochs of the same segments are alike.
-        self.differ = any(weight % 1 for weight in self.weights)
+        self.differ = any(weight % 1 for weight in self.weights)  # the epochs
         for epoch in range(n_epochs if self.differ else 1)[::-1]:
             self.plan_epoch(epoch)
             self.first_rows.insert(1, len(self.borders) - 1)
@@ -214,7 +215,7 @@ class PackedRows:
             sampled.update(tokens[sample].tobytes())
             if self.bases[-1] <= HASHED_TOKENS:
                 every.update(tokens)
-        if set(self.weights) != {1.0}:
+        if self.weighted:
             sampled.update(repr(self.weights).encode())
         parts = [sampled, every] if self.bases[-1] <= HASHED_TOKENS else [sampled]
         return "-".join(part.hexdigest()[:16] for part in parts)
@@ -229,7 +230,7 @@ class PackedRows:
         if epoch == self.epoch:
             return
         rng = np.random.default_rng((self.seed, epoch))
-        if set(self.weights) == {1.0}:
+        if not self.weighted:
             self.order, self.borders = pack(self.lengths, self.block_size, rng)
         else:
             same = np.random.default_rng((self.seed, len(self.weights)))  # in every epoch

@@ -18,7 +18,7 @@ from checkpoint import (
 )
 from common.errors import UserError, printable
 from training.checks import FINETUNE_NAMES, flag_name
-from training.learning_rates import learning_rate_at
+from training.learning_rates import schedule_of
 
 FIXED_SETTINGS = ("finetune", "optimizer", "seed")  # a resumed run has the same ones
 PATH_SETTINGS = (
@@ -135,6 +135,13 @@ def check_resume(old: TrainingState, new: TrainingState, name: Path) -> list[str
             f"{name} is of a run that began with random weights, not with init_from="
             f"{new_config['init_from']!r}: choose another out_dir, or leave out init_from"
         )
+    begun, given = old_config.get("init_from"), new_config["init_from"]
+    compared = old.base and new.base  # above, by what is in them
+    if begun and begun != given and not compared and given not in ("", "none"):
+        raise UserError(
+            f"{name} began with init_from={begun!r}, not {given!r}: give that again, or choose "
+            "another output folder"
+        )
     check_embedding_optimizer(old_config, new_config, name)
     check_tensors(old, new, name)
     return [
@@ -225,8 +232,7 @@ def check_decay(config: Any, old: TrainingState, total: int, data_steps: int, na
     same_peak = old.config.get("learning_rate") == config.learning_rate
     if config.schedule != "wsd" or not groups or not same_peak or not 0 < old.iter_num < total:
         return
-    settings = (config.learning_rate, config.warmup_iters, total, config.min_lr_ratio)
-    rate = learning_rate_at(old.iter_num - 1, *settings, "wsd", config.decay_share)
+    rate = schedule_of(config, total)(old.iter_num - 1)
     before = groups[0]["lr"]
     if rate > before * (1 + 1e-6):
         print(printable(f"{name} has a rate of {before:.3g}, this run at its step {rate:.3g}"))

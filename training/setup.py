@@ -21,7 +21,13 @@ from checkpoint import (
 from common.errors import UserError, printable
 from common.files import file_sha256, locked
 from common.prefetch import Prefetcher
-from formats.pretrained import WEIGHTS, gpt_from_folder, has_our_tokenizer, resolve_model
+from formats.pretrained import (
+    INDEX,
+    WEIGHTS,
+    gpt_from_folder,
+    has_our_tokenizer,
+    resolve_model,
+)
 from model import GPT, GPTConfig
 from tokenizer import Tokenizer, load_tokenizer
 from training.checks import (
@@ -75,6 +81,11 @@ class TrainingRun:
     @property
     def end_row(self) -> int:
         return self.rows.rows_of(self.config.num_epochs)
+
+    @property
+    def first_averaged(self) -> int:
+        """The number of steps before those whose weights are averaged."""
+        return self.total_steps - round(self.config.average_last * self.total_steps)
 
     def advance(self) -> None:
         """Counts one step."""
@@ -131,8 +142,7 @@ class TrainingRun:
 
     def keep_average(self, state: TrainingState) -> None:
         """Drops a restored average that has steps which this run does not average."""
-        trainer = self.trainer
-        first = self.total_steps - round(self.config.average_last * self.total_steps)
+        trainer, first = self.trainer, self.first_averaged
         if state.average and state.average["n"] == 0:
             print(f"{self.source} has averaged weights: the run goes on from those")
         if trainer.n_averaged > max(0, self.step - first):
@@ -250,13 +260,13 @@ def build_run(config: Any, pretrain_data_dir: str, ranks: Ranks) -> TrainingRun:
     device, dtype = choose_device(config, ranks)
     tokenizer = load_tokenizer()
     path, checkpoint = ranks.broadcast(lambda: find_checkpoint(config) or (None, None))
-    if path is None and config.init_from:  # a model on the hub becomes a folder
-        folder = ranks.broadcast(lambda: str(resolve_model(config.init_from, with_tokenizer=True)))
-        config = dataclasses.replace(config, init_from=folder)
-    base = ranks.broadcast(lambda: base_checkpoint_hash(config))
+    base_path = Path(config.init_from)
+    if path is None and config.init_from:  # a model on the hub has a folder then
+        base_path = ranks.broadcast(lambda: resolve_model(config.init_from, with_tokenizer=True))
+    base = ranks.broadcast(lambda: base_hash(base_path)) if config.init_from else None
     torch.manual_seed(config.seed)
-    model = build_model(config, tokenizer, path, checkpoint, ranks)
-    if path is None and ranks.broadcast(lambda: base_checkpoint_hash(config)) != base:
+    model = build_model(config, tokenizer, path or base_path, checkpoint, ranks)
+    if path is None and base and ranks.broadcast(lambda: base_hash(base_path)) != base:
         raise UserError(f"{config.init_from} was replaced while it was read: run again")
     block_size = model.config.block_size
     config = with_peak_rates(config, model.config.n_embd, block_size)
@@ -339,13 +349,12 @@ def make_folder(directory: Path) -> None:
 def build_model(
     config: Any,
     tokenizer: Tokenizer,
-    path: Path | None,
+    name: Path,
     checkpoint: dict[str, Any] | None,
     ranks: Ranks,
 ) -> GPT:
-    """A new model, or with `init_from` the one of the checkpoint to continue or to start from."""
+    """A new model, or with `init_from` that of `name`, to continue from or to start from."""
     if config.init_from:
-        name = path or Path(config.init_from)
         checkpoint = checkpoint or ranks.broadcast(lambda: load_base(name))
         check_tokenizer(checkpoint.get("tokenizer_sha256"), name, tokenizer.sha256)
         model = model_from_checkpoint(checkpoint, name, dropout=config.dropout)
@@ -375,8 +384,10 @@ def load_base(path: Path) -> dict[str, Any]:
     return {"model_state_dict": gpt.state_dict(), "model_args": gpt.config.to_dict()}
 
 
-def base_checkpoint_hash(config: Any) -> str | None:
-    """sha256 of the weights that `init_from` names; None if no such file is there (any more)."""
-    base = Path(config.init_from)
-    file = base / WEIGHTS if base.is_dir() else base
-    return file_sha256(file) if config.init_from and file.is_file() else None
+def base_hash(base: Path) -> str | None:
+    """sha256 of a checkpoint or of a folder's weights, in several files that of their index.
+
+    None if it is not there (any more), as a model on the hub whose run is continued.
+    """
+    files = [base / WEIGHTS, base / INDEX] if base.is_dir() else [base]
+    return next((file_sha256(file) for file in files if file.is_file()), None)
