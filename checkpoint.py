@@ -5,6 +5,7 @@ A checkpoint is a torch.save file with the keys of `TrainingState`, of which `mo
 always loaded with `weights_only=True`:
 
     model = load_model("checkpoints/best_model.pt")
+    model, tokenizer = load_model_and_tokenizer("checkpoints/best_model.pt")
 """
 
 import os
@@ -19,11 +20,12 @@ from typing import Any
 
 import torch
 
-from common.errors import UserError, printable
+from common.errors import UserError, one_line, printable
 from common.files import atomic_file
 from formats.llama import check_bounds
-from formats.pretrained import gpt_from_folder, resolve_model
+from formats.pretrained import folder_tokenizer, gpt_from_folder, resolve_model
 from model import GPT, GPTConfig
+from tokenizer import HASTINGS, Tokenizer, load_tokenizer
 
 BEST = "best_model.pt"
 CHECKPOINT = re.compile(r"ckpt_([0-9]{7,})\.pt")  # the step, in at least seven digits
@@ -114,6 +116,41 @@ def load_model(
     return model.to(device=device, dtype=dtype).eval()
 
 
+def load_model_and_tokenizer(
+    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> tuple[GPT, Tokenizer]:
+    """A model as `load_model` gives it, and the tokenizer that came with it.
+
+    UserError too for a model of another project, whose tokenizer has no control tokens of ours.
+    """
+    path = resolve_model(path, with_tokenizer=True)
+    if path.is_dir():
+        return load_model(path, device, dtype), folder_tokenizer(path)
+    state = load_checkpoint(path)
+    tokenizer = checkpoint_tokenizer(state, path)
+    return model_from_checkpoint(state, path).to(device=device, dtype=dtype).eval(), tokenizer
+
+
+def checkpoint_tokenizer(state: dict[str, Any], name: str | Path) -> Tokenizer:
+    """The tokenizer of a loaded checkpoint; one that carries none must be of Hastings."""
+    content, sha256 = state.get("tokenizer_json"), state.get("tokenizer_sha256")
+    try:
+        tokenizer = Tokenizer(content.encode()) if content else load_tokenizer()
+    except Exception as error:  # a checkpoint may hold anything
+        raise UserError(f"{name}: its tokenizer cannot be read ({one_line(error)})") from None
+    if sha256 not in (None, tokenizer.sha256):
+        raise UserError(
+            f"{name} was trained with another tokenizer than "
+            + ("it carries: it is damaged" if content else f"{HASTINGS.name}: restore that file")
+        )
+    if (n_ids := model_config(state["model_args"]).vocab_size) != tokenizer.vocab_size:
+        raise UserError(
+            f"{name} has vocab_size {n_ids} and the tokenizer {tokenizer.vocab_size}: it is not a "
+            "Lille model"
+        )
+    return tokenizer
+
+
 @dataclass
 class TrainingState:
     """Everything that an exact resume needs. The field names are the keys of a checkpoint."""
@@ -131,6 +168,7 @@ class TrainingState:
     data: str | None  # dataset id of the training data
     base: str | None  # sha256 of the weights that the run started from
     average: dict[str, Any] | None = None  # {"n": steps, "weights": {name: tensor}}; n 0: is one
+    tokenizer_json: str | None = None  # its file; None in earlier checkpoints: Hastings
 
     @classmethod
     def of(cls, checkpoint: dict[str, Any], name: str | Path) -> "TrainingState":
@@ -152,12 +190,14 @@ class TrainingState:
         return all(bool(tensor.sum(dtype=torch.float32).isfinite()) for tensor in tensors)
 
 
-def check_tokenizer(sha256: str | None, name: str | Path, expected: str) -> None:
-    """Refuses a checkpoint of another tokenizer; the original's checkpoints record none (None)."""
-    if sha256 not in (None, expected):
+def check_tokenizer(state: dict[str, Any], name: str | Path, expected: str) -> None:
+    """Refuses to train on from a checkpoint of another tokenizer; the original's record none."""
+    if state.get("tokenizer_sha256") not in (None, expected):
+        known = (state.get("config") or {}).get("tokenizer")
+        flag = f"--tokenizer={known}" if known else "--tokenizer= the one of that run"
         raise UserError(
-            f"{name} was trained with another tokenizer than this project's hastings.json: restore "
-            "that file, or train anew in another out_dir"
+            f"{name} was trained with another tokenizer: give {flag} here and to the prepare "
+            "scripts, or train anew in another out_dir"
         )
 
 

@@ -46,6 +46,7 @@ from evaluation.runner import Settings, evaluate_task
 from evaluation.scoring import Scorer
 from evaluation.tasks import Task, check_form, find_tasks, instruction_checker, read_task
 from formats.pretrained import resolve_model
+from tokenizer import load_tokenizer
 
 # Models: a .pt, an exported folder, a hub id or a .gguf
 model = "checkpoints/best_model.pt"  # several are separated by commas, or fit a pattern (ckpt_*.pt)
@@ -65,6 +66,7 @@ max_new_tokens = 200  # longest answer in words
 
 # Training data in which the items are looked for
 contamination = ""  # folder of shards
+tokenizer = "hastings/hastings.json"  # that of the shards
 ngram = 13  # tokens of a match
 
 # Judge of the answers to judged tasks, compared with the baseline's
@@ -248,7 +250,8 @@ def scan_tasks(tasks: list[Task], evaluations: list[Evaluation], config: Any) ->
             bar.total = total
             bar.update(tokens - bar.n)
 
-        found = scan(sum(items.values(), []), config.contamination, config.ngram, progress=progress)
+        common = {"progress": progress, "tokenizer": load_tokenizer(config.tokenizer)}
+        found = scan(sum(items.values(), []), config.contamination, config.ngram, **common)
     matches, reports = iter(found.matches), {}
     for name, part in items.items():
         reports[name] = dataclasses.replace(found, matches=[next(matches) for _ in part])

@@ -25,7 +25,12 @@ from typing import Any
 
 import torch
 
-from checkpoint import load_checkpoint, load_model, model_from_checkpoint
+from checkpoint import (
+    checkpoint_tokenizer,
+    load_checkpoint,
+    load_model_and_tokenizer,
+    model_from_checkpoint,
+)
 from common.errors import UserError
 from common.files import file_sha256
 from common.mixture import parse_mixture
@@ -35,8 +40,8 @@ from common.signals import terminated_as_interrupted
 from formats import push_hub, write_gguf, write_hf, write_onnx, write_web
 from formats.model_card import model_card
 from formats.pretrained import resolve_model
-from model import GPT, GPTConfig
-from tokenizer import Tokenizer, load_tokenizer
+from model import GPT
+from tokenizer import Tokenizer
 
 model = "checkpoints_ft/best_model.pt"  # a .pt, a folder, a hub id, or "130m-instruct"
 mix = ""  # in place of model: "a.pt:0.7,b.pt:0.3", models of one shape and their shares
@@ -133,35 +138,20 @@ def check_settings(format: str, dtype: str, models: list[str], target: Path) -> 
         raise UserError(f"--output_dir={target} is the model itself: choose another --output_dir")
 
 
-def check_vocabulary(
-    name: str, config: GPTConfig, tokenizer_sha256: str | None, tokenizer: Tokenizer
-) -> None:
-    """Raises UserError if a model was trained with another tokenizer than this repository's."""
-    if config.vocab_size != tokenizer.vocab_size:
-        raise UserError(
-            f"{name} has vocab_size {config.vocab_size} and the tokenizer "
-            f"{tokenizer.vocab_size}: export a model that was trained with this tokenizer"
-        )
-    if tokenizer_sha256 not in (None, tokenizer.sha256):
-        raise UserError(
-            f"{name} was trained with another tokenizer: export it with the hastings.json of "
-            "that run"
-        )
+def open_model(name: str) -> tuple[GPT, Tokenizer, dict[str, str]]:
+    """A model, its tokenizer, and rows of its card if it is a checkpoint."""
+    path = resolve_model(name, with_tokenizer=True)
+    if path.is_dir():
+        return *load_model_and_tokenizer(path), {}
+    state = load_checkpoint(path)
+    tokenizer = checkpoint_tokenizer(state, path)
+    return model_from_checkpoint(state, path).eval(), tokenizer, training_facts(state)
 
 
-def open_checked(name: str, tokenizer: Tokenizer) -> tuple[GPT, Path, dict[str, Any]]:
-    """The model of a name, its file or folder, and the entries of its checkpoint if it is one."""
-    path = resolve_model(name)
-    state = load_checkpoint(path) if path.is_file() else {}
-    gpt = model_from_checkpoint(state, path).eval() if state else load_model(path)
-    check_vocabulary(name, gpt.config, state.get("tokenizer_sha256"), tokenizer)
-    return gpt, path, state
+def mixed_model(text: str) -> tuple[GPT, Tokenizer, dict[str, str]]:
+    """The weighted mean of the models in `mix`, in float32, their tokenizer, a row with the shares.
 
-
-def mixed_model(text: str, tokenizer: Tokenizer) -> tuple[GPT, str]:
-    """The weighted mean of the models in `mix`, in float32, and their shares as text.
-
-    Raises UserError unless their shares sum to 1, and for models that differ in shape.
+    Raises UserError unless the shares sum to 1, and for models that differ in shape or tokenizer.
     """
     parts = parse_mixture(text, "mix")
     if abs((total := sum(part.weight for part in parts)) - 1) > 1e-6:
@@ -170,18 +160,23 @@ def mixed_model(text: str, tokenizer: Tokenizer) -> tuple[GPT, str]:
         )
     mean: GPT | None = None
     for part in parts:
-        gpt, _, _ = open_checked(part.folder, tokenizer)
+        gpt, own_tokenizer, _ = open_model(part.folder)
         shape = dataclasses.replace(gpt.config, dropout=0.0)
         if mean is None:
-            mean = GPT(shape)
+            mean, tokenizer = GPT(shape), own_tokenizer
             for weight in mean.parameters():
                 torch.nn.init.zeros_(weight)
-        if shape != mean.config:
-            raise UserError(f"mix: {part.folder} has another shape than {parts[0].folder}")
+        for what, differs in {
+            "shape": shape != mean.config,
+            "tokenizer": own_tokenizer.sha256 != tokenizer.sha256,
+        }.items():
+            if differs:
+                raise UserError(f"mix: {part.folder} has another {what} than {parts[0].folder}")
         with torch.no_grad():
             for weight, other in zip(mean.parameters(), gpt.parameters(), strict=True):
                 weight.add_(other, alpha=part.weight)
-    return mean.eval(), ", ".join(f"{part.weight:g}" for part in parts)
+    shares = ", ".join(f"{part.weight:g}" for part in parts)
+    return mean.eval(), tokenizer, {"Weighted mean of models, with the shares": shares}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -196,13 +191,11 @@ def main(argv: list[str] | None = None) -> int:
     check_settings(config.format, config.dtype, models, target)
     if config.push:
         push_hub.check_push(config.push)
-    tokenizer = load_tokenizer()
     if config.mix:
-        gpt, shares = mixed_model(config.mix, tokenizer)
-        facts = {"Weighted mean of models, with the shares": shares}
+        gpt, tokenizer, facts = mixed_model(config.mix)
     else:
-        gpt, path, state = open_checked(config.model, tokenizer)
-        facts = training_facts(state) | evaluation_facts(path, config.evaluations)
+        gpt, tokenizer, facts = open_model(config.model)
+        facts |= evaluation_facts(Path(config.model), config.evaluations)
     own_dtype = str(gpt.tok_embeddings.weight.dtype).removeprefix("torch.")
     dtype = config.dtype or DEFAULTS.get(config.format, own_dtype)
     dtypes = chosen_names("dtype", dtype, DTYPES[config.format])

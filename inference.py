@@ -31,9 +31,8 @@ import torch
 from common.errors import UserError
 from common.settings import config_from_constants, run_script
 from generation import chat_terminal, chat_web, server
-from generation.backends import check_vocabulary, open_backend
+from generation.backends import open_backend
 from generation.conversation import Lille, Sampling
-from tokenizer import load_tokenizer
 
 backend = "torch"  # "torch", "huggingface" or "onnx"
 model = "checkpoints_ft/best_model.pt"  # a .pt, an exported folder, a hub id, "130m-instruct"
@@ -72,10 +71,7 @@ def lille(
     rounded to eight bits. With a `seed` the same calls in the same order give the same texts.
     Raises UserError.
     """
-    engine = open_backend(backend, model, device, dtype)
-    tokenizer = load_tokenizer()
-    check_vocabulary(model, engine.vocab_size, tokenizer)
-    return Lille(engine, tokenizer, seed)
+    return Lille(*open_backend(backend, model, device, dtype), seed)
 
 
 def piped_text() -> str:

@@ -41,6 +41,7 @@ from tokenizer import load_tokenizer
 # input and output
 input_file_path = "data/train.txt"  # .txt, .jsonl or .parquet, see above
 output_dir = "data"  # where train.npz, val.npz and manifest.json go
+tokenizer = "hastings/hastings.json"  # your own: a folder with a tokenizer.json
 trust_control_tokens = False  # True: the .txt is in the chat layout, with real control tokens
 
 # a dataset of the Hugging Face Hub in place of input_file_path
@@ -249,7 +250,7 @@ def prepare(config: Any, inputs: list[Input], tokenizer: Any, staging: Path) -> 
     ) | {"text_bytes": sum(result["text_bytes"] for result in results)}
 
 
-def print_summary(manifest: dict[str, Any], output: Path) -> None:
+def print_summary(manifest: dict[str, Any], output: Path, tokenizer_name: str) -> None:
     bytes_per_token = manifest["text_bytes"] / manifest["tokens"]
     print(
         f"{manifest['documents']:,} {manifest['kind']} examples, {manifest['tokens']:,} tokens, "
@@ -260,13 +261,14 @@ def print_summary(manifest: dict[str, Any], output: Path) -> None:
     for name, entry in manifest["files"].items():
         print(f"{output / name}: {entry['documents']:,} examples, {entry['tokens']:,} tokens")
     finetune = "--finetune=True --finetune_" if manifest["kind"] == "chat" else "--"
-    print(f"next: python train.py {finetune}data_dir={output}")
+    flag = "" if tokenizer_name == tokenizer else f" --tokenizer={tokenizer_name}"
+    print(f"next: python train.py {finetune}data_dir={output}{flag}")
 
 
 def main(argv: list[str] | None = None) -> int:
     config = config_from_constants(globals(), argv)
     check_settings(config)
-    tokenizer = load_tokenizer()
+    tokenizer = load_tokenizer(config.tokenizer)
     output = Path(config.output_dir)
     with locked_output(output):
         inputs = open_inputs(config)
@@ -277,7 +279,7 @@ def main(argv: list[str] | None = None) -> int:
         with staging_directory(output) as staging:
             manifest = prepare(config, inputs, tokenizer, staging)
             publish(staging, output, manifest)
-    print_summary(manifest, output)
+    print_summary(manifest, output, config.tokenizer)
     return 0
 
 

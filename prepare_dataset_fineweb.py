@@ -66,6 +66,7 @@ config_name = (
 revision = "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"  # its commit on the hub
 download_dir = ""  # keeps the downloaded files; "": each one is deleted after use
 output_dir = "data/fineweb_edu_sample_10BT"  # folder of the shards; train.py's default data_dir
+tokenizer = "hastings/hastings.json"  # your own: a folder with a tokenizer.json
 
 # which documents are kept; "" or 0 turns a filter off
 language_filter = "en"  # value of the column `language`
@@ -294,7 +295,7 @@ def main(argv: list[str] | None = None) -> int:
     cores //= int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     # gigatoken and tokenizers read this when they start.
     os.environ["RAYON_NUM_THREADS"] = str(config.workers or max(1, cores))
-    tokenizer, output = load_tokenizer(), Path(config.output_dir)
+    tokenizer, output = load_tokenizer(config.tokenizer), Path(config.output_dir)
     refuse_other_dataset(output, SCRIPT)
     if manifest := read_finished(output, config, tokenizer):
         shutil.rmtree(output / STAGING, ignore_errors=True)

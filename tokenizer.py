@@ -1,22 +1,25 @@
-"""The Hastings tokenizer and the chat format; no other file knows token ids.
+"""The tokenizer and the chat format; no other file knows token ids.
 
-    tokenizer = load_tokenizer()
+    tokenizer = load_tokenizer()  # Hastings; or the path of another
     ids = tokenizer.encode("Hello")  # as ordinary text: never a control token
     ids = tokenizer.encode_chat([{"role": "user", "content": "Hi"}], add_generation_prompt=True)
     text = tokenizer.decode(ids)
 
-GPT-2's byte-level BPE cut to 32,763 ids, then five control tokens. A conversation is
+Hastings is GPT-2's byte-level BPE cut to 32,763 ids, then five control tokens; hastings/build.py
+made its file, hastings/hastings.json, and learns others from a user's text. A conversation is
 `<|startoftext|><|user|>question<|assistant|>answer<|endoftext|><|user|>...`, a document is
 `text<|endoftext|>`. Only the code in this file inserts control tokens, so text that spells one
-cannot forge a turn. The tokenizer file is hastings/hastings.json, made by hastings/build.py.
+cannot forge a turn.
 """
 
 import hashlib
+import itertools
 import json
 import re
 import reprlib
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,9 @@ from common.fast_encoder import FastEncoder
 
 CONTROL_TOKENS = ("<|pad|>", "<|endoftext|>", "<|assistant|>", "<|user|>", "<|startoftext|>")
 _, END_OF_TEXT, ASSISTANT, USER, START_OF_TEXT = CONTROL_TOKENS
+MAX_VOCAB_SIZE = 1 << 16  # shards hold ids as uint16
+
+HASTINGS = Path(__file__).with_name("hastings") / "hastings.json"
 
 # Encoders and exports are compared with `tokenizers` on these texts.
 HARD_STRINGS = (
@@ -53,48 +59,133 @@ def bytes_to_unicode() -> dict[int, str]:
     return table | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
-def load_tokenizer(path: str | Path | None = None) -> "Tokenizer":
-    """Loads this repository's tokenizer, or another file in the same format.
+def byte_level_json(
+    vocab: dict[str, int],
+    merges: Sequence[str],
+    control: dict[str, int],
+    pre_tokenizer: dict[str, Any] | None = None,
+    ignore_merges: bool = False,
+) -> str:
+    """The `tokenizers` JSON of a byte-level BPE, in one spelling, whose sha256 identifies it.
 
-    Raises UserError when the file is missing or is not a byte-level BPE with our control tokens.
+    `vocab` maps pieces, in the characters of `bytes_to_unicode`, to ids, `control` the
+    CONTROL_TOKENS; a merge is "left right". `pre_tokenizer` None is GPT-2's.
     """
-    path = Path(__file__).with_name("hastings") / "hastings.json" if path is None else Path(path)
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    options = {"add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    byte_level = {"type": "ByteLevel", **options}
+    settings = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        # At the end not in the vocabulary as well; in neither case a merge makes a control token.
+        "added_tokens": [
+            {"id": token_id, "content": content, **flags, "special": True}
+            for content, token_id in sorted(control.items(), key=itemgetter(1))
+        ],
+        "normalizer": None,
+        "pre_tokenizer": pre_tokenizer or byte_level,
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": ignore_merges,
+            "vocab": dict(sorted(vocab.items(), key=itemgetter(1))),
+            "merges": list(merges),
+        },
+    }
+    return json.dumps(settings, ensure_ascii=False, indent=1) + "\n"
+
+
+def standard_json(settings: dict[str, Any]) -> str:
+    """`byte_level_json` of any file of `tokenizers` with a byte-level BPE.
+
+    Bytes and control tokens that it lacks get the next ids. Its other special tokens become text,
+    which only their ids produce, and a normalizer is left out: texts are encoded as they are.
+    """
+    model, added = settings["model"], settings["added_tokens"]
+    if model["type"] != "BPE" or model.get("byte_fallback"):
+        raise ValueError("it is no byte-level BPE")
+    vocab, control, table = dict(model["vocab"]), {}, bytes_to_unicode()
+    for token in added:
+        if token["content"] in CONTROL_TOKENS:
+            control[token["content"]] = token["id"]
+            vocab.pop(token["content"], None)
+        elif token["content"] not in vocab:
+            piece = "".join(table[byte] for byte in to_utf8(token["content"]))
+            vocab[piece] = token["id"]
+    next_id = itertools.count(max([*vocab.values(), *control.values()]) + 1)
+    vocab |= {piece: next(next_id) for piece in table.values() if piece not in vocab}
+    control |= {name: next(next_id) for name in CONTROL_TOKENS if name not in control}
+    last = max(
+        vocab.values()
+    )  # `tokenizers` keeps an id below it only of a token in the vocabulary
+    vocab |= {name: token_id for name, token_id in control.items() if token_id < last}
+    merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+    pre_tokenizer, ignore_merges = settings["pre_tokenizer"], bool(model.get("ignore_merges"))
+    return byte_level_json(vocab, merges, control, pre_tokenizer, ignore_merges)
+
+
+def load_tokenizer(path: str | Path = HASTINGS) -> "Tokenizer":
+    """Loads this repository's tokenizer, or another.
+
+    `path` is a JSON file of `tokenizers`, or a folder with a tokenizer.json; a relative one is also
+    looked for beside this file. Raises UserError when it is missing or no byte-level BPE.
+    """
+    path = Path(path)
+    if not path.exists():
+        path = HASTINGS.parents[1] / path
     try:
-        return Tokenizer(path.read_bytes())
+        return Tokenizer((path / "tokenizer.json" if path.is_dir() else path).read_bytes())
     except OSError as error:
         raise UserError(f"cannot read the tokenizer {path}: {error.strerror or error}") from None
     except Exception as error:  # `tokenizers` raises plain Exception for a file it cannot parse
         reason = one_line(error)
-        raise UserError(f"{path} is not a Hastings tokenizer ({reason}): restore it") from None
+        raise UserError(
+            f"{path} is no byte-level BPE in a JSON of tokenizers ({reason}): restore it, or name "
+            "another"
+        ) from None
 
 
 class Tokenizer:
     """Encoder and decoder, made by `load_tokenizer`. Safe to share between threads.
 
-    Attributes: `vocab_size`; `pad_id`, `eos_id`, `assistant_id`, `user_id`, `bos_id`; `n_text`, the
-    number of ids that are text, which come first; `json_text` and `sha256` of the file; `pieces`,
-    the bytes of each id; `token_bytes` (V,) int64, the length of each piece, 0 for control tokens.
+    Attributes: `vocab_size`, at most MAX_VOCAB_SIZE; `pad_id`, `eos_id`, `assistant_id`, `user_id`,
+    `bos_id`; `is_control` (V,) bool, which ids are those five; `json_text`, by `byte_level_json`,
+    and its `sha256`; `pieces`, the bytes of each id; `token_bytes` (V,) int64, the length of each
+    piece, 0 for control tokens. ValueError for a file that gives texts back changed.
     """
 
     def __init__(self, content: bytes):
-        settings = json.loads(content)
+        self.json_text = standard_json(json.loads(content))
+        self.sha256 = hashlib.sha256(self.json_text.encode("utf-8")).hexdigest()
+        settings = json.loads(self.json_text)
         control = {token["content"]: token["id"] for token in settings["added_tokens"]}
         vocab = settings["model"]["vocab"]
-        self.n_text = len(vocab)
-        self.vocab_size = self.n_text + len(control)
+        ids = {*vocab.values(), *control.values()}
+        self.vocab_size = len(ids)
         self.pad_id, self.eos_id, self.assistant_id, self.user_id, self.bos_id = (
             control[name] for name in CONTROL_TOKENS
         )
-        if sorted(control.values()) != list(range(self.n_text, self.vocab_size)):
-            raise ValueError("the control tokens are not the last ids")
-        self.json_text = content.decode("utf-8")
-        self.sha256 = hashlib.sha256(content).hexdigest()
+        if ids != {*range(self.vocab_size)}:
+            raise ValueError("its ids are not 0, 1, 2, ..., each once")
+        if self.vocab_size > MAX_VOCAB_SIZE:
+            raise ValueError(f"{self.vocab_size:,} ids, more than {MAX_VOCAB_SIZE:,}")
+        self.is_control = np.zeros(self.vocab_size, dtype=bool)
+        self.is_control[list(control.values())] = True
 
         byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
         self.pieces = [b""] * self.vocab_size
         for piece, token_id in vocab.items():
             self.pieces[token_id] = bytes(byte_of[character] for character in piece)
         self.token_bytes = np.array([len(piece) for piece in self.pieces], dtype=np.int64)
+        self.token_bytes[self.is_control] = 0
         for piece, token_id in control.items():
             self.pieces[token_id] = piece.encode("utf-8")
 
@@ -102,6 +193,9 @@ class Tokenizer:
         ordinary_json = json.dumps(settings | {"added_tokens": []})
         self._ordinary = HFTokenizer.from_str(ordinary_json)
         self._batch_encoder = FastEncoder(ordinary_json, self._ordinary, HARD_STRINGS)
+        for text in HARD_STRINGS:
+            if self.decode(self._ordinary.encode(text, add_special_tokens=False).ids) != text:
+                raise ValueError(f"it does not give {reprlib.repr(text)} back")
 
     @cached_property
     def _with_control(self) -> HFTokenizer:
@@ -209,7 +303,7 @@ class Tokenizer:
         start its own turn. A position belongs to the turn of the last control token before it.
         """
         ids = np.asarray(ids)
-        is_control = ids >= self.n_text
+        is_control = self.is_control[ids]
         position = np.where(is_control, np.arange(len(ids)), -1)
         last_control = np.concatenate([[-1], np.maximum.accumulate(position)[:-1]])[: len(ids)]
         in_assistant = (last_control >= 0) & (ids[last_control] == self.assistant_id)

@@ -39,13 +39,14 @@ from training.setup import TrainingRun, open_run
 
 # Data and checkpoints
 data_dir = "data/fineweb_edu_sample_10BT"  # shards to pretrain on; "a, b:2, c:0.5" mixes folders
+tokenizer = "hastings/hastings.json"  # that of the shards; another: a folder with tokenizer.json
 out_dir = "checkpoints"  # checkpoints, metrics and the loss curve
 resume_checkpoint = "auto"  # "auto": the newest in out_dir; a path; "": only a new run
 init_from = ""  # a new run from these weights: a .pt, an exported folder or a hub id; "": random
 watch_data_dir = ""  # also report the loss on these shards, to see what is forgotten; "": none
 keep_checkpoints = 2  # number of ckpt_*.pt files kept, beside best_model.pt
 
-# Model (with init_from and in a fine-tune its shape is that of the weights)
+# Model (with init_from and in a fine-tune its shape is that of the weights, block_size at most)
 n_layers = 24  # transformer blocks
 n_embd = 640  # width; a multiple of n_heads
 n_heads = 10  # query heads

@@ -39,7 +39,7 @@ def tokenizers(tokenizer: Tokenizer) -> dict[str, Tokenize]:
     """Ours, and those of other projects with the same vocabulary, by name."""
     functions: dict[str, Tokenize] = {}
     if tiktoken := peer("tiktoken"):
-        ranks = {piece: i for i, piece in enumerate(tokenizer.pieces[: tokenizer.n_text])}
+        ranks = {piece: i for i, piece in enumerate(tokenizer.pieces[: tokenizer.pad_id])}
         encoding = tiktoken.Encoding(
             "hastings", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={}
         )

@@ -164,7 +164,7 @@ def run(config: Any, device: torch.device) -> Iterator[dict[str, Any]]:
         batch_size=config.batch_size or (16 if gpu else 2),
         gradient_accumulation_steps=config.gradient_accumulation_steps or (16 if gpu else 1),
     )
-    documents = make_documents(N_DOCUMENTS, tokenizer.n_text)
+    documents = make_documents(N_DOCUMENTS, tokenizer.pad_id)
     for title, settings, rounds, compile in (
         ("the demo's model", small, 2 * config.rounds, False),
         ("full model", full, config.rounds, gpu or config.compile),

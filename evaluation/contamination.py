@@ -92,18 +92,20 @@ def scan(
     ngram: int = 13,
     split: str = "train",
     progress: Callable[[int, int], None] | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> Report:
     """Looks up items in the shards of a split, in one pass.
 
     An item, or its question, with fewer than `ngram` tokens is looked up whole if it has SHORTEST.
-    `progress` is called with the tokens scanned and those of the split. Memory depends on the items
+    `progress` is called with the tokens scanned and those of the split; `tokenizer` is that of the
+    shards, None: Hastings. Memory depends on the items
     and on the hits in a single document, not on the size of the shards. Raises UserError for an
     `ngram` below SHORTEST and for shards that are missing, damaged or of another tokenizer.
     """
     start = time.perf_counter()
     if ngram < SHORTEST:
         raise UserError(f"ngram={ngram} would match common phrases: give at least {SHORTEST}")
-    tokenizer = load_tokenizer()
+    tokenizer = tokenizer or load_tokenizer()
     shards = open_split(data_dir, split, tokenizer.sha256)
     chat = any(tokenizer.bos_id in shard.tokens[:1] for shard in shards)
     search = Search(spellings(items, tokenizer, chat), ngram)

@@ -15,11 +15,11 @@ from typing import Any, Protocol
 
 import torch
 
-from checkpoint import check_tokenizer, load_checkpoint, model_from_checkpoint
+from checkpoint import checkpoint_tokenizer, load_checkpoint, model_from_checkpoint
 from common.errors import UserError, one_line
 from formats.pretrained import (
+    folder_tokenizer,
     gpt_from_folder,
-    has_our_tokenizer,
     quiet_transformers,
     resolve_model,
 )
@@ -182,13 +182,15 @@ def open_model(name: str, device: str = "cpu", dtype: torch.dtype = torch.float3
         return open_peer(name, device, dtype, Path(name).parent, gguf_file=Path(name).name)
     path = resolve_model(name, with_tokenizer=True)
     if path.is_file():
-        state, tokenizer = load_checkpoint(path), load_tokenizer()
-        check_tokenizer(state.get("tokenizer_sha256"), path, tokenizer.sha256)
+        state = load_checkpoint(path)
+        tokenizer = checkpoint_tokenizer(state, path)
         model = model_from_checkpoint(state, path).to(device, dtype)
         return Lille(model, state.get("iter_num"), tokenizer)
-    if has_our_tokenizer(path):
-        return Lille(gpt_from_folder(path).to(device, dtype))
-    return open_peer(name, device, dtype, path)
+    try:
+        tokenizer = folder_tokenizer(path)
+    except UserError:
+        return open_peer(name, device, dtype, path)
+    return Lille(gpt_from_folder(path).to(device, dtype), None, tokenizer)
 
 
 def open_peer(name: str, device: str, dtype: torch.dtype, folder: Path, **source: str) -> Peer:

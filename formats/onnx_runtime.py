@@ -30,7 +30,7 @@ NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 class OnnxBackend:
     """An exported graph; keys and values stay on the device between calls (IO binding).
 
-    Attributes: `block_size`, `vocab_size`, `device` ("cpu" or "cuda"), `session`.
+    Attributes: `folder`, `block_size`, `vocab_size`, `device` ("cpu" or "cuda"), `session`.
     """
 
     def __init__(self, path: str | Path, device: str | None = None, dtype: str | None = None):
@@ -40,10 +40,11 @@ class OnnxBackend:
         onnxruntime is not installed and for what is not such a folder.
         """
         file = find_graph(Path(path), dtype)
-        config = read_json(file.parents[1] / CONFIG)
+        self.folder = file.parents[1]
+        config = read_json(self.folder / CONFIG)
         sizes = [config.get(name) for name in ("max_position_embeddings", "vocab_size")]
         if not all(isinstance(size, int) and size > 0 for size in sizes):
-            raise UserError(f"{file.parents[1] / CONFIG} is not one that export.py wrote")
+            raise UserError(f"{self.folder / CONFIG} is not one that export.py wrote")
         self.block_size, self.vocab_size = sizes
         self.session = open_session(file, device)
         self.device = "cuda" if "CUDAExecutionProvider" in self.session.get_providers() else "cpu"

@@ -19,7 +19,7 @@ from common.errors import MALFORMED_ANSWER, UserError
 from common.files import file_sha256
 from formats.llama import gpt_from_llama
 from model import GPT
-from tokenizer import load_tokenizer
+from tokenizer import Tokenizer, load_tokenizer
 
 VERSIONS = {
     "130m-instruct": "Nikity/lille-130m-instruct",
@@ -61,14 +61,27 @@ def gpt_from_folder(folder: Path) -> GPT:
         raise UserError(f"{folder}: {' '.join(str(error).split())[:300]}") from None
 
 
-def has_our_tokenizer(folder: Path) -> bool:
-    """Whether a folder has the vocabulary of Hastings, or one of its size and no tokenizer."""
-    path, tokenizer = folder / "tokenizer.json", load_tokenizer()
-    if not path.is_file():
-        others = any(folder.glob("tokenizer*")) or (folder / "vocab.json").is_file()
-        return not others and read_json(folder / CONFIG).get("vocab_size") == tokenizer.vocab_size
-    ours, theirs = json.loads(tokenizer.json_text), read_json(path)
-    return theirs.get("model", {}).get("vocab") == ours["model"]["vocab"]
+def tokenizer_in(folder: Path) -> Tokenizer:
+    """The tokenizer of a folder; one without any has Hastings, as the original's. UserError."""
+    hastings = load_tokenizer()
+    if not any(folder.glob("tokenizer*")) and not (folder / "vocab.json").is_file():
+        return hastings
+    tokenizer = load_tokenizer(folder)
+    return hastings if tokenizer.pieces == hastings.pieces else tokenizer  # written otherwise
+
+
+def folder_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer in the folder of a Lille model.
+
+    Raises UserError unless the model has an id for each of its tokens, our control tokens included.
+    """
+    tokenizer = tokenizer_in(folder)
+    if (vocab_size := read_json(folder / CONFIG).get("vocab_size")) != tokenizer.vocab_size:
+        raise UserError(
+            f"{folder} has a vocabulary of {vocab_size} and the tokenizer one of "
+            f"{tokenizer.vocab_size}: it is not a Lille model"
+        )
+    return tokenizer
 
 
 def read_json(path: Path) -> dict[str, Any]:

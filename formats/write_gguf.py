@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer as HFTokenizer
 
 from common.errors import UserError
 from common.files import atomic_file
@@ -130,7 +131,7 @@ def write_file(gpt: GPT, tokenizer: Tokenizer | None, path: Path, dtype: str) ->
 
 
 def add_tokenizer(writer: Any, tokenizer: Tokenizer) -> None:
-    """A byte-level BPE tokenizer, of type "gpt2", whose last five tokens are control tokens.
+    """A byte-level BPE tokenizer, of type "gpt2", with our control tokens.
 
     Texts get no start token: the chat template writes `<|startoftext|>` itself. An answer ends at
     `<|endoftext|>` (eos) or `<|user|>` (eot).
@@ -141,10 +142,9 @@ def add_tokenizer(writer: Any, tokenizer: Tokenizer) -> None:
     ids = settings["model"]["vocab"]
     ids |= {token["content"]: token["id"] for token in settings["added_tokens"]}
     merges = settings["model"]["merges"]  # "left right", or pairs in files of newer tokenizers
-    types = [TokenType.NORMAL] * tokenizer.n_text
-    types += [TokenType.CONTROL] * (tokenizer.vocab_size - tokenizer.n_text)
+    types = [TokenType.CONTROL if control else TokenType.NORMAL for control in tokenizer.is_control]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
+    writer.add_tokenizer_pre(pre_tokenizer_name(settings["pre_tokenizer"]))
     writer.add_token_list(sorted(ids, key=ids.get))
     writer.add_token_types(types)
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
@@ -156,6 +156,20 @@ def add_tokenizer(writer: Any, tokenizer: Tokenizer) -> None:
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(False)
     writer.add_chat_template(plain_chat_template())
+
+
+def pre_tokenizer_name(settings: dict[str, Any]) -> str:
+    """llama.cpp's name of the rule that splits texts into words; UserError if it has none."""
+    steps = settings.get("pretokenizers", [settings])
+    kinds = [(step["type"], step.get("individual_digits", step.get("use_regex"))) for step in steps]
+    if kinds == [("ByteLevel", True)]:
+        return "gpt-2"
+    if kinds == [("Digits", True), ("ByteLevel", True)]:
+        return "smollm"
+    names = ", ".join(kind for kind, _ in kinds)
+    raise UserError(
+        f"llama.cpp has no name for this tokenizer's rule ({names}): use another format"
+    )
 
 
 def gguf_tensors(gpt: GPT) -> Iterator[tuple[str, torch.Tensor]]:
@@ -199,6 +213,9 @@ def verify_file(path: Path, tokenizer: Tokenizer, references: list[Reference], d
     with quiet_transformers(), redirect_stderr(io.StringIO()):  # one of its bars stays on
         model = AutoModelForCausalLM.from_pretrained(**file, dtype=torch.float32).eval()
         hf_tokenizer = AutoTokenizer.from_pretrained(**file)
+    # llama.cpp splits texts by the rule's name; transformers does not read it.
+    splitting = HFTokenizer.from_str(tokenizer.json_text).pre_tokenizer
+    hf_tokenizer.backend_tokenizer.pre_tokenizer = splitting
     comparison = compare(references, lambda ids: model(torch.tensor([ids])).logits[0])
     line = comparison.check_or_raise(f"GGUF {dtype}", TOLERANCES[DTYPES[dtype]])
     check_token_ids(lambda text: hf_tokenizer.encode(text, add_special_tokens=False), tokenizer)

@@ -1,6 +1,6 @@
 """Next-token logits from our own model, transformers or onnxruntime behind one interface.
 
-    backend = open_backend("torch", "checkpoints_ft/best_model.pt")
+    backend, tokenizer = open_backend("torch", "checkpoints_ft/best_model.pt")
     logits = backend.logits(ids)  # of the token after ids, (V,)
 
 A backend knows token ids and logits only; prompts, sampling, stopping and text are in
@@ -14,12 +14,13 @@ from typing import Any, Protocol
 
 import torch
 
-from checkpoint import load_model
+from checkpoint import load_model_and_tokenizer
 from common.errors import UserError
 from formats.onnx_runtime import OnnxBackend
 from formats.pretrained import (
     CONFIG,
     count_tensors,
+    folder_tokenizer,
     quiet_transformers,
     read_json,
     resolve_model,
@@ -111,32 +112,29 @@ def open_backend(
     model: str | os.PathLike,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
-) -> Backend:
-    """Loads a model into a backend, one of BACKENDS; other arguments as in `inference.lille`."""
+) -> tuple[Backend, Tokenizer]:
+    """A model in a backend, one of BACKENDS, and its tokenizer; arguments as in `inference.lille`.
+
+    Raises UserError.
+    """
     if kind not in BACKENDS:
         raise UserError(f"backend={kind!r}: choose one of {', '.join(BACKENDS)}")
     if kind == "onnx":
-        return OnnxBackend(model, None if device is None else str(device), dtype and str(dtype))
-    path, device = resolve_model(model), resolve_device(device)
+        backend = OnnxBackend(model, None if device is None else str(device), dtype and str(dtype))
+        return backend, folder_tokenizer(backend.folder)
+    path, device = resolve_model(model, with_tokenizer=True), resolve_device(device)
     name = str(dtype or "").removeprefix("torch.")
     if kind == "torch" and name == "int8":
-        return TorchBackend(load_model(path, device), weights="int8")
+        gpt, tokenizer = load_model_and_tokenizer(path, device)
+        return TorchBackend(gpt, weights="int8"), tokenizer
     if name and name not in DTYPES:
         names = ", ".join(DTYPES)
         raise UserError(f"dtype={name!r}: choose one of {names}, or int8 with the torch backend")
     dtype = getattr(torch, name) if name else None
     if kind == "huggingface" and has_transformers_class(path):
-        return open_transformers(path, device, dtype)
-    return TorchBackend(load_model(path, device, dtype))
-
-
-def check_vocabulary(model: str | os.PathLike, vocab_size: int, tokenizer: Tokenizer) -> None:
-    """Raises UserError unless a model has as many tokens as the tokenizer."""
-    if vocab_size != tokenizer.vocab_size:
-        raise UserError(
-            f"{model} has a vocabulary of {vocab_size} and the tokenizer one of "
-            f"{tokenizer.vocab_size}: it is not a Lille model"
-        )
+        return open_transformers(path, device, dtype), folder_tokenizer(path)
+    gpt, tokenizer = load_model_and_tokenizer(path, device, dtype)
+    return TorchBackend(gpt), tokenizer
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:

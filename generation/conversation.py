@@ -187,7 +187,7 @@ class Lille:
             )
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         for token in tokens:
-            if token < self.tokenizer.n_text:
+            if not self.tokenizer.is_control[token]:
                 piece = decoder.decode(self.tokenizer.decode_bytes([token]))
                 if piece:
                     yield piece

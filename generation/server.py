@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from generation.backends import check_vocabulary, open_backend
+from generation.backends import open_backend
 from generation.batching import BatchedDecoder, Request
 from generation.conversation import Lille, Sampling
 from generation.guard import LOOPBACK, guarded
@@ -37,7 +37,7 @@ from generation.openai_requests import (
     text_of,
     value_of,
 )
-from tokenizer import Tokenizer, load_tokenizer
+from tokenizer import Tokenizer
 
 MAX_BODY = 1 << 20  # bytes
 MAX_WAITING = 64  # requests beside those that are being answered
@@ -223,7 +223,7 @@ class Server:
                     yield text.push(end, final=True)
                     return
                 answer.completion_tokens += 1
-                if item < self.tokenizer.n_text:
+                if not self.tokenizer.is_control[item]:
                     piece = decoder.decode(self.tokenizer.decode_bytes([item]))
                     certain = text.push(piece)
                     if certain or text.stopped:
@@ -301,9 +301,8 @@ def run(config: Any, options: dict[str, Any]) -> None:
     if config.backend != "torch":
         raise UserError("--serve decodes with the torch backend only: leave out --backend")
     key = api_key_for(config.host)
-    backend = open_backend("torch", config.model, config.device or None, config.dtype or None)
-    tokenizer = load_tokenizer()
-    check_vocabulary(config.model, backend.vocab_size, tokenizer)
+    where = (config.device or None, config.dtype or None)
+    backend, tokenizer = open_backend("torch", config.model, *where)
     decoder = BatchedDecoder(backend.gpt, backend.decoder)
     name = Path(config.model).name.removesuffix(".pt")
     serve(

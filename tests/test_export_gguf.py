@@ -165,7 +165,7 @@ def test_chat_template(reader):
         content = "".join(parts)
         text = template.render(messages=[{"role": "user", "content": content}])
         ids = TOKENIZER.encode(text, allow_special=True)
-        assert [token for token in ids if token >= TOKENIZER.n_text] == ids[:2]
+        assert [token for token in ids if token >= TOKENIZER.pad_id] == ids[:2]
         assert text.replace("< |", "<|") == "<|startoftext|><|user|>" + content.replace("< |", "<|")
     with pytest.raises(ValueError):
         template.render(messages=[{"role": "system", "content": "x"}])

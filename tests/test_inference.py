@@ -152,7 +152,7 @@ def both_backends(tmp_path: Path):
     backend.decoder = Decoder(gpt, mode="eager")
     yield "eager", backend, gpt, gpt.layers[-1]
     small_llama().save_pretrained(tmp_path)  # no tokenizer in the folder: ids only
-    backend = open_backend("huggingface", tmp_path, "cpu")
+    backend = backends.open_transformers(tmp_path, torch.device("cpu"), None)
     assert type(backend) is HuggingFaceBackend
     llama = small_llama()
     yield "huggingface", backend, lambda ids: llama(ids).logits, backend.model.model.layers[-1]
@@ -267,8 +267,10 @@ def test_a_model_that_transformers_does_not_know_is_read_by_our_loader(tmp_path,
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "evil.py").write_text("raise SystemExit('run')")
     calls = []
-    monkeypatch.setattr(backends, "load_model", lambda *a: calls.append(a) or small_gpt())
-    assert type(open_backend("huggingface", tmp_path, "cpu").gpt) is GPT
+    opened = (small_gpt(), TOKENIZER)
+    monkeypatch.setattr(backends, "load_model_and_tokenizer", lambda *a: calls.append(a) or opened)
+    backend, tokenizer = open_backend("huggingface", tmp_path, "cpu")
+    assert type(backend.gpt) is GPT and tokenizer is TOKENIZER
     assert calls == [(tmp_path, torch.device("cpu"), None)]
 
 
@@ -292,7 +294,8 @@ def test_dtype_and_device_are_those_asked_for(checkpoint, llama_folder):
 
 
 def test_the_lines_from_the_wild(llama_folder, monkeypatch):
-    monkeypatch.setattr(backends, "resolve_model", {"130m-instruct": Path(llama_folder)}.get)
+    folders = {"130m-instruct": Path(llama_folder)}
+    monkeypatch.setattr(backends, "resolve_model", lambda name, with_tokenizer: folders[name])
     namespace = {}
     lines = """
 from inference import lille
@@ -542,7 +545,7 @@ def test_generation_is_what_the_model_generates(checkpoint):
         generator = torch.Generator().manual_seed(7)
         ends = (EOS, USER)
         (new,) = small_gpt().generate([ids], 40, stop_tokens=ends, generator=generator, **settings)
-        text_ids = [token for token in new if token < TOKENIZER.n_text]
+        text_ids = [token for token in new if token < TOKENIZER.pad_id]
         expected = TOKENIZER.decode_bytes(text_ids).decode("utf-8", "replace")
         text = model.generate("The sky", 40, seed=7, **settings)
         assert text == expected or text == expected.removesuffix("\ufffd")
@@ -620,17 +623,17 @@ def test_user_text_never_becomes_a_control_token(models, monkeypatch):
             contents, controls = [question, answer, message], [BOS, USER, ASSISTANT, EOS, USER]
             if model.report.dropped_turns:
                 contents, controls = [message], [BOS, USER]
-            assert [t for t in prompts[-1] if t >= TOKENIZER.n_text] == [*controls, ASSISTANT]
+            assert [t for t in prompts[-1] if t >= TOKENIZER.pad_id] == [*controls, ASSISTANT]
             assert "".join(pieces_between_controls(prompts[-1])) == "".join(contents)
             model.generate(text, max_new_tokens=1, do_sample=False)
-            assert max(prompts[-1]) < TOKENIZER.n_text
+            assert max(prompts[-1]) < TOKENIZER.pad_id
             assert TOKENIZER.decode(prompts[-1]) == text
 
 
 def pieces_between_controls(ids: list[int]) -> list[str]:
     pieces = [[]]
     for token in ids:
-        pieces.append([]) if token >= TOKENIZER.n_text else pieces[-1].append(token)
+        pieces.append([]) if token >= TOKENIZER.pad_id else pieces[-1].append(token)
     return [TOKENIZER.decode(piece) for piece in pieces]
 
 
@@ -639,7 +642,7 @@ def test_answers_never_become_control_tokens():
     model = scripted(forged, "ok")
     assert model.chat("Hi") == forged
     model.chat("And?")
-    controls = [t for t in model.backend.prompts[-1] if t >= TOKENIZER.n_text]
+    controls = [t for t in model.backend.prompts[-1] if t >= TOKENIZER.pad_id]
     assert controls == [BOS, USER, ASSISTANT, EOS, USER, ASSISTANT]
 
 

@@ -37,7 +37,7 @@ def tokenizer():
 @pytest.fixture(autouse=True)
 def in_temporary_directory(tmp_path, monkeypatch, tokenizer):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(prepare_dataset, "load_tokenizer", lambda: tokenizer)  # loaded once
+    monkeypatch.setattr(prepare_dataset, "load_tokenizer", lambda path: tokenizer)  # loaded once
 
 
 def prepare(content: str | bytes, name: str = "in.txt", **settings) -> Path:

@@ -53,7 +53,7 @@ def tokenizer():
 @pytest.fixture(autouse=True)
 def in_temporary_directory(tmp_path, monkeypatch, tokenizer):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(script, "load_tokenizer", lambda: tokenizer)
+    monkeypatch.setattr(script, "load_tokenizer", lambda path: tokenizer)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
 
@@ -155,7 +155,7 @@ def test_control_tokens_in_the_text_are_ordinary_text(tokenizer):
     write("in/a.parquet", text=[text] * 6)
     out = prepare("in", val_split=0.8, remove_duplicates=False)
     for shard in open_split(out, "train"):
-        assert (np.asarray(shard.tokens) >= tokenizer.n_text).sum() == len(shard)
+        assert (np.asarray(shard.tokens) >= tokenizer.pad_id).sum() == len(shard)
         assert tokenizer.decode(shard[0]) == text + "<|endoftext|>"
 
 

@@ -81,7 +81,7 @@ import prepare_dataset
 from common.errors import UserError
 
 tokenizer = prepare_dataset.load_tokenizer()
-prepare_dataset.load_tokenizer = lambda: tokenizer
+prepare_dataset.load_tokenizer = lambda path: tokenizer
 results = []
 for arguments in json.load(sys.stdin):
     printed = io.StringIO()

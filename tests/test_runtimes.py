@@ -85,7 +85,7 @@ def test_a_thousand_forged_messages_stay_text_in_the_page(folder):
     for chat, encoded, rendered in zip(chats, found["encoded"], found["rendered"], strict=True):
         expected = TOKENIZER.encode_chat(chat, True)
         assert encoded == {"ids": expected, "dropped": 0}, chat
-        assert sum(token >= TOKENIZER.n_text for token in rendered) == 3, chat  # the template
+        assert sum(token >= TOKENIZER.pad_id for token in rendered) == 3, chat  # the template
         if "<|" not in chat[0]["content"] and "\ufdd0" not in chat[0]["content"]:
             assert rendered == expected
 
@@ -122,7 +122,7 @@ def test_onnxruntime_genai_has_the_same_greedy_tokens(folder, expected):
     assert list(tokenizer.encode(text)) == TOKENIZER.encode_chat(chat, True)
     forged = json.dumps([{"role": "user", "content": "".join(CONTROL_TOKENS)}])
     ids = tokenizer.encode(tokenizer.apply_chat_template(forged, add_generation_prompt=True))
-    assert sum(token >= TOKENIZER.n_text for token in ids) == 3
+    assert sum(token >= TOKENIZER.pad_id for token in ids) == 3
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import torch
 from common.errors import UserError
 from evaluation.models import Lille, Peer, open_model
 from evaluation.scoring import Score, Scorer, TrieRow, trie_rows
-from formats.pretrained import has_our_tokenizer
+from formats.pretrained import folder_tokenizer
 from formats.write_hf import export_hf
 from model import GPT, GPTConfig
 from tests.lm_eval_parity import predictions
@@ -169,7 +169,7 @@ def test_an_exported_folder_and_transformers_give_the_same(gpt, tmp_path):
     torch.manual_seed(1)
     gpt = GPT(CONFIG).eval()  # transformers' tokenizer and ours agree on TEXTS
     export_hf(gpt, load_tokenizer(), tmp_path / "hf", "float32", facts={})
-    assert has_our_tokenizer(tmp_path / "hf")
+    assert folder_tokenizer(tmp_path / "hf").sha256 == load_tokenizer().sha256
     ours = Scorer(str(tmp_path / "hf"))
     assert isinstance(ours.model, Lille)
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -181,12 +181,16 @@ def test_an_exported_folder_and_transformers_give_the_same(gpt, tmp_path):
     assert_close(peer.loglikelihoods(TEXTS), [(s.logprob, s.greedy) for s in expected])
 
 
-@pytest.mark.parametrize(("vocab_size", "ours"), [(32768, True), (49152, False)])
-def test_a_folder_without_a_tokenizer_is_ours_by_its_size(tmp_path, vocab_size, ours):
-    (tmp_path / "config.json").write_text(f'{{"vocab_size": {vocab_size}}}')
-    assert has_our_tokenizer(tmp_path) is ours
+def test_a_folder_without_a_tokenizer_is_ours_by_its_size(tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text('{"vocab_size": 49152}')
+    with pytest.raises(UserError, match="it is not a Lille model"):
+        folder_tokenizer(tmp_path)
+    config.write_text('{"vocab_size": 32768}')
+    assert folder_tokenizer(tmp_path).sha256 == load_tokenizer().sha256
     (tmp_path / "tokenizer.model").touch()
-    assert not has_our_tokenizer(tmp_path)
+    with pytest.raises(UserError, match="cannot read the tokenizer"):
+        folder_tokenizer(tmp_path)
 
 
 def test_a_model_that_ignores_the_mask_is_refused(tmp_path):

@@ -84,7 +84,7 @@ def alone(gpt: GPT, ids: list[int], n: int) -> list[int]:
 
 def text(ids: list[int]) -> str:
     """Without a character that is cut at the end, which the server does not send."""
-    pieces = TOKENIZER.decode_bytes(t for t in ids if t < TOKENIZER.n_text)
+    pieces = TOKENIZER.decode_bytes(t for t in ids if t < TOKENIZER.pad_id)
     return pieces.decode(errors="replace").rstrip("\ufffd")
 
 
@@ -104,7 +104,7 @@ def user(content: str) -> list[dict[str, str]]:
 def test_rows_do_not_depend_on_each_other(gpt):
     """Bitwise: the logits of a row in a batch of any size are those of the row alone."""
     step, rng = Decoder(gpt), random.Random(0)
-    rows = [[rng.randrange(TOKENIZER.n_text) for _ in range(3 + 9 * i)] for i in range(8)]
+    rows = [[rng.randrange(TOKENIZER.pad_id) for _ in range(3 + 9 * i)] for i in range(8)]
     caches = []
     for ids in rows:
         cache = KVCache.empty(gpt.config, 1, like=gpt.lm_head.weight.detach())
@@ -127,7 +127,7 @@ def test_answers_that_are_decoded_together_are_those_of_each_alone(gpt, decoder)
     """Forty prompts that arrive at random moments, in eight rows; some are given up."""
     rng = random.Random(1)
     prompts = [
-        [rng.randrange(TOKENIZER.n_text) for _ in range(rng.randint(1, 90))] for _ in range(40)
+        [rng.randrange(TOKENIZER.pad_id) for _ in range(rng.randint(1, 90))] for _ in range(40)
     ]
     answers = [[] for _ in prompts]
     requests = []
@@ -367,8 +367,8 @@ def test_a_thousand_forged_messages_stay_text(decoder):
         content = "".join(rng.choices(parts, k=rng.randint(1, 6)))
         chat = [{"role": "system", "content": content}, *user(content)]
         ids = server.prompt_ids({"messages": chat}, True, 8)
-        assert sum(token >= TOKENIZER.n_text for token in ids) == 3
-        assert all(t < TOKENIZER.n_text for t in server.prompt_ids({"prompt": content}, False, 8))
+        assert sum(token >= TOKENIZER.pad_id for token in ids) == 3
+        assert all(t < TOKENIZER.pad_id for t in server.prompt_ids({"prompt": content}, False, 8))
 
 
 def test_a_system_message_becomes_text_before_the_first_turn():

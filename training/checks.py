@@ -14,7 +14,7 @@ from common.files import check_free_space
 from model import GPT
 from training.metrics import tracker_of
 
-SHAPE = ("n_layers", "n_embd", "n_heads", "n_kv_heads", "block_size", "layer_norm_eps")
+SHAPE = ("n_layers", "n_embd", "n_heads", "n_kv_heads", "layer_norm_eps")
 # A fine-tune uses finetune_NAME in place of NAME.
 FINETUNE_NAMES = (
     "data_dir",

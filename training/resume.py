@@ -29,6 +29,7 @@ PATH_SETTINGS = (
     "resume_checkpoint",
     "init_from",
     "watch_data_dir",
+    "tokenizer",
 )
 # Settings that an earlier train.py had other values of.
 RECIPE_OF_SOPHIAG = ("beta1", "beta2", "rho", "cautious")
@@ -112,7 +113,7 @@ def check_resume(old: TrainingState, new: TrainingState, name: Path) -> list[str
     unfit = [key for key, fits in VALUES.items() if not fits(getattr(old, key))]
     if unfit:
         raise UserError(f"{name}: its {unfit[0]} is missing or impossible{EARLIER}")
-    check_tokenizer(old.tokenizer_sha256, name, new.tokenizer_sha256)
+    check_tokenizer(vars(old), name, new.tokenizer_sha256)
     old_config, new_config = with_embedding_optimizer(old.config), new.config
     required = {key: (old_config.get(key), new_config[key]) for key in FIXED_SETTINGS}
     required |= {key: (old.model_args.get(key), arg) for key, arg in new.model_args.items()}

@@ -11,25 +11,13 @@ from typing import Any
 
 import torch
 
-from checkpoint import (
-    BEST,
-    TrainingState,
-    check_tokenizer,
-    load_checkpoint,
-    model_from_checkpoint,
-)
+from checkpoint import BEST, TrainingState
 from common.errors import UserError, printable
-from common.files import file_sha256, locked
+from common.files import locked
 from common.prefetch import Prefetcher
-from formats.pretrained import (
-    INDEX,
-    WEIGHTS,
-    gpt_from_folder,
-    has_our_tokenizer,
-    resolve_model,
-)
-from model import GPT, GPTConfig
+from formats.pretrained import resolve_model
 from tokenizer import Tokenizer, load_tokenizer
+from training.base import base_hash, build_model
 from training.checks import (
     FINETUNE_NAMES,
     check_disk,
@@ -98,6 +86,7 @@ class TrainingRun:
             best_val_loss=self.best,
             config=dataclasses.asdict(self.config),
             tokenizer_sha256=self.tokenizer.sha256,
+            tokenizer_json=self.tokenizer.json_text,
             data_cursor=self.row,
             data=self.data,
             base=self.base,
@@ -258,7 +247,7 @@ def open_run(config: Any) -> Iterator[TrainingRun]:
 def build_run(config: Any, pretrain_data_dir: str, ranks: Ranks) -> TrainingRun:
     """Device, data, model and optimizer of a run."""
     device, dtype = choose_device(config, ranks)
-    tokenizer = load_tokenizer()
+    tokenizer = load_tokenizer(config.tokenizer)
     path, checkpoint = ranks.broadcast(lambda: find_checkpoint(config) or (None, None))
     base_path = Path(config.init_from)
     if path is None and config.init_from:  # a model on the hub has a folder then
@@ -344,50 +333,3 @@ def make_folder(directory: Path) -> None:
         raise UserError(f"cannot make the folder {directory}: {error.strerror or error}") from None
     if not os.access(directory, os.W_OK):
         raise UserError(f"cannot write to {directory}: change its permissions, or choose another")
-
-
-def build_model(
-    config: Any,
-    tokenizer: Tokenizer,
-    name: Path,
-    checkpoint: dict[str, Any] | None,
-    ranks: Ranks,
-) -> GPT:
-    """A new model, or with `init_from` that of `name`, to continue from or to start from."""
-    if config.init_from:
-        checkpoint = checkpoint or ranks.broadcast(lambda: load_base(name))
-        check_tokenizer(checkpoint.get("tokenizer_sha256"), name, tokenizer.sha256)
-        model = model_from_checkpoint(checkpoint, name, dropout=config.dropout)
-        if (vocab_size := model.config.vocab_size) != tokenizer.vocab_size:  # it names no tokenizer
-            raise UserError(
-                f"{name} has vocab_size={vocab_size}, this project's tokenizer "
-                f"{tokenizer.vocab_size} ids: start from a model that was trained with it"
-            )
-        return model
-    try:
-        shape = {f.name: getattr(config, f.name, f.default) for f in dataclasses.fields(GPTConfig)}
-        return GPT(GPTConfig(**shape | {"vocab_size": tokenizer.vocab_size}))
-    except ValueError as error:
-        raise UserError(str(error)) from None
-
-
-def load_base(path: Path) -> dict[str, Any]:
-    """The entries of a checkpoint, or of an exported folder as if it were one."""
-    if not path.is_dir():
-        return load_checkpoint(path)
-    if not has_our_tokenizer(path):
-        raise UserError(
-            f"{path} has another tokenizer than this project's, in whose ids the shards are: start "
-            "from a model that was trained with hastings.json"
-        )
-    gpt = gpt_from_folder(path)
-    return {"model_state_dict": gpt.state_dict(), "model_args": gpt.config.to_dict()}
-
-
-def base_hash(base: Path) -> str | None:
-    """sha256 of a checkpoint or of a folder's weights, in several files that of their index.
-
-    None if it is not there (any more), as a model on the hub whose run is continued.
-    """
-    files = [base / WEIGHTS, base / INDEX] if base.is_dir() else [base]
-    return next((file_sha256(file) for file in files if file.is_file()), None)

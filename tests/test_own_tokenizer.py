@@ -1,0 +1,231 @@
+"""Tokenizers of a user's own: learning them, what carries them, and those of other projects."""
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import export
+import prepare_dataset
+import train
+from checkpoint import load_checkpoint, load_model_and_tokenizer
+from common.errors import UserError
+from common.settings import config_from_constants
+from formats.llama import llama_config, llama_state_dict
+from hastings import build
+from inference import lille
+from model import GPT, GPTConfig
+from tokenizer import CONTROL_TOKENS, HASTINGS, load_tokenizer
+
+ROOT = Path(build.__file__).parents[1]
+CODE = [
+    path.read_text("utf-8", "replace")
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("[a-z]*.py"))
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with code.jsonl, a tokenizer of 2,048 ids learned from it, and shards."""
+    folder = tmp_path_factory.mktemp("own")
+    lines = (json.dumps({"text": text}) + "\n" for text in CODE)
+    (folder / "code.jsonl").write_text("".join(lines))
+    learn = ["--vocab_size=2048", "--sample_bytes=3_000_000", f"--output_dir={folder}"]
+    assert build.main([f"--train={folder / 'code.jsonl'}", *learn]) == 0
+    own = f"--tokenizer={folder}"
+    source = f"--input_file_path={folder / 'code.jsonl'}"
+    assert prepare_dataset.main([source, own, f"--output_dir={folder / 'shards'}"]) == 0
+    return folder
+
+
+def run_training(data: Path, out: Path, tokenizer: Path, **changes) -> Path:
+    """Trains a tiny model; returns its checkpoint."""
+    settings = {"data_dir": data, "out_dir": out, "tokenizer": tokenizer, "device": "cpu"}
+    settings |= {"n_layers": 2, "n_embd": 32, "n_heads": 4, "n_kv_heads": 2, "block_size": 64}
+    settings |= {"batch_size": 2, "gradient_accumulation_steps": 1, "max_steps": 2}
+    settings |= {"eval_rows": 2, "compile": False, "sample_tokens": 4, "num_epochs": 9}
+    argv = [f"--{name}={value}" for name, value in (settings | changes).items()]
+    train.train(config_from_constants(vars(train), argv))
+    return out / "best_model.pt"
+
+
+def test_learning_is_a_function_of_texts_and_seed(folder, tmp_path, capsys):
+    """Also as `python hastings/build.py`, which prints the report."""
+    command = [sys.executable, "hastings/build.py", f"--train={folder / '*.jsonl'}"]
+    command += ["--vocab_size=2048", "--sample_bytes=3_000_000", f"--output_dir={tmp_path / 'a'}"]
+    environment = os.environ | {"PYTHONHASHSEED": "7", "RAYON_NUM_THREADS": "1"}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert [line.split(",")[0].split("  ")[0] for line in run.stdout.splitlines()[1:6]] == [
+        "bytes per token",
+        "your texts",
+        "English",
+        "code",
+        "numbers",
+    ]
+    first = (folder / "tokenizer.json").read_bytes()
+    assert (tmp_path / "a" / "tokenizer.json").read_bytes() == first
+    assert build.main([*command[2:5], f"--output_dir={tmp_path / 'b'}", "--seed=1"]) == 0
+    assert (tmp_path / "b" / "tokenizer.json").read_bytes() != first
+    capsys.readouterr()
+
+
+def test_every_text_comes_back_and_takes_fewer_tokens(folder):
+    own, hastings = load_tokenizer(folder), load_tokenizer()
+    assert own.vocab_size == 2048 and own.bos_id == 2047
+    assert [own.pieces[i].decode() for i in range(2043, 2048)] == list(CONTROL_TOKENS)
+    points = [chr(i) for i in range(0x110000) if not 0xD800 <= i < 0xE000]
+    texts = ["".join(points[i : i + 4096]) for i in range(0, len(points), 4096)]
+    assert [own.decode(ids) for ids in own.encode_batch(texts)] == texts
+    held_out = [text for i, text in enumerate(CODE) if i % 10 == 0]
+    counts = [sum(map(len, t.encode_batch(held_out))) for t in (own, hastings)]
+    assert counts[0] < 0.75 * counts[1]
+
+
+def test_the_fast_path_is_that_of_tokenizers_on_a_million_tokens(folder):
+    own, n_tokens = load_tokenizer(folder), 0
+    rows = own.encode_batch(CODE)
+    for text, ids in zip(CODE, rows, strict=True):
+        assert np.array_equal(own.encode(text), ids)
+        n_tokens += len(ids)
+    assert n_tokens > 1_000_000
+    assert own._batch_encoder.gigatoken is not None
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--vocab_size=261"], "vocab_size=261 must be from 262 to 65,536"),
+        (["--vocab_size=65537"], "must be from 262 to 65,536"),
+        (["--sample_bytes=9"], "sample_bytes=9 must be at least"),
+        (["--vocab_size=60000", "--sample_bytes=100_000"], "the texts have pairs for"),
+        (["--train=none/*.txt"], "no files match --train=none"),
+        (["--train=small.txt"], "give more than 20,000 characters"),
+        (["--vocab_size=300"], "is another tokenizer, which shards and models may need"),
+    ],
+)
+def test_what_cannot_be_learned_is_refused_in_one_line(
+    folder, flags, message, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small.txt").write_text("a few words")
+    before = (folder / "tokenizer.json").read_bytes()
+    source = [f"--train={folder / 'code.jsonl'}", f"--output_dir={folder}"]
+    with pytest.raises(UserError, match=message):
+        build.main([*source, "--sample_bytes=1_000_000", *flags])
+    assert (folder / "tokenizer.json").read_bytes() == before
+
+
+def test_a_checkpoint_carries_its_tokenizer(folder, tmp_path, monkeypatch):
+    """Inference and every export follow it without a flag; other shards and runs are refused."""
+    best = run_training(folder / "shards", tmp_path / "run", folder)
+    own = load_tokenizer(folder)
+    gpt, tokenizer = load_model_and_tokenizer(best)
+    assert tokenizer.json_text == own.json_text and gpt.config.vocab_size == 2048
+    answer = lille(model=best, seed=1).generate("import os", max_new_tokens=5)
+    hf = tmp_path / "hf"
+    assert export.main([f"--model={best}", f"--output_dir={hf}"]) == 0
+    again = lille(model=hf, seed=1).generate("import os", max_new_tokens=5)
+    assert again == answer
+    assert load_model_and_tokenizer(hf)[1].sha256 == own.sha256
+    gguf = tmp_path / "m.gguf"
+    assert export.main([f"--model={best}", "--format=gguf", f"--output_dir={gguf}"]) == 0
+
+    with pytest.raises(UserError, match="made with another tokenizer.*give --tokenizer="):
+        run_training(folder / "shards", tmp_path / "b", HASTINGS)
+    source = f"--input_file_path={folder / 'code.jsonl'}"
+    other = tmp_path / "hastings"
+    assert prepare_dataset.main([source, f"--output_dir={other}", "--val_split=0.1"]) == 0
+    with pytest.raises(UserError, match=f"another tokenizer: give --tokenizer={folder} here"):
+        run_training(other, tmp_path / "c", HASTINGS, init_from=best)
+    run_training(folder / "shards", tmp_path / "d", hf, init_from=hf)  # its folder is the same one
+    state = load_checkpoint(best)
+    torch.save(state | {"tokenizer_json": HASTINGS.read_text("utf-8")}, tmp_path / "x.pt")
+    with pytest.raises(UserError, match="than it carries: it is damaged"):
+        export.main([f"--model={tmp_path / 'x.pt'}"])
+    torch.save(state | {"tokenizer_json": "{"}, tmp_path / "x.pt")
+    with pytest.raises(UserError, match="its tokenizer cannot be read"):
+        lille(model=tmp_path / "x.pt")
+
+
+def foreign_model(folder: Path) -> GPT:
+    """A Llama as other projects publish them: special tokens first, digits apart, bytes missing."""
+    own = json.loads(load_tokenizer().json_text)
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    missing = {"\u0100", "\u0101"}  # the bytes 0 and 1
+    merges = own["model"]["merges"][:300]
+    pieces = [p for p in own["model"]["vocab"] if len(p) == 1 and p not in missing]
+    pieces = [*specials, *pieces, *(merge.replace(" ", "") for merge in merges)]
+    own["model"] |= {"vocab": {piece: i for i, piece in enumerate(pieces)}, "merges": merges}
+    own["added_tokens"] = [
+        own["added_tokens"][0] | {"id": i, "content": name} for i, name in enumerate(specials)
+    ]
+    digits = {"type": "Digits", "individual_digits": True}
+    steps = [digits, own["pre_tokenizer"]]
+    own["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
+    folder.mkdir()
+    torch.manual_seed(0)
+    gpt = GPT(
+        GPTConfig(
+            n_embd=32,
+            n_layers=2,
+            n_heads=4,
+            n_kv_heads=2,
+            block_size=96,
+            vocab_size=len(pieces),
+            rope_theta=50_000.0,
+        )
+    )
+    config = llama_config(gpt.config, load_tokenizer())
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = {name: tensor.contiguous() for name, tensor in llama_state_dict(gpt).items()}
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "tokenizer.json").write_text(json.dumps(own))
+    return gpt
+
+
+def test_a_llama_of_another_project_trains_with_its_own_tokenizer(folder, tmp_path, monkeypatch):
+    """Its logits stay, for the tokens that it has; those that it lacks begin at the mean."""
+    theirs = tmp_path / "theirs"
+    gpt = foreign_model(theirs).eval()
+    tokenizer, n_known = load_tokenizer(theirs), gpt.config.vocab_size
+    assert tokenizer.eos_id == 0 and tokenizer.vocab_size == n_known + 2 + 4
+    assert tokenizer.decode(tokenizer.encode("\0 12 <|im_end|>")) == "\0 12 <|im_end|>"
+    assert tokenizer.encode("".join(CONTROL_TOKENS), allow_special=True)[1:3] == [0, n_known + 3]
+    assert not tokenizer.token_bytes[[0, n_known + 2]].any() and tokenizer.is_control.sum() == 5
+    assert 2 not in tokenizer.encode("<|im_end|>") and len(tokenizer.encode("1234")) == 4
+    with pytest.raises(UserError, match="it is not a Lille model"):
+        lille(model=theirs)
+    source = [f"--input_file_path={folder / 'code.jsonl'}", f"--tokenizer={theirs}"]
+    assert prepare_dataset.main([*source, f"--output_dir={tmp_path / 'shards'}"]) == 0
+    with pytest.raises(UserError, match="made with another tokenizer"):
+        run_training(folder / "shards", tmp_path / "a", theirs, init_from=theirs)
+    with pytest.raises(UserError, match=f"has a tokenizer of its own: give --tokenizer={theirs}"):
+        run_training(folder / "shards", tmp_path / "a", folder, init_from=theirs)
+    best = run_training(
+        *(tmp_path / "shards", tmp_path / "b", theirs), init_from=theirs, learning_rate=1e-30
+    )
+    trained, carried = load_model_and_tokenizer(best)
+    assert carried.sha256 == tokenizer.sha256 and trained.config.block_size == 64
+    ids = torch.tensor([tokenizer.encode("def f(x): return x")])
+    torch.testing.assert_close(trained(ids)[0][..., :n_known], gpt(ids)[0], atol=1e-4, rtol=0)
+    mean = gpt.tok_embeddings.weight.mean(0)
+    torch.testing.assert_close(
+        trained.tok_embeddings.weight[n_known:], mean.expand(6, -1), atol=1e-6, rtol=0
+    )
+    assert export.main([f"--model={best}", "--format=gguf", f"--output_dir={tmp_path}"]) == 0
+    assert export.main([f"--model={best}", f"--output_dir={tmp_path / 'hf'}"]) == 0
+
+    for name, content in {"no": None, "not": '{"model": {"type": "Unigram"}}'}.items():
+        path = theirs / "tokenizer.json"
+        path.unlink() if content is None else path.write_text(content)
+        with pytest.raises(UserError, match="tokenizer") as caught:
+            run_training(tmp_path / "shards", tmp_path / name, tmp_path / "hf", init_from=theirs)
+        assert "\n" not in str(caught.value)
