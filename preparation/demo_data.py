@@ -199,21 +199,30 @@ def documents() -> Iterator[str]:
     yield from dict.fromkeys(
         manual_pages[name] for name in sorted(manual_pages)
     )  # two names share a page
-    root = Path(sysconfig.get_path("stdlib"))
     previous: set[str] = set()  # modules share licences and inherited docstrings
+    for name, source in library_sources():
+        try:
+            texts = module_texts(source)
+        except (SyntaxError, ValueError):
+            continue
+        new = [text for text in dict.fromkeys(texts) if text not in previous]
+        previous.update(new)
+        if new:
+            yield "\n\n".join([f"Module {name}", *new])
+
+
+def library_sources() -> Iterator[tuple[str, str]]:
+    """Name and source of each module of Python's library, in order, without its tests."""
+    root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
         parts = path.relative_to(root).with_suffix("").parts
         if SKIPPED_FOLDERS.intersection(parts):
             continue
         try:
             with tokenize.open(path) as file:
-                texts = module_texts(file.read())
+                yield ".".join(parts).removesuffix(".__init__"), file.read()
         except (SyntaxError, ValueError):
             continue
-        new = [text for text in dict.fromkeys(texts) if text not in previous]
-        previous.update(new)
-        if new:
-            yield "\n\n".join([f"Module {'.'.join(parts).removesuffix('.__init__')}", *new])
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -108,7 +108,8 @@ def make_cases(inputs: Path, n_kills: int) -> list[Case]:
     """The cases, the slowest ones first."""
     train = TINY | {"data_dir": inputs / "shards", "out_dir": "out"}
     few_steps = train | {"max_steps": 4, "keep_checkpoints": 1}
-    many_steps = train | {"max_steps": 12, "eval_interval": 1}
+    many_steps = train | {"max_steps": 12, "eval_interval": 1, "average_last": 0.5}
+    many_steps |= {"data_dir": f"{inputs / 'shards'}, {inputs / 'more'}:1.5"}
     local = {"input_file_path": inputs / "input.txt", "val_split": 0.1, "output_dir": "out"}
     web = FINEWEB | {"val_split": 0.1, "shard_size": 10_000, "output_dir": "out"}
     two, twelve = web | {"source": inputs / "2"}, web | {"source": inputs / "12"}
@@ -155,9 +156,10 @@ def make_inputs(directory: Path, rng: random.Random) -> None:
     import prepare_dataset
     import train
 
-    (directory / "input.txt").write_text(text(rng, 60), "utf-8")
-    arguments = [f"--input_file_path={directory / 'input.txt'}", "--val_split=0.1"]
-    assert prepare_dataset.main([*arguments, f"--output_dir={directory / 'shards'}"]) == 0
+    for name, folder in {"input.txt": "shards", "more.txt": "more"}.items():
+        (directory / name).write_text(text(rng, 60), "utf-8")
+        arguments = [f"--input_file_path={directory / name}", "--val_split=0.1"]
+        assert prepare_dataset.main([*arguments, f"--output_dir={directory / folder}"]) == 0
     for n in (2, 12):
         make_source(directory / str(n), n, rng, 200)
     make_tasks(directory / "tasks", rng)
