@@ -229,7 +229,8 @@ def read_finished(output: Path, config: Any, tokenizer: Any) -> dict[str, Any] |
     return manifest
 
 
-def print_summary(manifest: dict[str, Any], output: Path) -> None:
+def print_summary(manifest: dict[str, Any], output: Path, tokenizer_name: str) -> None:
+    flag = "" if tokenizer_name == tokenizer else f" --tokenizer={tokenizer_name}"
     files = manifest["files"].items()
     train = [entry for name, entry in files if name.startswith("train")]
     val = manifest["files"]["val.npz"]
@@ -244,7 +245,7 @@ def print_summary(manifest: dict[str, Any], output: Path) -> None:
     print(
         f"{manifest['text_bytes'] / manifest['tokens']:.2f} bytes a token; the tokens that a filter"
         " dropped are as the source's token_count says\n"
-        f"next: python train.py --data_dir={output}"
+        f"next: python train.py --data_dir={output}{flag}"
     )
 
 
@@ -300,7 +301,7 @@ def main(argv: list[str] | None = None) -> int:
     if manifest := read_finished(output, config, tokenizer):
         shutil.rmtree(output / STAGING, ignore_errors=True)
         print(f"{output} is finished already, there is nothing to do")
-        print_summary(manifest, output)
+        print_summary(manifest, output, config.tokenizer)
         return 0
 
     files = input_files(config)
@@ -337,7 +338,7 @@ def main(argv: list[str] | None = None) -> int:
                 )
                 return 0
             manifest = finish(output, config, tokenizer, records)
-    print_summary(manifest, output)
+    print_summary(manifest, output, config.tokenizer)
     return 0
 
 

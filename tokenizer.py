@@ -110,7 +110,8 @@ def standard_json(settings: dict[str, Any]) -> str:
     which only their ids produce, and a normalizer is left out: texts are encoded as they are.
     """
     model, added = settings["model"], settings["added_tokens"]
-    if model["type"] != "BPE" or model.get("byte_fallback"):
+    pre_tokenizer, ignore_merges = settings["pre_tokenizer"], bool(model.get("ignore_merges"))
+    if model["type"] != "BPE" or model.get("byte_fallback") or pre_tokenizer is None:
         raise ValueError("it is no byte-level BPE")
     vocab, control, table = dict(model["vocab"]), {}, bytes_to_unicode()
     for token in added:
@@ -123,12 +124,9 @@ def standard_json(settings: dict[str, Any]) -> str:
     next_id = itertools.count(max([*vocab.values(), *control.values()]) + 1)
     vocab |= {piece: next(next_id) for piece in table.values() if piece not in vocab}
     control |= {name: next(next_id) for name in CONTROL_TOKENS if name not in control}
-    last = max(
-        vocab.values()
-    )  # `tokenizers` keeps an id below it only of a token in the vocabulary
+    last = max(vocab.values())  # in `tokenizers` only a token of the vocabulary has an id below it
     vocab |= {name: token_id for name, token_id in control.items() if token_id < last}
     merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
-    pre_tokenizer, ignore_merges = settings["pre_tokenizer"], bool(model.get("ignore_merges"))
     return byte_level_json(vocab, merges, control, pre_tokenizer, ignore_merges)
 
 
@@ -138,9 +136,8 @@ def load_tokenizer(path: str | Path = HASTINGS) -> "Tokenizer":
     `path` is a JSON file of `tokenizers`, or a folder with a tokenizer.json; a relative one is also
     looked for beside this file. Raises UserError when it is missing or no byte-level BPE.
     """
-    path = Path(path)
-    if not path.exists():
-        path = HASTINGS.parents[1] / path
+    path, beside = Path(path), HASTINGS.parents[1] / path
+    path = beside if beside.exists() and not path.exists() else path
     try:
         return Tokenizer((path / "tokenizer.json" if path.is_dir() else path).read_bytes())
     except OSError as error:
