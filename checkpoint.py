@@ -127,26 +127,31 @@ def load_model_and_tokenizer(
     if path.is_dir():
         return load_model(path, device, dtype), folder_tokenizer(path)
     state = load_checkpoint(path)
-    tokenizer = checkpoint_tokenizer(state, path)
-    return model_from_checkpoint(state, path).to(device=device, dtype=dtype).eval(), tokenizer
+    model = model_from_checkpoint(state, path)
+    tokenizer = checkpoint_tokenizer(state, path, model.config.vocab_size)
+    return model.to(device=device, dtype=dtype).eval(), tokenizer
 
 
-def checkpoint_tokenizer(state: dict[str, Any], name: str | Path) -> Tokenizer:
-    """The tokenizer of a loaded checkpoint; one that carries none must be of Hastings."""
+def checkpoint_tokenizer(state: dict[str, Any], name: str | Path, vocab_size: int) -> Tokenizer:
+    """The tokenizer of a loaded checkpoint; one that carries none must be of Hastings.
+
+    UserError if it is not that of a model with `vocab_size`.
+    """
     content, sha256 = state.get("tokenizer_json"), state.get("tokenizer_sha256")
     try:
         tokenizer = Tokenizer(content.encode()) if content else load_tokenizer()
     except Exception as error:  # a checkpoint may hold anything
         raise UserError(f"{name}: its tokenizer cannot be read ({one_line(error)})") from None
-    if sha256 not in (None, tokenizer.sha256):
+    if sha256 is not None and str(sha256) != tokenizer.sha256:
         raise UserError(
             f"{name} was trained with another tokenizer than "
-            + ("it carries: it is damaged" if content else f"{HASTINGS.name}: restore that file")
+            + ("it carries: it is damaged" if content else f"{HASTINGS.name}, and carries none")
+            + ": give another checkpoint of its run"
         )
-    if (n_ids := model_config(state["model_args"]).vocab_size) != tokenizer.vocab_size:
+    if vocab_size != tokenizer.vocab_size:
         raise UserError(
-            f"{name} has vocab_size {n_ids} and the tokenizer {tokenizer.vocab_size}: it is not a "
-            "Lille model"
+            f"{name} has vocab_size {vocab_size} and the tokenizer {tokenizer.vocab_size}: it is "
+            "not a Lille model"
         )
     return tokenizer
 
@@ -191,13 +196,14 @@ class TrainingState:
 
 
 def check_tokenizer(state: dict[str, Any], name: str | Path, expected: str) -> None:
-    """Refuses to train on from a checkpoint of another tokenizer; the original's record none."""
-    if state.get("tokenizer_sha256") not in (None, expected):
-        known = (state.get("config") or {}).get("tokenizer")
-        flag = f"--tokenizer={known}" if known else "--tokenizer= the one of that run"
+    """Refuses to train on from a checkpoint of another tokenizer; the original's are Hastings'."""
+    sha256 = state.get("tokenizer_sha256")
+    if str(load_tokenizer().sha256 if sha256 is None else sha256) != expected:
+        settings = state.get("config")
+        known = settings.get("tokenizer") if isinstance(settings, dict) else None
         raise UserError(
-            f"{name} was trained with another tokenizer: give {flag} here and to the prepare "
-            "scripts, or train anew in another out_dir"
+            f"{name} was trained with another tokenizer: give --tokenizer={known or HASTINGS}, as "
+            "it was then, here and to the prepare scripts, or train anew in another out_dir"
         )
 
 

@@ -32,7 +32,8 @@ PRETRAIN = {
     "compile": False,
     "batch_size": 16,
     "gradient_accumulation_steps": 1,
-    "max_steps": 250,
+    "max_steps": 225,
+    "hess_interval": 20,  # with one micro-batch a step an estimate costs as much as a step
     "eval_interval": 50,
     "sample_prompt": "Return the",
 }
@@ -41,6 +42,7 @@ FINETUNE = {
     "finetune": True,
     "batch_size": 8,
     "finetune_num_epochs": 8,
+    "hess_interval": 20,
     "eval_interval": 100,
     "finetune_sample_prompt": HELD_OUT_QUESTION,
 }

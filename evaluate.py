@@ -37,6 +37,7 @@ from common import records
 from common.errors import UserError, printable
 from common.files import atomic_file, file_sha256, locked
 from common.settings import config_from_constants, run_script
+from dataset import open_split
 from evaluation import report
 from evaluation.contamination import Report, scan
 from evaluation.judge import EndpointJudge, LocalJudge, Pair, judge_pairs
@@ -333,6 +334,8 @@ def main(argv: list[str] | None = None) -> int:
     settings = Settings(**{name: getattr(config, name) for name in shared})
     out_dir = Path(config.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
+    if config.contamination:  # before the evaluation, which takes longer
+        open_split(config.contamination, "train", load_tokenizer(config.tokenizer).sha256)
     with locked(out_dir, "evaluate.py"), hint_to_continue():
         evaluations = [Evaluation(name, config, settings) for name in names]
         base = Evaluation(config.baseline, config, settings) if config.baseline else None

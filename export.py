@@ -144,8 +144,8 @@ def open_model(name: str) -> tuple[GPT, Tokenizer, dict[str, str]]:
     if path.is_dir():
         return *load_model_and_tokenizer(path), {}
     state = load_checkpoint(path)
-    tokenizer = checkpoint_tokenizer(state, path)
-    return model_from_checkpoint(state, path).eval(), tokenizer, training_facts(state)
+    gpt = model_from_checkpoint(state, path).eval()
+    return gpt, checkpoint_tokenizer(state, path, gpt.config.vocab_size), training_facts(state)
 
 
 def mixed_model(text: str) -> tuple[GPT, Tokenizer, dict[str, str]]:

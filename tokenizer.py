@@ -103,31 +103,47 @@ def byte_level_json(
     return json.dumps(settings, ensure_ascii=False, indent=1) + "\n"
 
 
-def standard_json(settings: dict[str, Any]) -> str:
-    """`byte_level_json` of any file of `tokenizers` with a byte-level BPE.
+def standard_json(settings: dict[str, Any]) -> tuple[str, int]:
+    """`byte_level_json` of a file of `tokenizers` with a byte-level BPE, and the number of its ids.
 
-    Bytes and control tokens that it lacks get the next ids. Its other special tokens become text,
-    which only their ids produce, and a normalizer is left out: texts are encoded as they are.
+    Bytes and control tokens that it lacks get the next ids. Its other added tokens become text that
+    only their ids produce, and a normalizer is left out: texts are encoded as they are. ValueError
+    for what would give other ids than the file does on plain text.
     """
-    model, added = settings["model"], settings["added_tokens"]
-    pre_tokenizer, ignore_merges = settings["pre_tokenizer"], bool(model.get("ignore_merges"))
-    if model["type"] != "BPE" or model.get("byte_fallback") or pre_tokenizer is None:
+    model, added, pre_tokenizer = (settings[k] for k in ("model", "added_tokens", "pre_tokenizer"))
+    affixes = [model.get(f"{name}_suffix") for name in ("end_of_word", "continuing_subword")]
+    affixes.append(model.get("continuing_subword_prefix"))
+    other = model.get("type", "BPE") != "BPE" or model.get("byte_fallback") or any(affixes)
+    if other or pre_tokenizer is None:
         raise ValueError("it is no byte-level BPE")
+    if '"Removed"' in json.dumps(pre_tokenizer):
+        raise ValueError("it leaves parts of a text out")
     vocab, control, table = dict(model["vocab"]), {}, bytes_to_unicode()
     for token in added:
-        if token["content"] in CONTROL_TOKENS:
-            control[token["content"]] = token["id"]
-            vocab.pop(token["content"], None)
-        elif token["content"] not in vocab:
-            piece = "".join(table[byte] for byte in to_utf8(token["content"]))
-            vocab[piece] = token["id"]
-    next_id = itertools.count(max([*vocab.values(), *control.values()]) + 1)
+        content, token_id = token["content"], token["id"]
+        vocab.pop(content, None)
+        if content in CONTROL_TOKENS:
+            control[content] = token_id
+            continue
+        piece = "".join(table[byte] for byte in to_utf8(content))
+        if vocab.setdefault(piece, token_id) != token_id:
+            raise ValueError(f"{content!r} is an added token and a piece")
+    n_ids = max([*vocab.values(), *control.values()]) + 1
+    next_id = itertools.count(n_ids)
     vocab |= {piece: next(next_id) for piece in table.values() if piece not in vocab}
     control |= {name: next(next_id) for name in CONTROL_TOKENS if name not in control}
     last = max(vocab.values())  # in `tokenizers` only a token of the vocabulary has an id below it
     vocab |= {name: token_id for name, token_id in control.items() if token_id < last}
     merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
-    return byte_level_json(vocab, merges, control, pre_tokenizer, ignore_merges)
+    defaults = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}
+    defaults |= {"use_regex": True}  # those of `tokenizers`
+    steps = [
+        defaults | step if step["type"] == "ByteLevel" else step
+        for step in pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    ]
+    pre_tokenizer = pre_tokenizer | {"pretokenizers": steps} if len(steps) > 1 else steps[0]
+    ignore_merges = bool(model.get("ignore_merges"))
+    return byte_level_json(vocab, merges, control, pre_tokenizer, ignore_merges), n_ids
 
 
 def load_tokenizer(path: str | Path = HASTINGS) -> "Tokenizer":
@@ -138,15 +154,21 @@ def load_tokenizer(path: str | Path = HASTINGS) -> "Tokenizer":
     """
     path, beside = Path(path), HASTINGS.parents[1] / path
     path = beside if beside.exists() and not path.exists() else path
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.exists() or file.suffix == ".pt":
+        raise UserError(
+            f"the tokenizer {file} is {'a checkpoint' if file.exists() else 'not there'}: name a "
+            "JSON of tokenizers, the folder of one or of an export, or make one with "
+            "hastings/build.py"
+        )
     try:
-        return Tokenizer((path / "tokenizer.json" if path.is_dir() else path).read_bytes())
+        return Tokenizer(file.read_bytes())
     except OSError as error:
-        raise UserError(f"cannot read the tokenizer {path}: {error.strerror or error}") from None
+        raise UserError(f"cannot read the tokenizer {file}: {error.strerror or error}") from None
     except Exception as error:  # `tokenizers` raises plain Exception for a file it cannot parse
         reason = one_line(error)
         raise UserError(
-            f"{path} is no byte-level BPE in a JSON of tokenizers ({reason}): restore it, or name "
-            "another"
+            f"{file} is not a byte-level BPE that can be taken over ({reason}): name another"
         ) from None
 
 
@@ -155,12 +177,13 @@ class Tokenizer:
 
     Attributes: `vocab_size`, at most MAX_VOCAB_SIZE; `pad_id`, `eos_id`, `assistant_id`, `user_id`,
     `bos_id`; `is_control` (V,) bool, which ids are those five; `json_text`, by `byte_level_json`,
-    and its `sha256`; `pieces`, the bytes of each id; `token_bytes` (V,) int64, the length of each
-    piece, 0 for control tokens. ValueError for a file that gives texts back changed.
+    and its `sha256`; `n_own`, how many ids the file has, before those that were added to it;
+    `pieces`, the bytes of each id; `token_bytes` (V,) int64, the length of each piece, 0 for
+    control tokens. ValueError for a file that gives texts back changed.
     """
 
     def __init__(self, content: bytes):
-        self.json_text = standard_json(json.loads(content))
+        self.json_text, self.n_own = standard_json(json.loads(content))
         self.sha256 = hashlib.sha256(self.json_text.encode("utf-8")).hexdigest()
         settings = json.loads(self.json_text)
         control = {token["content"]: token["id"] for token in settings["added_tokens"]}
@@ -170,7 +193,7 @@ class Tokenizer:
         self.pad_id, self.eos_id, self.assistant_id, self.user_id, self.bos_id = (
             control[name] for name in CONTROL_TOKENS
         )
-        if ids != {*range(self.vocab_size)}:
+        if ids != {*range(self.vocab_size)} or len(ids) < len(vocab | control):
             raise ValueError("its ids are not 0, 1, 2, ..., each once")
         if self.vocab_size > MAX_VOCAB_SIZE:
             raise ValueError(f"{self.vocab_size:,} ids, more than {MAX_VOCAB_SIZE:,}")
@@ -187,7 +210,9 @@ class Tokenizer:
             self.pieces[token_id] = piece.encode("utf-8")
 
         # Ordinary text is encoded by a tokenizer without control tokens.
-        ordinary_json = json.dumps(settings | {"added_tokens": []})
+        text_vocab = {piece: token_id for piece, token_id in vocab.items() if piece not in control}
+        model = settings["model"] | {"vocab": text_vocab}
+        ordinary_json = json.dumps(settings | {"added_tokens": [], "model": model})
         self._ordinary = HFTokenizer.from_str(ordinary_json)
         self._batch_encoder = FastEncoder(ordinary_json, self._ordinary, HARD_STRINGS)
         for text in HARD_STRINGS:

@@ -3,6 +3,7 @@
 gigatoken is optional and tens of times faster. It is imported at the first use.
 """
 
+import json
 import os
 import re
 import warnings
@@ -128,6 +129,9 @@ def gigatoken_encoder(tokenizer_json: str) -> BatchEncoder:
     """A batch encoder that runs gigatoken; raises whatever makes gigatoken unusable."""
     from gigatoken import Tokenizer as GigaTokenizer
 
+    rule = json.loads(tokenizer_json)["pre_tokenizer"]
+    if rule["type"] == "Sequence":  # of Digits, Split, ByteLevel it gave other ids, seldom
+        raise ValueError("its rule of several steps was not compared with that of tokenizers")
     tokenizer = GigaTokenizer.from_json(tokenizer_json)
 
     def encode(texts: list[bytes]) -> EncodedBatch:

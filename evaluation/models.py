@@ -183,8 +183,8 @@ def open_model(name: str, device: str = "cpu", dtype: torch.dtype = torch.float3
     path = resolve_model(name, with_tokenizer=True)
     if path.is_file():
         state = load_checkpoint(path)
-        tokenizer = checkpoint_tokenizer(state, path)
         model = model_from_checkpoint(state, path).to(device, dtype)
+        tokenizer = checkpoint_tokenizer(state, path, model.config.vocab_size)
         return Lille(model, state.get("iter_num"), tokenizer)
     try:
         tokenizer = folder_tokenizer(path)

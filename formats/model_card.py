@@ -81,7 +81,7 @@ def model_card(
     )
     rows = {"Parameters": f"{gpt.n_parameters():,}"}
     rows |= {name: str(value) for name, value in config.to_dict().items() if name != "dropout"}
-    rows |= {"Weights": dtype, "Tokenizer (Hastings) sha256": tokenizer.sha256} | facts
+    rows |= {"Weights": dtype, "Tokenizer sha256": tokenizer.sha256} | facts
     table = "\n".join(
         f"| {markdown_cell(name)} | {markdown_cell(value)} |" for name, value in rows.items()
     )

@@ -17,7 +17,7 @@ import torch
 
 from common.errors import MALFORMED_ANSWER, UserError
 from common.files import file_sha256
-from formats.llama import gpt_from_llama
+from formats.llama import ORIGINAL_TYPE, gpt_from_llama
 from model import GPT
 from tokenizer import Tokenizer, load_tokenizer
 
@@ -62,12 +62,20 @@ def gpt_from_folder(folder: Path) -> GPT:
 
 
 def tokenizer_in(folder: Path) -> Tokenizer:
-    """The tokenizer of a folder; one without any has Hastings, as the original's. UserError."""
-    hastings = load_tokenizer()
-    if not any(folder.glob("tokenizer*")) and not (folder / "vocab.json").is_file():
+    """The tokenizer of a folder: Hastings in the original's, or where there is none of its size.
+
+    Raises UserError if it cannot be read.
+    """
+    config, hastings = read_json(folder / CONFIG), load_tokenizer()
+    if config.get("model_type") == ORIGINAL_TYPE:  # whose files of it only transformers reads
         return hastings
-    tokenizer = load_tokenizer(folder)
-    return hastings if tokenizer.pieces == hastings.pieces else tokenizer  # written otherwise
+    if any(folder.glob("tokenizer*")):
+        return load_tokenizer(folder)
+    if (vocab_size := config.get("vocab_size")) != hastings.vocab_size:
+        raise UserError(
+            f"{folder} has a vocabulary of {vocab_size} and no tokenizer.json: add its file"
+        )
+    return hastings
 
 
 def folder_tokenizer(folder: Path) -> Tokenizer:
@@ -76,10 +84,11 @@ def folder_tokenizer(folder: Path) -> Tokenizer:
     Raises UserError unless the model has an id for each of its tokens, our control tokens included.
     """
     tokenizer = tokenizer_in(folder)
-    if (vocab_size := read_json(folder / CONFIG).get("vocab_size")) != tokenizer.vocab_size:
+    vocab_size = read_json(folder / CONFIG).get("vocab_size")
+    if vocab_size != tokenizer.vocab_size or tokenizer.n_own != tokenizer.vocab_size:
         raise UserError(
-            f"{folder} has a vocabulary of {vocab_size} and the tokenizer one of "
-            f"{tokenizer.vocab_size}: it is not a Lille model"
+            f"{folder} has a vocabulary of {vocab_size} and its tokenizer {tokenizer.n_own} ids of "
+            f"the {tokenizer.vocab_size} that it needs here: it is not a Lille model"
         )
     return tokenizer
 

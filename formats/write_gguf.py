@@ -144,7 +144,7 @@ def add_tokenizer(writer: Any, tokenizer: Tokenizer) -> None:
     merges = settings["model"]["merges"]  # "left right", or pairs in files of newer tokenizers
     types = [TokenType.CONTROL if control else TokenType.NORMAL for control in tokenizer.is_control]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre_tokenizer_name(settings["pre_tokenizer"]))
+    writer.add_tokenizer_pre(pre_tokenizer_name(settings))
     writer.add_token_list(sorted(ids, key=ids.get))
     writer.add_token_types(types)
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
@@ -160,8 +160,11 @@ def add_tokenizer(writer: Any, tokenizer: Tokenizer) -> None:
 
 def pre_tokenizer_name(settings: dict[str, Any]) -> str:
     """llama.cpp's name of the rule that splits texts into words; UserError if it has none."""
-    steps = settings.get("pretokenizers", [settings])
+    rule = settings["pre_tokenizer"]
+    steps = rule.get("pretokenizers", [rule])
     kinds = [(step["type"], step.get("individual_digits", step.get("use_regex"))) for step in steps]
+    if settings["model"]["ignore_merges"]:  # a part of another rule's name
+        kinds.append(("ignore_merges", True))
     if kinds == [("ByteLevel", True)]:
         return "gpt-2"
     if kinds == [("Digits", True), ("ByteLevel", True)]:

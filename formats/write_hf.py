@@ -47,7 +47,7 @@ NAMES = (  # of every export
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
-    """tokenizer.json: Hastings, with a normalizer that removes the chat template's marks."""
+    """tokenizer.json, with a normalizer that removes the chat template's marks."""
     steps = [
         {"type": "Replace", "pattern": {"String": pattern}, "content": content}
         for pattern, content in ((MARK + "1", ""), (MARK + "0", MARK))

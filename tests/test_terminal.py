@@ -55,7 +55,7 @@ def test_names_in_a_parquet_file_and_its_own_name(tmp_path, capsys, monkeypatch)
 
     import prepare_dataset_fineweb as fineweb
 
-    monkeypatch.setattr(fineweb, "load_tokenizer", lambda: TOKENIZER)
+    monkeypatch.setattr(fineweb, "load_tokenizer", lambda path: TOKENIZER)
     pq.write_table(pa.table({"text": ["a"], HOSTILE: ["b"]}), tmp_path / "a.parquet")
     settings = [f"--output_dir={tmp_path / 'out'}", "--val_split=0.5", "--language_filter="]
     settings += ["--language_score_threshold=0", "--min_int_score=0", "--remove_duplicates=False"]

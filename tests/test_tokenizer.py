@@ -509,8 +509,11 @@ def test_other_files_are_refused_in_one_line(tmp_path, content):
     with pytest.raises(UserError, match="other.json") as caught:
         load_tokenizer(path)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
-    with pytest.raises(UserError, match="cannot read"):
+    with pytest.raises(UserError, match="tokenizer.json is not there: name a JSON of tokenizers"):
         load_tokenizer(tmp_path)
+    (tmp_path / "best.pt").write_bytes(b"PK")
+    with pytest.raises(UserError, match="best.pt is a checkpoint: name a JSON"):
+        load_tokenizer(tmp_path / "best.pt")
 
 
 def test_importing_loads_neither_the_vocabulary_nor_gigatoken():

@@ -259,7 +259,7 @@ def test_pretraining_goes_on_with_other_data_from_a_checkpoint_or_a_folder(
     vocabulary = json.loads((tmp_path / "hf" / "tokenizer.json").read_text())
     vocabulary["model"]["vocab"] = {"a": 0}
     (tmp_path / "hf" / "tokenizer.json").write_text(json.dumps(vocabulary))
-    with pytest.raises(UserError, match="is no byte-level BPE"):
+    with pytest.raises(UserError, match="is not a byte-level BPE"):
         train.train(config_of(mixed_data, tmp_path / "c", init_from=tmp_path / "hf"))
     with pytest.raises(UserError, match="began with random weights, not with init_from"):
         train.train(config_of(text_data, finished[0], init_from=base, num_epochs=3))

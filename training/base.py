@@ -24,14 +24,17 @@ def build_model(
 ) -> GPT:
     """A new model, or with `init_from` that of `name`, to continue from or to start from.
 
-    A shorter `block_size` than that of the weights is taken.
+    A shorter `block_size` than that of the weights is taken, and said.
     """
     if config.init_from:
         checkpoint = checkpoint or ranks.broadcast(lambda: load_base(name, tokenizer))
         check_tokenizer(checkpoint, name, tokenizer.sha256)
-        block_size = min(config.block_size, checkpoint["model_args"].get("block_size", 512))
-        changes = {"dropout": config.dropout, "block_size": block_size}
-        model = model_from_checkpoint(checkpoint, name, **changes)
+        model = model_from_checkpoint(checkpoint, name, dropout=config.dropout)
+        if config.block_size < (longest := model.config.block_size):
+            shorter = {"dropout": config.dropout, "block_size": config.block_size}
+            model = model_from_checkpoint(checkpoint, name, **shorter)
+            if ranks.is_main:
+                print(f"the context of {name} is {longest} tokens, block_size={config.block_size}")
         if (vocab_size := model.config.vocab_size) != tokenizer.vocab_size:  # it names no tokenizer
             raise UserError(
                 f"{name} has vocab_size={vocab_size}, the tokenizer {config.tokenizer} "
@@ -53,28 +56,32 @@ def load_base(path: Path, tokenizer: Tokenizer) -> dict[str, Any]:
     """
     if not path.is_dir():
         return load_checkpoint(path)
-    if tokenizer_in(path).sha256 != tokenizer.sha256:
+    if (theirs := tokenizer_in(path)).sha256 != tokenizer.sha256:
         raise UserError(
             f"{path} has a tokenizer of its own: give --tokenizer={path} to the prepare scripts "
             "and to train.py, or start from another model"
         )
     gpt = gpt_from_folder(path)
     weights, config = gpt.state_dict(), gpt.config
-    if config.vocab_size != tokenizer.vocab_size:
-        embedding = resized(gpt.tok_embeddings.weight.detach(), tokenizer.vocab_size)
+    if (n_own := theirs.n_own) != theirs.vocab_size:
+        if config.vocab_size < n_own:
+            raise UserError(f"{path}: its tokenizer has more ids than its model: fetch it again")
+        embedding = gpt.tok_embeddings.weight.detach()[:n_own]  # rows of padding are left out
+        embedding = with_new_rows(embedding, theirs.vocab_size - n_own)
         weights |= {"tok_embeddings.weight": embedding, "lm_head.weight": embedding}
-        config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
-    return {"model_state_dict": weights, "model_args": config.to_dict()}
+        config = dataclasses.replace(config, vocab_size=theirs.vocab_size)
+    entries = {"model_state_dict": weights, "model_args": config.to_dict()}
+    return entries | {"tokenizer_sha256": theirs.sha256}
 
 
-def resized(embedding: torch.Tensor, n_rows: int) -> torch.Tensor:
-    """The embedding (V, C) with `n_rows` rows; new ones are the mean of the others.
+def with_new_rows(embedding: torch.Tensor, n_new: int) -> torch.Tensor:
+    """The embedding (V, C) with `n_new` more rows, the mean of the others.
 
     With the mean a new token takes little probability from the others (Hewitt 2021, "Initializing
     new word embeddings for pretrained language models").
     """
     mean = embedding.float().mean(0).to(embedding.dtype)
-    return torch.cat([embedding[:n_rows], mean.expand(max(0, n_rows - len(embedding)), -1)])
+    return torch.cat([embedding, mean.expand(n_new, -1)])
 
 
 def base_hash(base: Path) -> str | None:

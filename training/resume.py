@@ -99,6 +99,8 @@ VALUES: dict[str, Callable[[Any], bool]] = {
     "rng_state": lambda value: type(value) is dict,
     "data": is_text,
     "base": is_text,
+    "tokenizer_sha256": is_text,
+    "tokenizer_json": is_text,
     "average": lambda value: value is None or is_average(value),
 }
 
