@@ -6,8 +6,8 @@
 #     sh runs/own_language.sh                                # Python's library
 #     OUT=/tmp/try STEPS=20 EPOCHS=1 sh runs/own_language.sh # to see that everything works
 #
-# Measured with Python's library, two cores of a server CPU, 1.6 M parameters, 8,192 ids: about six
-# minutes, 4 of them pretraining; 3.8 bytes per token (Hastings 2.1); validation loss 3.96 (1.47 bits
+# Measured with Python's library, two cores of a server CPU, 1.6 M parameters, 8,192 ids: about five
+# minutes, 3 of them pretraining; 3.8 bytes per token (Hastings 2.1); validation loss 3.96 (1.47 bits
 # per byte). An answer has a docstring's form, not its truth: the model is small.
 set -eu
 [ $# -eq 0 ] || [ $# -eq 2 ] || { echo "usage: sh runs/own_language.sh [texts chats]" >&2; exit 2; }
@@ -34,7 +34,7 @@ python train.py --finetune --model="$out/pretrain/best_model.pt" --data_dir="$da
     --batch_size=4 --finetune_num_epochs="${EPOCHS:-4}" --eval_interval=100 --eval_rows=64 \
     --compile=False --finetune_sample_prompt="What does os.path.join do?"
 model="$out/finetune/best_model.pt" # it carries its tokenizer, so nothing below names it
-python inference.py --model="$model" --prompt="What does json.dumps do?" --temperature=0
+python inference.py --model="$model" --prompt="What does shutil.copy do?"
 for format in hf gguf onnx; do # requirements/export.txt
     python export.py --model="$model" --format="$format"
 done
