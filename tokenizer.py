@@ -106,9 +106,9 @@ def byte_level_json(
 def standard_json(settings: dict[str, Any]) -> tuple[str, int]:
     """`byte_level_json` of a file of `tokenizers` with a byte-level BPE, and the number of its ids.
 
-    Bytes and control tokens that it lacks get the next ids. Its other added tokens become text that
-    only their ids produce, and a normalizer is left out: texts are encoded as they are. ValueError
-    for what would give other ids than the file does on plain text.
+    Bytes and control tokens that it lacks get the next ids. Its other special tokens become text
+    that only their ids produce, and NFC and Replace are left out: texts are encoded as they are.
+    ValueError for what else would give other ids than the file does on plain text.
     """
     model, added, pre_tokenizer = (settings[k] for k in ("model", "added_tokens", "pre_tokenizer"))
     affixes = [model.get(f"{name}_suffix") for name in ("end_of_word", "continuing_subword")]
@@ -118,9 +118,15 @@ def standard_json(settings: dict[str, Any]) -> tuple[str, int]:
         raise ValueError("it is no byte-level BPE")
     if '"Removed"' in json.dumps(pre_tokenizer):
         raise ValueError("it leaves parts of a text out")
+    normalizer = settings.get("normalizer") or {"type": "NFC"}
+    steps = normalizer.get("normalizers", [normalizer])
+    if other_steps := {step["type"] for step in steps} - {"NFC", "Replace"}:
+        raise ValueError(f"it changes texts ({', '.join(sorted(other_steps))})")
     vocab, control, table = dict(model["vocab"]), {}, bytes_to_unicode()
     for token in added:
         content, token_id = token["content"], token["id"]
+        if not token.get("special", True):
+            raise ValueError(f"it looks for {content!r} in plain text")
         vocab.pop(content, None)
         if content in CONTROL_TOKENS:
             control[content] = token_id

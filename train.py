@@ -46,12 +46,12 @@ init_from = ""  # a new run from these weights: a .pt, an exported folder or a h
 watch_data_dir = ""  # also report the loss on these shards, to see what is forgotten; "": none
 keep_checkpoints = 2  # number of ckpt_*.pt files kept, beside best_model.pt
 
-# Model (with init_from and in a fine-tune its shape is that of the weights, block_size at most)
+# Model (its shape is that of the weights with init_from, and in a fine-tune)
 n_layers = 24  # transformer blocks
 n_embd = 640  # width; a multiple of n_heads
 n_heads = 10  # query heads
 n_kv_heads = 2  # key and value heads; divides n_heads
-block_size = 512  # context length, tokens
+block_size = 512  # context length, tokens; with init_from at most that of the weights
 dropout = 0.0  # on the embeddings and the residual branches
 layer_norm_eps = 1e-5  # added to the mean square in RMSNorm
 

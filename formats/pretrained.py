@@ -69,7 +69,7 @@ def tokenizer_in(folder: Path) -> Tokenizer:
     config, hastings = read_json(folder / CONFIG), load_tokenizer()
     if config.get("model_type") == ORIGINAL_TYPE:  # whose files of it only transformers reads
         return hastings
-    if any(folder.glob("tokenizer*")):
+    if any(folder.glob("tokenizer*")) or (folder / "vocab.json").is_file():
         return load_tokenizer(folder)
     if (vocab_size := config.get("vocab_size")) != hastings.vocab_size:
         raise UserError(

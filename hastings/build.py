@@ -127,7 +127,10 @@ def read_pieces(pattern: str) -> Iterator[str]:
 
 
 def read_txt(path: Path) -> Iterator[str]:
-    """A text file a megabyte at a time, however long its texts are, without control tokens."""
+    """A text file a megabyte at a time, however long its texts are.
+
+    Without control tokens, but for one at the border of two blocks.
+    """
     names = re.compile("|".join(map(re.escape, CONTROL_TOKENS)))
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:

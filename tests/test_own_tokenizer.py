@@ -191,6 +191,12 @@ FOREIGN = {
     "twice": ({}, {"vocab": {"a": 0, "b": 0}, "merges": []}, "each once"),
     "a hole": ({}, {"vocab": {"a": 0, "b": 2}, "merges": []}, "each once"),
     "an added piece": ({"added_tokens": [{"id": 9, "content": " "}]}, {}, "is an added token and"),
+    "a plain added token": (
+        {"added_tokens": [{"id": 32763, "content": "ab", "special": False}]},
+        {},
+        "it looks for 'ab' in plain text",
+    ),
+    "a normalizer": ({"normalizer": {"type": "Lowercase"}}, {}, "it changes texts .Lowercase"),
     "a space before": (
         {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}},
         {},
@@ -299,7 +305,10 @@ def test_a_llama_of_another_project_trains_with_its_own_tokenizer(folder, tmp_pa
     best = run_training(
         *(tmp_path / "shards", tmp_path / "b", theirs), init_from=theirs, learning_rate=1e-30
     )
-    assert "theirs is 96 tokens, block_size=64" in capsys.readouterr().out
+    assert "context: block_size=64, at most 96" in capsys.readouterr().out
+    longer = {"init_from": theirs, "block_size": 32, "max_steps": 3}  # as the run began
+    run_training(tmp_path / "shards", tmp_path / "b", theirs, **longer, learning_rate=1e-30)
+    assert "context:" not in capsys.readouterr().out
     trained, carried = load_model_and_tokenizer(best)
     assert carried.sha256 == tokenizer.sha256 and trained.config.block_size == 64
     ids = torch.tensor([tokenizer.encode("def f(x): return x")])

@@ -191,8 +191,11 @@ def test_a_folder_without_a_tokenizer_is_ours_by_its_size(tmp_path):
     (tmp_path / "tokenizer.model").touch()
     with pytest.raises(UserError, match="tokenizer.json is not there: name a JSON"):
         folder_tokenizer(tmp_path)
-    config.write_text('{"model_type": "lille-130m", "vocab_size": 32768}')  # as its export writes
+    (tmp_path / "tokenizer.model").unlink()
     (tmp_path / "vocab.json").touch()
+    with pytest.raises(UserError, match="tokenizer.json is not there"):
+        folder_tokenizer(tmp_path)
+    config.write_text('{"model_type": "lille-130m", "vocab_size": 32768}')  # as its export writes
     assert folder_tokenizer(tmp_path).sha256 == load_tokenizer().sha256
 
 

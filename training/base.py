@@ -24,17 +24,20 @@ def build_model(
 ) -> GPT:
     """A new model, or with `init_from` that of `name`, to continue from or to start from.
 
-    A shorter `block_size` than that of the weights is taken, and said.
+    The context is that of the weights. Only a run that goes on with plain text may begin with a
+    shorter one.
     """
     if config.init_from:
+        begins = checkpoint is None and not config.finetune
         checkpoint = checkpoint or ranks.broadcast(lambda: load_base(name, tokenizer))
         check_tokenizer(checkpoint, name, tokenizer.sha256)
         model = model_from_checkpoint(checkpoint, name, dropout=config.dropout)
-        if config.block_size < (longest := model.config.block_size):
-            shorter = {"dropout": config.dropout, "block_size": config.block_size}
-            model = model_from_checkpoint(checkpoint, name, **shorter)
+        if begins and config.block_size != (longest := model.config.block_size):
+            block_size = min(config.block_size, longest)
+            changes = {"dropout": config.dropout, "block_size": block_size}
+            model = model_from_checkpoint(checkpoint, name, **changes)
             if ranks.is_main:
-                print(f"the context of {name} is {longest} tokens, block_size={config.block_size}")
+                print(f"context: block_size={block_size}, at most {longest}")
         if (vocab_size := model.config.vocab_size) != tokenizer.vocab_size:  # it names no tokenizer
             raise UserError(
                 f"{name} has vocab_size={vocab_size}, the tokenizer {config.tokenizer} "

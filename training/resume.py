@@ -151,6 +151,7 @@ def check_resume(old: TrainingState, new: TrainingState, name: Path) -> list[str
         f"{key} {old_config[key]!r} -> {value!r}"
         for key, value in new_config.items()
         if key in old_config and old_config[key] != value
+        if key == "dropout" or key not in new.model_args  # which are compared above
         if key not in PATH_SETTINGS and not key.startswith("finetune_")  # in force by plain names
     ]
 
