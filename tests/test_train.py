@@ -230,7 +230,7 @@ def test_pretraining_goes_on_with_other_data_from_a_checkpoint_or_a_folder(
     base = finished[0] / "best_model.pt"
     write_hf.export_hf(load_model(base), load_tokenizer(), tmp_path / "hf", "float32", {})
     other_shape = {"n_layers": 5, "n_embd": 32, "block_size": 64}  # that of the weights is taken
-    settings = other_shape | {"watch_data_dir": text_data, "keep_checkpoints": 9, "num_epochs": 4}
+    settings = other_shape | {"watch_data_dir": text_data, "keep_checkpoints": 9, "num_epochs": 2}
     settings |= {"learning_rate": 1e-3, "dropout": 0.0}
     for name, path in {"a": base, "b": tmp_path / "hf"}.items():
         train.train(config_of(mixed_data, tmp_path / name, init_from=path, **settings))
