@@ -118,8 +118,8 @@ def check_manifest(
     if tokenizer_sha256 is not None and tokenizer["sha256"] != tokenizer_sha256:
         hashes = f"{tokenizer['sha256'][:12]}, not {tokenizer_sha256[:12]}"
         raise UserError(
-            f"{name}: made with another tokenizer ({hashes}): give --tokenizer= that one, or "
-            f"{remedy} with this one"
+            f"{name}: made with another tokenizer ({hashes}): give as --tokenizer the one that "
+            f"made these shards, or {remedy} with this one"
         )
     if vocab_size is not None and tokenizer["vocab_size"] > vocab_size:
         sizes = f"{tokenizer['vocab_size']} ids, the model takes {vocab_size}"

@@ -33,6 +33,7 @@ from tqdm import tqdm
 if not __package__:  # python hastings/build.py
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common.byte_level import byte_level_json, bytes_to_unicode
 from common.errors import UserError
 from common.files import atomic_file
 from common.settings import config_from_constants, run_script
@@ -42,8 +43,6 @@ from tokenizer import (
     CONTROL_TOKENS,
     MAX_VOCAB_SIZE,
     Tokenizer,
-    byte_level_json,
-    bytes_to_unicode,
     load_tokenizer,
 )
 

@@ -16,6 +16,7 @@ import export
 import prepare_dataset
 import train
 from checkpoint import load_checkpoint, load_model_and_tokenizer
+from common.byte_level import bytes_to_unicode
 from common.errors import UserError
 from common.settings import config_from_constants
 from formats import write_gguf
@@ -28,7 +29,6 @@ from tokenizer import (
     HASTINGS,
     MAX_VOCAB_SIZE,
     Tokenizer,
-    bytes_to_unicode,
     load_tokenizer,
 )
 
@@ -159,7 +159,7 @@ def test_a_checkpoint_carries_its_tokenizer(folder, tmp_path, monkeypatch):
     assert export.main([f"--model={best}", "--format=onnx", f"--output_dir={onnx}"]) == 0
     assert lille("onnx", onnx, seed=1).generate("import os", max_new_tokens=5) == answer
 
-    with pytest.raises(UserError, match="made with another tokenizer.*give --tokenizer="):
+    with pytest.raises(UserError, match="made with another tokenizer.*give as --tokenizer"):
         run_training(folder / "shards", tmp_path / "b", HASTINGS)
     source = f"--input_file_path={folder / 'code.jsonl'}"
     other = tmp_path / "hastings"

@@ -5,7 +5,7 @@ step, found by `python -m benchmarks.learning --study=sizes`; LOG.md has the run
 measured above a width of 256 and 16,384 tokens: the full model's rates are extrapolated, and above
 16,384 tokens they stay what they are there. Exponents come from one seed and rates by factors of 2;
 those of the step from 64 wide, with twice the tokens in half the steps; Muon's there are AdamW's.
-SophiaG was within 0.05 nats of the best found at each of six sizes, AdamW and Muon at each of four.
+SophiaG was within 0.05 nats of its own best at each of six sizes, AdamW and Muon at each of four.
 The loss is flat in the embedding's rate, whose power of the width is assumed.
 """
 
