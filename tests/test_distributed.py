@@ -132,11 +132,15 @@ def test_two_ranks_are_one_run_with_the_other_optimizers(
     assert_the_same_run(tmp_path / "two", tmp_path / "one")
 
 
-def test_two_ranks_then_one_then_four_are_one_run(whole, text_data, tmp_path):
-    """SIGTERM to one of two ranks saves once; one process continues, and from its middle four."""
-    interrupted, continued, four = (tmp_path / name for name in ("two", "one", "four"))
-    settings = {"hess_batches": 2, "keep_checkpoints": 99}
-    process = start(2, ROOT / "train.py", *arguments(text_data, interrupted, **settings))
+def test_two_ranks_then_one_then_four_are_one_run(text_data, mixed_data, tmp_path):
+    """SIGTERM to one of two ranks saves once; one process continues, and from its middle four.
+
+    SophiaG with dropout, on a mixture.
+    """
+    whole, interrupted, continued, four = (tmp_path / n for n in ("whole", "two", "one", "four"))
+    settings, data = {"hess_batches": 2, "keep_checkpoints": 99}, f"{text_data}:0.5, {mixed_data}"
+    alone(data, whole, **settings)
+    process = start(2, ROOT / "train.py", *arguments(data, interrupted, **settings))
     wait_for_steps(process, interrupted, 5)
     os.kill(ranks_of(process)[1], signal.SIGTERM)
     output = finish(process)
@@ -148,14 +152,14 @@ def test_two_ranks_then_one_then_four_are_one_run(whole, text_data, tmp_path):
     assert process.returncode == 1 and "exitcode  : 143" in output  # torchrun's report
 
     shutil.copytree(interrupted, continued)
-    alone(text_data, continued, **settings)
+    alone(data, continued, **settings)
     assert_the_same_run(continued, whole)
     middle = (step // 4 + 1) * 4
     assert step < middle < load_checkpoint(newest(whole))["iter_num"]
     four.mkdir()
     for name in (f"ckpt_{middle:07d}.pt", "metrics.jsonl"):
         shutil.copy(continued / name, four)
-    output = torchrun(4, text_data, four, **settings)
+    output = torchrun(4, data, four, **settings)
     assert f"at step {middle}" in output and output.count("4 ranks") == 1
     assert_the_same_run(four, whole)
 
