@@ -1,8 +1,8 @@
 """Several data sets in one run: `data_dir = "data/web, data/code:2, data/mine:0.5"`.
 
-The number is how often each text of a data set is seen in an epoch, 1 where there is none: of `:2`
-every text twice, of `:0.5` every other one, in the next epoch those that were left out. A data set
-of weight 0 is as if it were not named.
+The number is how often an epoch sees each segment of a data set (a text, or what fits in a row of a
+longer one), 1 where there is none: of `:2` each twice, of `:0.5` a random half, in the next epoch
+the other half. A data set of weight 0 is as if it were not named.
 """
 
 import math
@@ -55,11 +55,25 @@ def parse_mixture(text: str, setting: str = "data_dir") -> list[DataSet]:
     return [data_set for data_set in sets if data_set.weight]
 
 
-def times_in_epoch(n: int, weight: float, epoch: int, rng: np.random.Generator) -> np.ndarray:
-    """How often each of `n` texts is seen in an epoch, (n,) int64.
+def draw_phases(lengths: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Places of a data set's segments on a circle of length 1, (n,) float64, for times_in_epoch.
 
-    Over any k epochs from the first, k * weight times, rounded up or down; `rng`, the same in every
-    epoch, decides for which texts up.
+    In random order, each as far from the one before as it is long: so an arc of `share` of the
+    circle has `share` of the tokens, to within one segment (systematic sampling with a random
+    start: Särndal et al., Model Assisted Survey Sampling, 3.4).
     """
-    phase = (rng.permutation(n) + 0.5) / max(1, n)
-    return (np.floor((epoch + 1) * weight + phase) - np.floor(epoch * weight + phase)).astype(int)
+    order = rng.permutation(len(lengths))
+    n_tokens = max(1, int(lengths.sum()))
+    ends = np.cumsum(lengths[order]) + rng.integers(n_tokens)
+    phases = np.empty(len(lengths))
+    phases[order] = (ends % n_tokens + 0.5) / n_tokens
+    return phases
+
+
+def times_in_epoch(weights: np.ndarray, phases: np.ndarray, epoch: int) -> np.ndarray:
+    """How often each segment is seen in an epoch, (n,) int64.
+
+    Over the first k epochs k * weight times, rounded up or down as the phase decides.
+    """
+    before, after = np.floor(epoch * weights + phases), np.floor((epoch + 1) * weights + phases)
+    return (after - before).astype(int)

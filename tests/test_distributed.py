@@ -138,7 +138,8 @@ def test_two_ranks_then_one_then_four_are_one_run(text_data, mixed_data, tmp_pat
     SophiaG with dropout, on a mixture.
     """
     whole, interrupted, continued, four = (tmp_path / n for n in ("whole", "two", "one", "four"))
-    settings, data = {"hess_batches": 2, "keep_checkpoints": 99}, f"{text_data}:0.5, {mixed_data}"
+    settings = {"hess_batches": 2, "keep_checkpoints": 99, "max_steps": 20}  # in the second epoch
+    data = f"{text_data}:0.5, {mixed_data}"
     alone(data, whole, **settings)
     process = start(2, ROOT / "train.py", *arguments(data, interrupted, **settings))
     wait_for_steps(process, interrupted, 5)

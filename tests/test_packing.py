@@ -1,5 +1,6 @@
 """Packing: nothing lost, nothing twice, labels exactly where they belong, order from the seed."""
 
+import math
 import re
 from collections import Counter
 from pathlib import Path
@@ -138,14 +139,10 @@ def test_over_two_epochs_a_token_is_a_label_twice_as_often_as_its_weight_says(tm
         labels[row >= rows.rows_of(1)].update(targets[targets != IGNORE_INDEX].tolist())
     for weight, part in zip(weights, parts, strict=True):
         tokens = [token for document in part for token in np.delete(document, slice(0, None, 64))]
-        for document in part:  # seen whole, or not at all
-            times = {labels[0][token] for token in np.delete(document, slice(0, None, 64))}
-            assert len(times) <= 1
         assert {labels[0][t] + labels[1][t] for t in tokens} == {2 * weight}
-        first = sum(labels[0][t] for t in tokens) / len(tokens)
-        assert first == pytest.approx(weight, abs=0.15)
+        assert {labels[0][t] for t in tokens} == {int(weight), math.ceil(weight)}
         expected = weight * sum(map(len, part))
-        assert rows.shares()[DataSet(str(weight), weight)] == expected
+        assert rows.shares[DataSet(str(weight), weight)] == expected
     taken = sum(len(segment) for row in range(rows.rows_of(2)) for segment in rows.segments(row))
     assert rows.fill == pytest.approx(taken / rows.rows_of(2) / 64)
     resumed = PackedRows(shards(tmp_path, *parts), 64, PAD, 5, None, sources, n_epochs=3)
@@ -155,6 +152,39 @@ def test_over_two_epochs_a_token_is_a_label_twice_as_often_as_its_weight_says(tm
     plain = PackedRows(shards(tmp_path, *parts), 64, PAD, 5)
     ones = PackedRows(shards(tmp_path, *parts), 64, PAD, 5, None, [DataSet("a")] * 4)
     assert ones.fingerprint() == plain.fingerprint() != rows.fingerprint()
+
+
+@pytest.mark.parametrize("weight", [0.1, 0.5, 0.7, 1.3])
+@pytest.mark.parametrize("lengths", [[[6400]], [[3200], [3200]], [[50]] * 80, [[50] * 9, [4000]]])
+def test_an_epoch_has_the_share_of_the_tokens_that_the_weight_says(tmp_path, lengths, weight):
+    """Of one long text, and of many shards of one short text each, too; whatever the seed."""
+    documents = iter(unique_documents(sum(lengths, [])))
+    data = shards(tmp_path, *([next(documents) for _ in shard] for shard in lengths))
+    mixed = [DataSet("a", weight)] * len(data)
+    n_tokens = sum(map(sum, lengths))
+    seen: list[list[Counter]] = []
+    for seed in (0, 1):
+        rows = PackedRows(data, 64, PAD, seed, None, mixed, n_epochs=10)
+        epochs = [Counter() for _ in range(10)]
+        for epoch, counter in enumerate(epochs):
+            for row in range(rows.rows_of(epoch), rows.rows_of(epoch + 1)):
+                counter.update(np.concatenate(rows.segments(row)).tolist())
+            assert abs(counter.total() - weight * n_tokens) <= 64  # a segment
+        assert rows.shares[mixed[0]] == sum(c.total() for c in epochs) / 10
+        assert rows.shares[mixed[0]] == pytest.approx(weight * n_tokens)
+        assert set(sum(epochs, Counter()).values()) == {round(10 * weight)}
+        seen.append(epochs)
+    assert seen[0][0] != seen[1][0]  # the seed draws
+
+
+def test_the_texts_that_are_drawn_depend_on_how_shards_are_grouped(tmp_path):
+    data = shards(tmp_path, unique_documents([50] * 40), unique_documents([50] * 40))
+    a, b = DataSet("a", 0.5), DataSet("b", 0.5)
+    one, two = (PackedRows(data, 64, PAD, 0, None, sets) for sets in ([a, a], [a, b]))
+    assert one.fingerprint() != two.fingerprint()
+    assert two.shares == {a: 1000, b: 1000}
+    empty = PackedRows(shards(tmp_path, [[]], [[1, 2]]), 8, PAD, 0, None, [a, DataSet("c")])
+    assert empty.shares == {a: 0, DataSet("c"): 2}
 
 
 def test_settings_of_mixtures(tmp_path, monkeypatch):

@@ -314,7 +314,7 @@ def test_a_mixture_resumes_bit_for_bit_and_shows_the_loss_of_each_set(
     mixture = f"{text_data}:0.5, {mixed_data}:2"
     result = train.train(config_of(mixture, tmp_path / "whole", **settings))
     rows = setup.open_rows(mixture, "train", load_tokenizer(), 32, 1337, chat=False, n_epochs=2)
-    of_set = {str(data_set): tokens for data_set, tokens in rows.shares().items()}
+    of_set = {str(data_set): tokens for data_set, tokens in rows.shares.items()}
     part, every = of_set[f"{mixed_data}:2"], sum(of_set.values())
     line = f"  {mixed_data}:2: {part:,.0f} tokens of an epoch, {part / every:.1%}, about "
     assert line in (printed := capsys.readouterr().out), printed

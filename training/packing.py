@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from common.mixture import DataSet, times_in_epoch
+from common.mixture import DataSet, draw_phases, times_in_epoch
 from dataset import NpzDataset
 from ops.cross_entropy import IGNORE_INDEX
 
@@ -156,10 +156,10 @@ class PackedRows:
         self.bases = np.cumsum([0] + [len(tokens) for tokens in self.tokens])
         self.n_documents = sum(len(dataset) for dataset in datasets)
         self.n_shortened = self.n_dropped = 0
-        self.sources = sources or [DataSet("data")] * len(datasets)
-        self.weights = [source.weight for source in self.sources]
-        self.weighted = set(self.weights) != {1.0}
-        self.texts: list[np.ndarray] = []  # of each shard, the text of each segment; for weights
+        sources = sources or [DataSet("data")] * len(datasets)
+        sets = list(dict.fromkeys(sources))
+        self.shard_weights = [source.weight for source in sources]
+        self.weighted = set(self.shard_weights) != {1.0}
         starts, lengths = [], []
         for dataset, base in zip(datasets, self.bases, strict=False):
             if chat is None:
@@ -168,35 +168,36 @@ class PackedRows:
                 s, n, shortened, dropped = cut_conversations(dataset, block_size, chat.user_id)
                 self.n_shortened += shortened
                 self.n_dropped += dropped
-            if self.weighted:
-                offsets = np.asarray(dataset.offsets, dtype=np.int64)
-                self.texts.append(np.searchsorted(offsets, s, side="right") - 1)
             starts.append(s + base)
             lengths.append(n)
         self.starts, self.lengths = np.concatenate(starts), np.concatenate(lengths)
-        self.sizes = list(map(len, lengths))  # segments of each shard
+        set_of_shard = np.array([sets.index(source) for source in sources], dtype=np.int16)
+        self.set_of = np.repeat(set_of_shard, list(map(len, lengths)))  # the set of each segment
+        self.weights = np.array([data_set.weight for data_set in sets])
+        self.phases = np.zeros(len(self.starts))  # decide which part of a fraction an epoch sees
+        for i in np.flatnonzero(self.weights % 1):
+            mine = np.flatnonzero(self.set_of == i)
+            rng = np.random.default_rng((seed, int(i), 1))
+            self.phases[mine] = draw_phases(self.lengths[mine], rng)
         self.epoch, self.first_rows, self.max_segments = -1, [0], 0  # first rows of planned epochs
         # Lengths alone decide which lengths share a row, so epochs of the same segments are alike.
-        self.differ = any(weight % 1 for weight in self.weights)  # the epochs
+        self.differ = bool((self.weights % 1).any())  # the epochs
+        n_tokens = np.zeros(len(sets))
         for epoch in range(n_epochs if self.differ else 1)[::-1]:
             self.plan_epoch(epoch)
             self.first_rows.insert(1, len(self.borders) - 1)
             segments = int(np.diff(self.borders).max(initial=0)) + 1  # with padding
             self.max_segments = max(self.max_segments, segments)
+            n_tokens += np.bincount(self.set_of[self.order], self.lengths[self.order], len(sets))
         self.first_rows = np.cumsum(self.first_rows).tolist()
+        n_tokens /= len(self.first_rows) - 1
+        # The tokens of each data set that an epoch trains on, in the mean over those planned.
+        self.shares: dict[DataSet, float] = dict(zip(sets, n_tokens.tolist(), strict=True))
         self.rows_per_epoch = self.first_rows[1]  # of the first one
 
     def rows_of(self, n_epochs: int) -> int:
         """The number of rows of the first `n_epochs` epochs."""
         return self.first_rows[n_epochs] if self.differ else self.rows_per_epoch * n_epochs
-
-    def shares(self) -> dict[DataSet, float]:
-        """The tokens of each data set that an epoch trains on, in the mean over epochs."""
-        parts = np.split(self.lengths, np.cumsum(self.sizes)[:-1])
-        tokens = dict.fromkeys(self.sources, 0.0)
-        for source, part in zip(self.sources, parts, strict=True):
-            tokens[source] += source.weight * float(part.sum())
-        return tokens
 
     @property
     def description(self) -> str:
@@ -216,7 +217,9 @@ class PackedRows:
             if self.bases[-1] <= HASHED_TOKENS:
                 every.update(tokens)
         if self.weighted:
-            sampled.update(repr(self.weights).encode())
+            sampled.update(repr(self.shard_weights).encode())
+        if self.differ:  # which of them are drawn together
+            sampled.update(self.set_of.tobytes())
         parts = [sampled, every] if self.bases[-1] <= HASHED_TOKENS else [sampled]
         return "-".join(part.hexdigest()[:16] for part in parts)
 
@@ -224,7 +227,7 @@ class PackedRows:
     def fill(self) -> float:
         """Share of the token positions of an epoch's rows that hold a token."""
         rows = self.first_rows[-1] / (len(self.first_rows) - 1)  # the mean over planned epochs
-        return sum(self.shares().values()) / max(1, rows * self.block_size)
+        return sum(self.shares.values()) / max(1, rows * self.block_size)
 
     def plan_epoch(self, epoch: int) -> None:
         if epoch == self.epoch:
@@ -233,12 +236,7 @@ class PackedRows:
         if not self.weighted:
             self.order, self.borders = pack(self.lengths, self.block_size, rng)
         else:
-            same = np.random.default_rng((self.seed, len(self.weights)))  # in every epoch
-            times = []
-            for texts, weight in zip(self.texts, self.weights, strict=True):
-                n_texts = int(texts.max(initial=-1)) + 1
-                times.append(times_in_epoch(n_texts, weight, epoch, same)[texts])
-            times = np.concatenate(times)
+            times = times_in_epoch(self.weights[self.set_of], self.phases, epoch)
             segments = np.repeat(np.arange(len(times)), times)
             order, self.borders = pack(self.lengths[segments], self.block_size, rng)
             self.order = segments[order]

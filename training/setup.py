@@ -181,9 +181,8 @@ class TrainingRun:
             f"{rows.block_size}, {rows.fill:.2%} full, {epochs:.3g} epochs; validation on "
             f"{n_validation:,} rows"
         )
-        shares = rows.shares()
-        for data_set, tokens in shares.items() if len(shares) > 1 else ():
-            share = tokens / sum(shares.values())
+        for data_set, tokens in rows.shares.items() if len(rows.shares) > 1 else ():
+            share = tokens / sum(rows.shares.values())
             print(
                 f"  {data_set}: {tokens:,.0f} tokens of an epoch, {share:.1%}, about "
                 f"{share * rows.rows_per_epoch:,.0f} rows"
