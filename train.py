@@ -155,6 +155,11 @@ def loop(run: TrainingRun) -> None:
         closing(metrics),
         closing(writer),
     ):
+        if run.step == 0 and config.init_from:  # what the model knew before
+            with progress.paused():
+                results = trainer.evaluate_all(run.validation, run.tokenizer)
+                metrics.log(0, **results)
+                progress.write(evaluation_line(0, results, is_best=False))
         for micro_batches in batches:
             # The step's only host-side all-reduce.
             n_labels = sum(batch.n_labels for batch in micro_batches)

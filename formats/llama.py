@@ -78,6 +78,7 @@ def llama_config(config: GPTConfig, tokenizer: Tokenizer, dtype: str = "float32"
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": [tokenizer.eos_id, tokenizer.user_id],
         "pad_token_id": tokenizer.pad_id,
+        "tokenizer_sha256": tokenizer.sha256,  # of its JSON in a checkpoint
         "dtype": dtype,
         "torch_dtype": dtype,
     }

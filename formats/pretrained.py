@@ -70,7 +70,13 @@ def tokenizer_in(folder: Path) -> Tokenizer:
     if config.get("model_type") == ORIGINAL_TYPE:  # whose files of it only transformers reads
         return hastings
     if any(folder.glob("tokenizer*")) or (folder / "vocab.json").is_file():
-        return load_tokenizer(folder)
+        tokenizer = load_tokenizer(folder)
+        if config.get("tokenizer_sha256", tokenizer.sha256) != tokenizer.sha256:
+            raise UserError(
+                f"{folder} has another tokenizer.json than the model was exported with: export it "
+                f"again (if the file is right, remove tokenizer_sha256 from {CONFIG})"
+            )
+        return tokenizer
     if (vocab_size := config.get("vocab_size")) != hastings.vocab_size:
         raise UserError(
             f"{folder} has a vocabulary of {vocab_size} and no tokenizer.json: add its file"

@@ -167,6 +167,13 @@ def test_a_checkpoint_carries_its_tokenizer(folder, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=f"another tokenizer: give --tokenizer={folder}, as"):
         run_training(other, tmp_path / "c", HASTINGS, init_from=best)
     run_training(folder / "shards", tmp_path / "d", hf, init_from=hf)  # its folder is the same one
+    swapped = json.loads((onnx / "tokenizer.json").read_text("utf-8"))  # as many ids, two exchanged
+    vocabulary = swapped["model"]["vocab"]
+    vocabulary |= {"a": vocabulary["b"], "b": vocabulary["a"]}
+    for exported in (hf, onnx):
+        (exported / "tokenizer.json").write_text(json.dumps(swapped), "utf-8")
+        with pytest.raises(UserError, match="another tokenizer.json than the model was exported"):
+            lille("onnx" if exported == onnx else "torch", exported)
     state = load_checkpoint(best)
     bare = {key: state[key] for key in ("model_state_dict", "model_args")}  # as the original's
     torch.save(bare, tmp_path / "bare.pt")
@@ -277,6 +284,7 @@ def foreign_model(folder: Path) -> GPT:
     with torch.no_grad():
         gpt.tok_embeddings.weight[-PADDING:] = 7.0
     config = llama_config(gpt.config, load_tokenizer())
+    del config["tokenizer_sha256"]
     (folder / "config.json").write_text(json.dumps(config))
     tensors = {name: tensor.contiguous() for name, tensor in llama_state_dict(gpt).items()}
     save_file(tensors, folder / "model.safetensors")
@@ -320,6 +328,16 @@ def test_a_llama_of_another_project_trains_with_its_own_tokenizer(folder, tmp_pa
     )
     assert export.main([f"--model={best}", "--format=gguf", f"--output_dir={tmp_path}"]) == 0
     assert export.main([f"--model={best}", f"--output_dir={tmp_path / 'hf'}"]) == 0
+    chat = {"messages": [{"role": r, "content": "2 + 2"} for r in ("user", "assistant")]}
+    (tmp_path / "chat.jsonl").write_text((json.dumps(chat) + "\n") * 40)
+    source = [f"--input_file_path={tmp_path / 'chat.jsonl'}", f"--tokenizer={theirs}"]
+    source += ["--val_split=0.1", f"--output_dir={tmp_path / 'chat'}"]
+    assert prepare_dataset.main(source) == 0
+    settings = {"finetune": True, "model": theirs, "finetune_data_dir": tmp_path / "chat"}
+    settings |= {"finetune_out_dir": tmp_path / "tuned", "out_dir": tmp_path / "b"}
+    run_training(tmp_path / "shards", tmp_path / "b", theirs, **settings)
+    tuned, carried = load_model_and_tokenizer(tmp_path / "tuned" / "best_model.pt")
+    assert carried.sha256 == tokenizer.sha256 and tuned.config.block_size == 96  # all of it
 
     for name, content in {"no": None, "not": '{"model": {"type": "Unigram"}}'}.items():
         path = theirs / "tokenizer.json"

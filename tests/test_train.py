@@ -240,7 +240,8 @@ def test_pretraining_goes_on_with_other_data_from_a_checkpoint_or_a_folder(
     new = [row["val_loss"] for row in first if "val_loss" in row]
     before = read_metrics(finished[0] / "metrics.jsonl")
     best = min(row["val_loss"] for row in before if "val_loss" in row)
-    assert best < watched[0] < best + 1 and watched[-1] > watched[0] and new[-1] < new[0]
+    assert (first[0]["step"], watched[0]) == (0, pytest.approx(best))  # before the first step
+    assert best < watched[1] < best + 1 and watched[-1] > watched[1] and new[-1] < new[1] < new[0]
     cut = newest(tmp_path / "a")
     assert (
         load_checkpoint(cut)["base"]
