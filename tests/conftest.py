@@ -1,5 +1,6 @@
 """Datasets and measurements that test files share; test files left out for lack of a package."""
 
+import functools
 import json
 import os
 import random
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 
 import prepare_dataset
+from tokenizer import HASTINGS, Tokenizer, load_tokenizer
+from training import setup
 
 # Test files that cannot be imported without a package that a GPU box may lack.
 FILES_OF = {
@@ -22,11 +25,35 @@ FILES_OF = {
 MISSING = [package for package in FILES_OF if find_spec(package) is None]
 collect_ignore = [name for package in MISSING for name in FILES_OF[package]]
 
+# They begin first, so that the workers of pytest-xdist end together.
+LONGEST = (
+    *("test_train.py", "test_faults.py", "test_distributed.py", "test_prepare_dataset_fineweb.py"),
+    *("test_export_gguf.py", "test_export_onnx.py", "test_benchmark.py", "test_export_hf.py"),
+    *("test_prepare_hub.py", "test_inference.py", "test_own_tokenizer.py", "test_sophia_triton.py"),
+)
+
 WORDS = "the cat sat on a mat and saw two dogs run over old green hills while rain fell".split()
 
 
 def pytest_report_header() -> list[str]:
     return [f"without {package}: no {', '.join(FILES_OF[package])}" for package in MISSING]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
+@pytest.fixture(autouse=True)
+def hastings_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs in one process share the tokenizer, which takes longer to load than their steps."""
+    load = {HASTINGS.relative_to(HASTINGS.parents[1]): cached_hastings}
+    monkeypatch.setattr(setup, "load_tokenizer", lambda p: load.get(Path(p), load_tokenizer)(p))
+
+
+@functools.cache
+def cached_hastings(path: str) -> Tokenizer:
+    return load_tokenizer(path)
 
 
 def sentence(rng: random.Random, n: int) -> str:
