@@ -156,10 +156,6 @@ class PackedRows:
         self.bases = np.cumsum([0] + [len(tokens) for tokens in self.tokens])
         self.n_documents = sum(len(dataset) for dataset in datasets)
         self.n_shortened = self.n_dropped = 0
-        sources = sources or [DataSet("data")] * len(datasets)
-        sets = list(dict.fromkeys(sources))
-        self.shard_weights = [source.weight for source in sources]
-        self.weighted = set(self.shard_weights) != {1.0}
         starts, lengths = [], []
         for dataset, base in zip(datasets, self.bases, strict=False):
             if chat is None:
@@ -171,28 +167,42 @@ class PackedRows:
             starts.append(s + base)
             lengths.append(n)
         self.starts, self.lengths = np.concatenate(starts), np.concatenate(lengths)
-        set_of_shard = np.array([sets.index(source) for source in sources], dtype=np.int16)
-        self.set_of = np.repeat(set_of_shard, list(map(len, lengths)))  # the set of each segment
-        self.weights = np.array([data_set.weight for data_set in sets])
-        self.phases = np.zeros(len(self.starts))  # decide which part of a fraction an epoch sees
-        for i in np.flatnonzero(self.weights % 1):
+        self.set_weights(sources or [DataSet("data")] * len(datasets), list(map(len, lengths)))
+        self.plan(n_epochs)
+
+    def set_weights(self, sources: Sequence[DataSet], n_segments: list[int]) -> None:
+        """The data set of each segment, and what decides in which epochs it is seen."""
+        self.sets = list(dict.fromkeys(sources))
+        self.shard_weights = [source.weight for source in sources]
+        self.weighted = set(self.shard_weights) != {1.0}
+        set_of_shard = np.array([self.sets.index(source) for source in sources], dtype=np.int16)
+        self.set_of = np.repeat(set_of_shard, n_segments)
+        self.weights = np.array([data_set.weight for data_set in self.sets])
+        self.phases = np.zeros(len(self.starts))
+        for i in np.flatnonzero(self.weights % 1).tolist():
             mine = np.flatnonzero(self.set_of == i)
-            rng = np.random.default_rng((seed, int(i), 1))
+            rng = np.random.default_rng((self.seed, i, 1))
             self.phases[mine] = draw_phases(self.lengths[mine], rng)
-        self.epoch, self.first_rows, self.max_segments = -1, [0], 0  # first rows of planned epochs
         # Lengths alone decide which lengths share a row, so epochs of the same segments are alike.
         self.differ = bool((self.weights % 1).any())  # the epochs
-        n_tokens = np.zeros(len(sets))
+
+    def plan(self, n_epochs: int) -> None:
+        """Packs the epochs for their numbers of rows and tokens; one of them if all are alike.
+
+        Sets `shares`, the tokens of each data set in an epoch, in the mean over epochs.
+        """
+        self.epoch, self.first_rows, self.max_segments = -1, [0], 0
+        n_tokens = np.zeros(len(self.sets))
         for epoch in range(n_epochs if self.differ else 1)[::-1]:
             self.plan_epoch(epoch)
             self.first_rows.insert(1, len(self.borders) - 1)
             segments = int(np.diff(self.borders).max(initial=0)) + 1  # with padding
             self.max_segments = max(self.max_segments, segments)
-            n_tokens += np.bincount(self.set_of[self.order], self.lengths[self.order], len(sets))
+            lengths = self.lengths[self.order]
+            n_tokens += np.bincount(self.set_of[self.order], lengths, len(self.sets))
         self.first_rows = np.cumsum(self.first_rows).tolist()
-        n_tokens /= len(self.first_rows) - 1
-        # The tokens of each data set that an epoch trains on, in the mean over those planned.
-        self.shares: dict[DataSet, float] = dict(zip(sets, n_tokens.tolist(), strict=True))
+        means = n_tokens / (len(self.first_rows) - 1)
+        self.shares: dict[DataSet, float] = dict(zip(self.sets, means.tolist(), strict=True))
         self.rows_per_epoch = self.first_rows[1]  # of the first one
 
     def rows_of(self, n_epochs: int) -> int:
