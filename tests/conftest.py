@@ -14,6 +14,7 @@ import pytest
 import prepare_dataset
 from tokenizer import HASTINGS, Tokenizer, load_tokenizer
 from training import setup
+from training.metrics import Metrics
 
 # Test files that cannot be imported without a package that a GPU box may lack.
 FILES_OF = {
@@ -49,6 +50,12 @@ def hastings_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs in one process share the tokenizer, which takes longer to load than their steps."""
     load = {HASTINGS.relative_to(HASTINGS.parents[1]): cached_hastings}
     monkeypatch.setattr(setup, "load_tokenizer", lambda p: load.get(Path(p), load_tokenizer)(p))
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many short runs: a third of their time goes into loss curves that nobody looks at."""
+    monkeypatch.setattr(Metrics, "plot", lambda self: None)
 
 
 @functools.cache

@@ -10,6 +10,7 @@ import pytest
 import torch
 from test_export_onnx import TOKENIZER, prompts, small_gpt
 
+from benchmarks.learning_recipes import small_tokenizer
 from common.errors import UserError
 from formats import verify, write_gguf
 from formats.write_gguf import interleaved_rows
@@ -31,6 +32,15 @@ def file(gpt, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("gguf") / "small-f32.gguf"
     write_gguf.export_gguf(gpt, TOKENIZER, path)
     return path
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A model with a vocabulary that programs in Python read in no time, its tokenizer and file."""
+    tokenizer, path = small_tokenizer(2048), tmp_path_factory.mktemp("gguf") / "tiny-f32.gguf"
+    gpt = small_gpt(vocab_size=2048)
+    write_gguf.export_gguf(gpt, tokenizer, path)
+    return gpt, tokenizer, path
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +75,9 @@ def test_logits_and_greedy_tokens(gpt, file):
 
 
 @pytest.mark.parametrize("dtype", ["f16", "q8_0"])
-def test_smaller_dtypes(dtype, gpt, file, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(write_gguf, "check_token_ids", lambda *_: None)  # the same in every dtype
-    path = tmp_path / "small.gguf"
-    write_gguf.export_gguf(gpt, TOKENIZER, path, dtype)
+def test_smaller_dtypes(dtype, small, tmp_path, capsys):
+    (gpt, tokenizer, file), path = small, tmp_path / "small.gguf"
+    write_gguf.export_gguf(gpt, tokenizer, path, dtype)
     assert f"GGUF {dtype} checked" in capsys.readouterr().out
     assert path.stat().st_size < 0.62 * file.stat().st_size
     reader = gguf.GGUFReader(path)
@@ -178,7 +187,7 @@ def test_interleaved_rows():
     assert order == [0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15]
 
 
-def test_a_wrong_file_is_refused(gpt, tmp_path, monkeypatch):
+def test_a_wrong_file_is_refused(small, tmp_path, monkeypatch):
     """q and k in the wrong order: nothing is left, and an earlier file is as it was."""
     path = tmp_path / "model.gguf"
     path.write_text("GGUF of earlier")
@@ -186,7 +195,7 @@ def test_a_wrong_file_is_refused(gpt, tmp_path, monkeypatch):
     with pytest.raises(
         UserError, match="does not compute what the checkpoint does .largest logit difference"
     ):
-        write_gguf.export_gguf(gpt, TOKENIZER, path, "q8_0")
+        write_gguf.export_gguf(*small[:2], path, "q8_0")
     assert [entry.name for entry in tmp_path.iterdir()] == ["model.gguf"]
     assert path.read_text() == "GGUF of earlier"
 
@@ -205,11 +214,12 @@ def test_an_interrupted_write_leaves_nothing(error, gpt, tmp_path, monkeypatch):
     assert list(path.parent.iterdir()) == []
 
 
-def test_a_wrong_tokenizer_is_refused(file, monkeypatch):
-    monkeypatch.setattr(TOKENIZER, "encode", lambda text, allow_special=False: [0])
+def test_a_wrong_tokenizer_is_refused(small, monkeypatch):
+    _, tokenizer, file = small
+    monkeypatch.setattr(tokenizer, "encode", lambda text, allow_special=False: [0])
     monkeypatch.setattr(write_gguf, "compare", lambda *_: verify.Comparison())
     with pytest.raises(UserError, match="its tokenizer gives other ids"):
-        write_gguf.verify_file(file, TOKENIZER, [], "f32")
+        write_gguf.verify_file(file, tokenizer, [], "f32")
 
 
 def test_refusals(gpt, tmp_path, monkeypatch):

@@ -90,6 +90,7 @@ def test_schedule_against_a_table():
     assert learning_rate_at(12, **settings) == pytest.approx(0.1)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_stable_run_branches_into_finished_ones_of_several_lengths(text_data, tmp_path, capsys):
     """Each branch is, bit for bit, the run that had its length from the beginning."""
     stable = {"schedule": "wsd", "decay_share": 0.5, "warmup_iters": 2, "keep_checkpoints": 9}
@@ -163,6 +164,7 @@ def test_ten_pinned_losses(text_data, tmp_path):
     assert losses == pytest.approx(PINNED_LOSSES, abs=2e-4)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_the_mean_of_the_last_weights_is_evaluated_saved_and_resumed(
     text_data, tmp_path, capsys, monkeypatch
 ):
@@ -224,6 +226,7 @@ def test_the_mean_of_the_last_weights_is_evaluated_saved_and_resumed(
         train.train(config_of(text_data, tmp_path / "damaged", **settings))
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_pretraining_goes_on_with_other_data_from_a_checkpoint_or_a_folder(
     finished, text_data, mixed_data, tmp_path, capsys
 ):
@@ -270,6 +273,7 @@ def test_pretraining_goes_on_with_other_data_from_a_checkpoint_or_a_folder(
         check_arguments(["--init_from=x", "--finetune"], finetune=True)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_fine_tune_mixes_conversations(finished, text_data, chat_data, tmp_path):
     settings = {"finetune": True, "model": finished[0] / "best_model.pt", "finetune_num_epochs": 1}
     settings |= {"finetune_gradient_accumulation_steps": 2, "finetune_warmup_iters": 1}
@@ -308,6 +312,7 @@ def test_a_run_starts_from_a_model_on_the_hub(finished, mixed_data, tmp_path, mo
         train.train(config_of(mixed_data, tmp_path / "cut", init_from="me/other", max_steps=9))
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_mixture_resumes_bit_for_bit_and_shows_the_loss_of_each_set(
     text_data, mixed_data, tmp_path, capsys
 ):
@@ -333,6 +338,7 @@ def test_a_mixture_resumes_bit_for_bit_and_shows_the_loss_of_each_set(
         train.train(config_of(mixture.replace("0.5", "0.75"), tmp_path / "9", **settings))
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("cut", [12, 16])  # before and after the border of the first epoch
 def test_resume_continues_bit_for_bit(finished, text_data, tmp_path, cut):
     whole, result = finished
@@ -454,6 +460,7 @@ def test_resume_refuses_another_run(changes, message, finished, text_data):
         train.train(config_of(text_data, finished[0], **changes))
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_resume_names_harmless_changes(finished, text_data, tmp_path, capsys):
     state = load_checkpoint(finished[0] / "ckpt_0000004.pt")
     state["data"], n = re.subn(r"-[0-9a-f]{16}\)$", ")", state["data"])  # as in old checkpoints
@@ -618,6 +625,7 @@ def test_compiled_training_equals_eager(text_data, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_finished_run_goes_on_with_more_epochs_from_the_right_row(text_data, tmp_path):
     train.train(config_of(text_data, tmp_path, num_epochs=1))
     rows_per_epoch = load_checkpoint(newest(tmp_path))["data_cursor"]
@@ -643,6 +651,7 @@ def test_changed_optimizer_settings_count_after_a_resume(tiny_run):
 MOMENTS = {"exp_avg", "exp_avg_sq", "hessian"}
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_bfloat16_moments_take_half_the_memory_and_resume_bit_for_bit(text_data, tmp_path):
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     settings = {"optimizer_state_dtype": "bfloat16", "max_steps": 12, "keep_checkpoints": 99}
@@ -791,6 +800,7 @@ def test_evaluation_is_the_same_every_time_and_bits_per_byte_is_by_the_formula(t
     assert first[1] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-6)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_fine_tune_end_to_end(finished, text_data, chat_data, tmp_path, capsys):
     base, _ = finished
     changes = {
