@@ -71,13 +71,14 @@ def tokenizer_in(folder: Path) -> Tokenizer:
         return hastings
     if any(folder.glob("tokenizer*")) or (folder / "vocab.json").is_file():
         tokenizer = load_tokenizer(folder)
-        if config.get("tokenizer_sha256", tokenizer.sha256) != tokenizer.sha256:
+        if (config.get("tokenizer_sha256") or tokenizer.sha256) != tokenizer.sha256:
             raise UserError(
                 f"{folder} has another tokenizer.json than the model was exported with: export it "
-                f"again (if the file is right, remove tokenizer_sha256 from {CONFIG})"
+                f"again, or remove tokenizer_sha256 from {CONFIG} if both were extended since"
             )
         return tokenizer
-    if (vocab_size := config.get("vocab_size")) != hastings.vocab_size:
+    vocab_size, sha256 = config.get("vocab_size"), config.get("tokenizer_sha256")
+    if vocab_size != hastings.vocab_size or (sha256 or hastings.sha256) != hastings.sha256:
         raise UserError(
             f"{folder} has a vocabulary of {vocab_size} and no tokenizer.json: add its file"
         )

@@ -21,6 +21,7 @@ from common.errors import UserError
 from common.settings import config_from_constants
 from formats import write_gguf
 from formats.llama import llama_config, llama_state_dict
+from formats.pretrained import tokenizer_in
 from hastings import build
 from inference import lille
 from model import GPT, GPTConfig
@@ -174,6 +175,12 @@ def test_a_checkpoint_carries_its_tokenizer(folder, tmp_path, monkeypatch):
         (exported / "tokenizer.json").write_text(json.dumps(swapped), "utf-8")
         with pytest.raises(UserError, match="another tokenizer.json than the model was exported"):
             lille("onnx" if exported == onnx else "torch", exported)
+    for path in hf.glob("tokenizer*"):
+        path.unlink()
+    settings = json.loads((hf / "config.json").read_text()) | {"vocab_size": 32_768}
+    (hf / "config.json").write_text(json.dumps(settings))  # Hastings' size, not its sha256
+    with pytest.raises(UserError, match="and no tokenizer.json: add its file"):
+        tokenizer_in(hf)
     state = load_checkpoint(best)
     bare = {key: state[key] for key in ("model_state_dict", "model_args")}  # as the original's
     torch.save(bare, tmp_path / "bare.pt")

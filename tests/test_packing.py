@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
-from common.mixture import DataSet, parse_mixture
+from common.mixture import DataSet, draw_phases, parse_mixture, times_in_epoch
 from common.prefetch import Prefetcher
 from dataset import NpzDataset, ShardWriter
 from ops.cross_entropy import IGNORE_INDEX
@@ -173,8 +173,31 @@ def test_an_epoch_has_the_share_of_the_tokens_that_the_weight_says(tmp_path, len
         assert rows.shares[mixed[0]] == sum(c.total() for c in epochs) / 10
         assert rows.shares[mixed[0]] == pytest.approx(weight * n_tokens)
         assert set(sum(epochs, Counter()).values()) == {round(10 * weight)}
+        n_segments = [len(rows.segments(row)) for row in range(rows.rows_of(10))]
+        assert rows.max_segments == 1 + max(n_segments)  # with the padding
         seen.append(epochs)
     assert seen[0][0] != seen[1][0]  # the seed draws
+
+
+def test_segments_are_drawn_at_random_each_as_often_as_the_weight_says():
+    lengths, n_seeds = np.array([1, 2, 7]), 4000
+    times = np.zeros(3)
+    for seed in range(n_seeds):
+        phases = draw_phases(lengths, np.random.default_rng(seed))
+        times += times_in_epoch(np.full(3, 0.2), phases, epoch=0)
+    assert abs(times / n_seeds - 0.2).max() < 5 * math.sqrt(0.2 * 0.8 / n_seeds)
+    phases = draw_phases(np.full(1000, 9), np.random.default_rng(0))
+    first, second = (times_in_epoch(np.full(1000, 0.5), phases, epoch) for epoch in (0, 1))
+    assert first.sum() == 500 and (first + second == 1).all()  # then the other half
+    assert 420 < np.count_nonzero(np.diff(first)) < 580  # 500 +- 16 in a random order
+
+
+def test_sets_are_drawn_independently(tmp_path):
+    data = shards(tmp_path, *np.split(np.arange(8000).reshape(200, 40), 2))
+    rows = PackedRows(data, 40, PAD, 0, None, [DataSet("a", 0.5), DataSet("b", 0.5)])
+    seen = np.zeros(200, dtype=int)
+    seen[rows.order] = 1
+    assert 25 < (seen[:100] == seen[100:]).sum() < 75
 
 
 def test_the_texts_that_are_drawn_depend_on_how_shards_are_grouped(tmp_path):

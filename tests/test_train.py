@@ -30,7 +30,7 @@ from tokenizer import load_tokenizer
 from training import base, setup
 from training.checks import check_arguments
 from training.learning_rates import learning_rate_at
-from training.metrics import read_metrics
+from training.metrics import draw_losses, read_metrics
 from training.optimizers import gradient_scale
 from training.packing import Batch
 from training.trainer import MAX_BAD_STEPS, Trainer
@@ -164,6 +164,19 @@ def test_ten_pinned_losses(text_data, tmp_path):
     assert losses == pytest.approx(PINNED_LOSSES, abs=2e-4)
 
 
+def test_the_picture_has_a_curve_for_each_loss():
+    from matplotlib.figure import Figure
+
+    losses = ["loss", "val_loss", "val/web_loss", "val/code_loss", "averaged_val_loss"]
+    losses += ["watch_val_loss", "pretrain_val_loss"]
+    rows = [{"step": step} | dict.fromkeys(losses, 5.0 - step) for step in range(3)]
+    axes = Figure().subplots()
+    draw_losses(axes, [*rows, {"step": 3, "loss": None, "lr": 1.0}], "a run")
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels[:4] == ["training", "validation", "code", "web"] and len(labels) == 7
+    assert all(list(line.get_xdata()) == [0, 1, 2] for line in axes.get_lines())
+
+
 @pytest.mark.usefixtures("no_pictures")
 def test_the_mean_of_the_last_weights_is_evaluated_saved_and_resumed(
     text_data, tmp_path, capsys, monkeypatch
@@ -254,6 +267,7 @@ def test_pretraining_goes_on_with_other_data_from_a_checkpoint_or_a_folder(
     (tmp_path / "resumed").mkdir()
     shutil.copy(tmp_path / "a" / "ckpt_0000004.pt", tmp_path / "resumed")
     train.train(config_of(mixed_data, tmp_path / "resumed", init_from=base, **settings))
+    assert all(row["step"] > 4 for row in read_metrics(tmp_path / "resumed" / "metrics.jsonl"))
     ends = [
         load_checkpoint(path) | {"config": None} for path in (cut, newest(tmp_path / "resumed"))
     ]

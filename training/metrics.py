@@ -119,9 +119,7 @@ class Metrics:
             except ImportError:
                 return self.report("no loss_curve.png: pip install matplotlib")
             figure = Figure(figsize=(8, 4.5))  # a layout engine would draw it twice
-            margins = {"left": 0.08, "right": 0.98, "bottom": 0.11, "top": 0.93}
-            axes = figure.subplots(gridspec_kw=margins)
-            draw_losses(axes, read_metrics(self.path), str(self.path.parent))
+            draw_losses(figure.subplots(), read_metrics(self.path), str(self.path.parent))
             with atomic_file(self.curve) as file:
                 figure.savefig(file, dpi=120, format="png")
 

@@ -31,6 +31,7 @@ from training.checks import (
 from training.data import dataset_id, open_rows, open_validation
 from training.distributed import SINGLE_PROCESS, Ranks, init_distributed
 from training.learning_rates import warmup_steps, with_peak_rates
+from training.metrics import read_metrics
 from training.optimizers import first_moments
 from training.packing import PackedRows
 from training.resume import check_decay, check_resume, find_checkpoint
@@ -181,11 +182,12 @@ class TrainingRun:
             f"{rows.block_size}, {rows.fill:.2%} full, {epochs:.3g} epochs; validation on "
             f"{n_validation:,} rows"
         )
-        for data_set, tokens in rows.shares.items() if len(rows.shares) > 1 else ():
+        mixed = len(rows.shares) > 1 or rows.weighted
+        for data_set, tokens in rows.shares.items() if mixed else ():
             share = tokens / sum(rows.shares.values())
             print(
                 f"  {data_set}: {tokens:,.0f} tokens of an epoch, {share:.1%}, about "
-                f"{share * rows.rows_per_epoch:,.0f} rows"
+                f"{tokens / rows.fill / rows.block_size:,.0f} rows"
             )
         if rows.n_shortened or rows.n_dropped:
             print(
@@ -203,7 +205,11 @@ class TrainingRun:
         """The last line of a run."""
         best = self.out_dir / BEST
         if math.isfinite(self.best) and best.exists():
-            return f"done: best validation loss {self.best:.4f}, in {best}"
+            rows = read_metrics(self.out_dir / "metrics.jsonl")
+            first = next((row.get("val_loss") for row in rows if row["step"] == 0), None)
+            better = type(first) is float and first < self.best
+            before = f"; the model that it began from has {first:.4f}" if better else ""
+            return f"done: best validation loss {self.best:.4f}, in {best}{before}"
         return f"done, but no validation loss was finite: there is no {best}"
 
     def batches(self) -> Prefetcher:
