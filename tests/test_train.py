@@ -272,6 +272,10 @@ def test_pretraining_goes_on_with_other_data_from_a_checkpoint_or_a_folder(
         load_checkpoint(path) | {"config": None} for path in (cut, newest(tmp_path / "resumed"))
     ]
     assert difference(*ends) is None
+    capsys.readouterr()
+    worse = {"init_from": base, "num_epochs": 1, "learning_rate": 0.9, "warmup_iters": 1}
+    train.train(config_of(text_data, tmp_path / "worse", **settings | worse))
+    assert f"; the model that it began from has {best:.4f}\n" in capsys.readouterr().out
     with pytest.raises(UserError, match="was trained with base="):
         train.train(config_of(mixed_data, tmp_path / "a", init_from=cut, **settings))
     vocabulary = json.loads((tmp_path / "hf" / "tokenizer.json").read_text())

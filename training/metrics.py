@@ -163,12 +163,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def last_metrics(out_dir: Path) -> dict[str, Any]:
-    """The newest value of every metric of a run."""
+def last_metrics(out_dir: Path, until: float = math.inf) -> dict[str, Any]:
+    """The newest value of every metric of a run, up to the step `until`."""
     newest: dict[str, Any] = {}
     with suppress(OSError):
         for row in read_metrics(out_dir / "metrics.jsonl"):
-            newest |= row
+            newest |= row if row["step"] <= until else {}
     return newest
 
 

@@ -31,7 +31,7 @@ from training.checks import (
 from training.data import dataset_id, open_rows, open_validation
 from training.distributed import SINGLE_PROCESS, Ranks, init_distributed
 from training.learning_rates import warmup_steps, with_peak_rates
-from training.metrics import read_metrics
+from training.metrics import last_metrics
 from training.optimizers import first_moments
 from training.packing import PackedRows
 from training.resume import check_decay, check_resume, find_checkpoint
@@ -205,8 +205,7 @@ class TrainingRun:
         """The last line of a run."""
         best = self.out_dir / BEST
         if math.isfinite(self.best) and best.exists():
-            rows = read_metrics(self.out_dir / "metrics.jsonl")
-            first = next((row.get("val_loss") for row in rows if row["step"] == 0), None)
+            first = last_metrics(self.out_dir, until=0).get("val_loss")
             better = type(first) is float and first < self.best
             before = f"; the model that it began from has {first:.4f}" if better else ""
             return f"done: best validation loss {self.best:.4f}, in {best}{before}"
