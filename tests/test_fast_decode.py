@@ -4,6 +4,7 @@ import contextlib
 import copy
 import functools
 import math
+import mmap
 import platform
 import re
 import subprocess
@@ -129,8 +130,13 @@ def test_huge_pages_keep_addresses_and_values():
         rollup = Path("/proc/self/smaps_rollup").read_text()
         return int(rollup.partition("AnonHugePages:")[2].split()[0]) * 1024
 
-    tensors = [torch.randn(3 << 20), torch.randn(1000), torch.randn(2 << 20), torch.randn(0)]
-    copies, before = [tensor.clone() for tensor in tensors], huge_bytes()
+    # Memory of its own: what earlier tests have freed may lie in huge pages already.
+    memory, before = mmap.mmap(-1, 24 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), huge_bytes()
+    tensors = [torch.randn(1000), torch.randn(0)]
+    for offset, n in ((0, 3 << 20), (16 << 20, 2 << 20)):
+        tensor = torch.frombuffer(memory, dtype=torch.float32, offset=offset, count=n)
+        tensors.append(tensor.normal_())
+    copies = [tensor.clone() for tensor in tensors]
     addresses = [tensor.data_ptr() for tensor in tensors]
     use_huge_pages(tensors)
     assert [tensor.data_ptr() for tensor in tensors] == addresses
