@@ -115,6 +115,8 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     if (folder / WEIGHTS).is_file():
         return read_safetensors(folder / WEIGHTS)
     if not (folder / INDEX).is_file():
+        if (folder / "onnx").is_dir():
+            raise UserError(f"it has graphs for onnxruntime, no {WEIGHTS}: set backend='onnx'")
         raise UserError(
             f"no {WEIGHTS} (pickled weights are not read, they can run code): download the "
             "safetensors, or give the path of a .pt checkpoint"

@@ -159,6 +159,8 @@ def test_a_checkpoint_carries_its_tokenizer(folder, tmp_path, monkeypatch):
     onnx = tmp_path / "onnx"
     assert export.main([f"--model={best}", "--format=onnx", f"--output_dir={onnx}"]) == 0
     assert lille("onnx", onnx, seed=1).generate("import os", max_new_tokens=5) == answer
+    with pytest.raises(UserError, match="it has graphs for onnxruntime, .*set backend='onnx'"):
+        lille(model=onnx)
 
     with pytest.raises(UserError, match="made with another tokenizer.*give as --tokenizer"):
         run_training(folder / "shards", tmp_path / "b", HASTINGS)
