@@ -66,9 +66,9 @@ def tokenizer_in(folder: Path) -> Tokenizer:
 
     Raises UserError if it cannot be read.
     """
-    config, hastings = read_json(folder / CONFIG), load_tokenizer()
+    config = read_json(folder / CONFIG)
     if config.get("model_type") == ORIGINAL_TYPE:  # whose files of it only transformers reads
-        return hastings
+        return load_tokenizer()
     if any(folder.glob("tokenizer*")) or (folder / "vocab.json").is_file():
         tokenizer = load_tokenizer(folder)
         if (config.get("tokenizer_sha256") or tokenizer.sha256) != tokenizer.sha256:
@@ -77,6 +77,7 @@ def tokenizer_in(folder: Path) -> Tokenizer:
                 f"again, or remove tokenizer_sha256 from {CONFIG} if both were extended since"
             )
         return tokenizer
+    hastings = load_tokenizer()
     vocab_size, sha256 = config.get("vocab_size"), config.get("tokenizer_sha256")
     if vocab_size != hastings.vocab_size or (sha256 or hastings.sha256) != hastings.sha256:
         raise UserError(

@@ -128,6 +128,9 @@ def check_resume(old: TrainingState, new: TrainingState, name: Path) -> list[str
         if old_value != value and key != "dropout":
             flag = "--model=none" if new_config["finetune"] else "--init_from="
             without = f" (or without it, by {flag})" if key == "base" else ""
+            if key == "data":  # the numbers may be equal, as with other weights of a mixture
+                old_value = f"{old_config.get('data_dir')!r}, {old_value},"
+                value = f"{new_config['data_dir']!r}, {value}"
             raise UserError(
                 f"{name} was trained with {key}={old_value} and this run has {value}: change it "
                 f"back to continue{without}, or start anew in another output folder"
