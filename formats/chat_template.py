@@ -14,11 +14,12 @@ variants differ in how they escape a control token that is spelled in a message:
 
 from string import Template
 
+from common.byte_level import TEMPLATE_MARK
 from tokenizer import ASSISTANT, CONTROL_TOKENS, END_OF_TEXT, START_OF_TEXT, USER
 
 # Unicode reserves this code point as a noncharacter. In rendered text it is written MARK + "0", and
 # "<" + MARK + "1|" stands for "<|".
-MARK = "\ufdd0"
+MARK = TEMPLATE_MARK
 COMMENT = """\
 {#- U+FDD0 keeps text from spelling a control token; the normalizer in tokenizer.json undoes it. -#}
 """

@@ -130,7 +130,7 @@ def test_two_ranks_are_one_run_with_the_other_optimizers(
     alone(data, tmp_path / "one", **settings)
     torchrun(2, data, tmp_path / "two", **settings)
     assert_the_same_run(tmp_path / "two", tmp_path / "one")
-    if optimizer == "adamw":  # of two ranks, on a mixture, killed after its fourth step
+    if optimizer == "adamw":  # two ranks on a mixture go on from their fourth step
         (tmp_path / "killed").mkdir()
         for name in ("ckpt_0000004.pt", "metrics.jsonl"):
             shutil.copy(tmp_path / "two" / name, tmp_path / "killed")

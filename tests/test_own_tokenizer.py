@@ -213,6 +213,16 @@ FOREIGN = {
         "it looks for 'ab' in plain text",
     ),
     "a normalizer": ({"normalizer": {"type": "Lowercase"}}, {}, "it changes texts .Lowercase"),
+    "letters replaced": (
+        {"normalizer": {"type": "Replace", "pattern": {"String": "c"}, "content": "k"}},
+        {},
+        "it changes texts .Replace",
+    ),
+    "a pattern replaced": (
+        {"normalizer": {"type": "Replace", "pattern": {"Regex": "[a-z]"}, "content": "x"}},
+        {},
+        "it changes texts .Replace",
+    ),
     "a space before": (
         {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}},
         {},

@@ -192,6 +192,16 @@ def test_segments_are_drawn_at_random_each_as_often_as_the_weight_says():
     assert 420 < np.count_nonzero(np.diff(first)) < 580  # 500 +- 16 in a random order
 
 
+def test_runs_without_fractions_have_the_fingerprint_that_they_always_had(tmp_path):
+    data = shards(tmp_path, unique_documents([7, 20, 33, 4] * 9))
+    for weight, expected in (
+        (1.0, "10f75fc635d9b07a-9a312f76182065a9"),
+        (2.0, "237f16659b660c8b-9a312f76182065a9"),
+    ):
+        rows = PackedRows(data, 16, PAD, 0, None, [DataSet("a", weight)])
+        assert rows.fingerprint() == expected
+
+
 def test_sets_are_drawn_independently(tmp_path):
     data = shards(tmp_path, *np.split(np.arange(8000).reshape(200, 40), 2))
     rows = PackedRows(data, 40, PAD, 0, None, [DataSet("a", 0.5), DataSet("b", 0.5)])

@@ -272,7 +272,7 @@ def test_pretraining_goes_on_with_other_data_from_a_checkpoint_or_a_folder(
         load_checkpoint(path) | {"config": None} for path in (cut, newest(tmp_path / "resumed"))
     ]
     assert difference(*ends) is None
-    capsys.readouterr()
+    assert "the model that it began from" not in capsys.readouterr().out
     worse = {"init_from": base, "num_epochs": 1, "learning_rate": 0.9, "warmup_iters": 1}
     train.train(config_of(text_data, tmp_path / "worse", **settings | worse))
     assert f"; the model that it began from has {best:.4f}\n" in capsys.readouterr().out
@@ -340,7 +340,9 @@ def test_a_mixture_resumes_bit_for_bit_and_shows_the_loss_of_each_set(
     rows = setup.open_rows(mixture, "train", load_tokenizer(), 32, 1337, chat=False, n_epochs=2)
     of_set = {str(data_set): tokens for data_set, tokens in rows.shares.items()}
     part, every = of_set[f"{mixed_data}:2"], sum(of_set.values())
+    n_rows = part / every * rows.first_rows[2] / 2  # the mean of two epochs
     line = f"  {mixed_data}:2: {part:,.0f} tokens of an epoch, {part / every:.1%}, about "
+    line += f"{n_rows:,.0f} rows"
     assert line in (printed := capsys.readouterr().out), printed
     rows = read_metrics(tmp_path / "whole" / "metrics.jsonl")
     names = {key for key in rows[-1] if key.endswith("_loss")}

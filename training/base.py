@@ -28,12 +28,12 @@ def build_model(
     shorter one.
     """
     if config.init_from:
-        begins = checkpoint is None and not config.finetune
+        begins = checkpoint is None
         checkpoint = checkpoint or ranks.broadcast(lambda: load_base(name, tokenizer))
         check_tokenizer(checkpoint, name, tokenizer.sha256)
         model = model_from_checkpoint(checkpoint, name, dropout=config.dropout)
         if begins and config.block_size != (longest := model.config.block_size):
-            block_size = min(config.block_size, longest)
+            block_size = longest if config.finetune else min(config.block_size, longest)
             changes = {"dropout": config.dropout, "block_size": block_size}
             model = model_from_checkpoint(checkpoint, name, **changes)
             if ranks.is_main:
